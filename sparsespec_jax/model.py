@@ -1,0 +1,296 @@
+"""The transformer over a flat token axis; the caller brings the attention.
+
+A step mixes tokens of many requests, so the model sees tokens [T] and positions
+[T] and nothing of requests or caches: each layer hands its rotated q, k, v to
+``attend``, which owns the KV cache. Parameters are a plain nested dict::
+
+    embed/weight            [V, hidden]
+    layer_I/input_norm      scale [hidden]
+    layer_I/qkv             kernel [hidden, H, G+2, D]   bias [H, G+2, D]
+    layer_I/q_norm, k_norm  scale [D]
+    layer_I/out             kernel [N*D, hidden]         bias [hidden]
+    layer_I/mlp_norm        scale [hidden]
+    layer_I/gate_up         kernel [hidden, 2, inner]    bias [2, inner]
+    layer_I/down            kernel [inner, hidden]       bias [hidden]
+    final_norm              scale [hidden]
+    lm_head                 kernel [hidden, V]           (untied only)
+
+Projections of one input are fused at load time: XLA would otherwise either run
+narrow matmuls or join the weights anew in every step. The fused output axes keep
+KV heads and inner units apart, so either can be sharded over devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from sparsespec_jax.model_config import ModelConfig
+from sparsespec_jax.rope import rope_tables, rotate
+
+Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
+Params = dict[str, Any]
+# (layer_index, q [T, N, D], k [T, H, D], v [T, H, D], cache) -> out [T, N, D], cache
+Attend = Callable[
+    [int, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
+]
+
+_MASKED = float(np.finfo(np.float32).min)
+
+
+def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Array:
+    """x [T, in] times kernel, whose axis `axis` is `in`; float32 accumulation."""
+    # TF32 passes of a GPU would break exactness in float32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        (((1,), (axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out_dtype,
+    )
+
+
+class Projection(nn.Module):
+    """Affine map [T, in] -> [T, *features]; kernel [in, *features]."""
+
+    features: tuple[int, ...]
+    dtype: Any
+    use_bias: bool = False
+    out_dtype: Any = None  # None: dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the projected x, in out_dtype."""
+        init = nn.initializers.lecun_normal()
+        shape = (x.shape[-1], *self.features)
+        kernel = self.param("kernel", init, shape, self.dtype)
+        y = _contract(x, kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = self.param("bias", zeros, self.features, self.dtype)
+            y = y + bias.astype(self.dtype)[None]
+        return y
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return x [..., n] normalised and scaled, in dtype."""
+        ones = nn.initializers.ones_init()
+        scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(power + self.eps) * scale).astype(self.dtype)
+
+
+class Layer(nn.Module):
+    """One pre-norm block: attention, then gated MLP, each added to the stream."""
+
+    config: ModelConfig
+    dtype: Any
+    index: int
+
+    @nn.compact
+    def __call__(self, x, cos, sin, attend: Attend, cache: Cache):
+        """Return the stream [T, hidden] after this block, and its new cache."""
+        c = self.config
+        norm = functools.partial(RmsNorm, c.norm_eps, self.dtype)
+        q, k, v = self._queries_keys_values(norm(name="input_norm")(x))
+        if c.qk_norm:
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed, cache = attend(self.index, q, k, v, cache)
+        mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
+        hidden = (c.hidden_size,)
+        x = x + Projection(hidden, self.dtype, c.attention_out_bias, name="out")(mixed)
+        inner = Projection(
+            (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
+        )(norm(name="mlp_norm")(x))
+        gated = nn.silu(inner[:, 0]) * inner[:, 1]
+        x = x + Projection(hidden, self.dtype, c.mlp_bias, name="down")(gated)
+        return x, cache
+
+    def _queries_keys_values(self, x):
+        c = self.config
+        features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
+        qkv = Projection(features, self.dtype, c.attention_bias, name="qkv")(x)
+        q = qkv[:, :, : c.group_size].reshape(-1, c.num_heads, c.head_dim)
+        return q, qkv[:, :, c.group_size], qkv[:, :, c.group_size + 1]
+
+
+class Embedding(nn.Module):
+    """Token table [V, hidden], read by row and, if tied, as output projection."""
+
+    config: ModelConfig
+    dtype: Any
+
+    def setup(self):
+        """Declare the table."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        init = nn.initializers.normal(0.02)
+        self.weight = self.param("weight", init, shape, self.dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Rows of tokens [T], [T, hidden]."""
+        return self.weight[tokens].astype(self.dtype)
+
+    def project(self, hidden: jax.Array) -> jax.Array:
+        """Products of hidden [R, hidden] with every row, float32 [R, V]."""
+        return _contract(hidden, self.weight.astype(self.dtype), jnp.float32, axis=1)
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer. Layers are unrolled, one weight array each.
+
+    A scan over stacked weights takes twice as long on GPUs: each iteration copies
+    its slice of the weights.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        """Declare the submodules; their names are the parameter names."""
+        c = self.config
+        self.embed = Embedding(c, self.dtype)
+        self.layer = [Layer(c, self.dtype, i) for i in range(c.num_layers)]
+        self.final_norm = RmsNorm(c.norm_eps, self.dtype)
+        if not c.tie_embeddings:
+            self.lm_head = Projection(
+                (c.vocab_size,), self.dtype, out_dtype=jnp.float32
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        caches: tuple[Cache, ...],
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Normed hidden states [T, hidden] of tokens [T] at positions [T].
+
+        caches: one pytree a layer, passed through attend and returned in order.
+        """
+        cos, sin = rope_tables(positions, self.config)
+        x = self.embed(tokens)
+        new_caches = []
+        for layer, cache in zip(self.layer, caches, strict=True):
+            x, cache = layer(x, cos, sin, attend, cache)
+            new_caches.append(cache)
+        return self.final_norm(x), tuple(new_caches)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Next-token logits of normed hidden states [R, hidden], float32 [R, V]."""
+        hidden = hidden.astype(self.dtype)
+        if self.config.tie_embeddings:
+            return self.embed.project(hidden)
+        return self.lm_head(hidden)
+
+    def everything(self, tokens: jax.Array) -> jax.Array:
+        """Logits [T, V] of one text [T]: touches every parameter, for init."""
+        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        caches = (None,) * self.config.num_layers
+        hidden, _ = self(tokens, positions, causal_attend, caches)
+        return self.logits(hidden)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    caches: tuple[Cache, ...],
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Normed hidden states [T, hidden] and new caches; computes in the params' dtype.
+
+    tokens, positions: int32 [T], of any mix of requests; ids must lie in [0, V).
+    """
+    module = Transformer(config, dtype=params_dtype(params))
+    return module.apply({"params": params}, tokens, positions, attend, caches)
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Next-token logits of hidden states [R, hidden], float32 [R, V]."""
+    module = Transformer(config, dtype=params_dtype(params))
+    return module.apply({"params": params}, hidden, method="logits")
+
+
+def params_dtype(params: Params) -> np.dtype:
+    """The dtype that the model computes in: that of its embedding table."""
+    return params["embed"]["weight"].dtype
+
+
+def param_shapes(config: ModelConfig, dtype=jnp.float32) -> Params:
+    """The parameter tree with a jax.ShapeDtypeStruct in place of each array."""
+    module = Transformer(config, dtype=dtype)
+    init = functools.partial(module.init, method="everything")
+    tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+
+
+def init_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
+    """Random parameters with the spread of a trained model, made on the device.
+
+    One array is made at a time, so nothing larger than one array in float32 is
+    needed beside the result; the compiled generator is shared by equal shapes.
+    Biases are random too (a lost bias must change the output), norm scales near 1.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config, dtype))
+    key = jax.random.key(seed)
+    made = []
+    for index, (path, leaf) in enumerate(flat):
+        name = path[-1].key
+        fan_in = leaf.shape[0] if name == "kernel" else 2500  # 2500: std 0.02
+        made.append(
+            _random_array(
+                jax.random.fold_in(key, index),
+                shape=leaf.shape,
+                dtype=jnp.dtype(dtype),
+                mean=1.0 if name == "scale" else 0.0,
+                std=fan_in**-0.5,
+            )
+        )
+    return jax.tree.unflatten(tree, made)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "mean", "std"))
+def _random_array(key, *, shape, dtype, mean, std):
+    noise = jax.random.normal(key, shape, jnp.float32)
+    return (mean + std * noise).astype(dtype)
+
+
+def causal_attend(
+    layer_index: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Plain causal attention among the T tokens given, taken as one text in order.
+
+    q [T, N, D]; k, v [T, H, D]; the cache is returned as it came. For tests and
+    for scoring a text: scores are [T, N, T] in float32.
+    """
+    del layer_index
+    num_tokens, num_heads, head_dim = q.shape
+    grouped = q.reshape(num_tokens, k.shape[1], -1, head_dim)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(
+        jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = product("ihgd,jhd->hgij", grouped, k) * head_dim**-0.5
+    visible = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
+    scores = jnp.where(visible[None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = product("hgij,jhd->ihgd", weights, v)
+    return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype), cache

@@ -1,0 +1,210 @@
+"""Shapes of a decoder-only transformer, and those of some published models.
+
+``ModelConfig`` is the only description of a model that the rest of the package
+reads; loaders translate checkpoint metadata into it and refuse what it cannot say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Rotary frequencies divided by ``factor`` (position interpolation)."""
+
+    factor: float  # > 0; ratio of the extended to the trained context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """The piecewise frequency scaling of Llama 3.1.
+
+    Wavelengths longer than ``original_max_length / low_freq_factor`` tokens are
+    stretched by ``factor``, those shorter than ``original_max_length /
+    high_freq_factor`` stay, and those between are interpolated.
+    """
+
+    factor: float  # > 0
+    low_freq_factor: float  # > 0, below high_freq_factor
+    high_freq_factor: float
+    original_max_length: int  # tokens, > 0
+
+    def __post_init__(self):
+        """Check the ranges."""
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor ({self.low_freq_factor}) must be positive and below "
+                f"high_freq_factor ({self.high_freq_factor})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): interpolation by frequency band, warmer logits.
+
+    ``attention_factor`` multiplies cos and sin; None stands for the paper's
+    ``0.1 ln(factor) + 1``.
+    """
+
+    factor: float  # > 0
+    original_max_length: int  # tokens, > 0
+    beta_fast: float = 32.0  # rotations over the trained context: kept above this
+    beta_slow: float = 1.0  # rotations over the trained context: divided below this
+    attention_factor: float | None = None
+    truncate: bool = True  # round the band limits outwards to whole frequencies
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Static shape and law of a decoder-only transformer; hashable.
+
+    Every family served here is the same network: pre-norm RMSNorm, rotary
+    grouped-query attention, gated SiLU MLP. The flags below are all that differs.
+
+    Raises:
+        ValueError: a size is not positive, heads do not divide, or head_dim is odd.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int  # query heads N
+    num_kv_heads: int  # H, divides num_heads
+    head_dim: int  # D, even
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    max_length: int  # tokens the positions were made for
+    tie_embeddings: bool = False  # the output projection is the embedding table
+    qk_norm: bool = False  # RMSNorm of each query and key head before rotation
+    attention_bias: bool = False  # biases of the q, k and v projections
+    attention_out_bias: bool = False  # bias of the o projection
+    mlp_bias: bool = False  # biases of the gate, up and down projections
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()  # any of them ends a text
+    family: str = "llama"  # llama | qwen2 | qwen3 | mistral: names in checkpoints
+
+    def __post_init__(self):
+        """Check sizes against each other."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads}): every KV head serves the same number of "
+                "query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even for rotary embedding, got {self.head_dim}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, the tied output projection counted once."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        attention = self.hidden_size * self.head_dim * (heads + self.num_heads)
+        attention += heads * self.head_dim * self.attention_bias
+        attention += self.hidden_size * self.attention_out_bias
+        attention += 2 * self.head_dim * self.qk_norm
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        mlp += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        per_layer = attention + mlp + 2 * self.hidden_size
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * per_layer + tables + self.hidden_size
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes of KV cache that one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+
+
+def _qwen3(**sizes) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=151_936,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        max_length=40_960,
+        qk_norm=True,
+        bos_id=151_643,
+        eos_ids=(151_645, 151_643),
+        family="qwen3",
+        **sizes,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "qwen3-1.7b": _qwen3(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=28,
+        num_heads=16,
+        tie_embeddings=True,
+    ),
+    "qwen3-8b": _qwen3(
+        hidden_size=4096, intermediate_size=12_288, num_layers=36, num_heads=32
+    ),
+    "qwen3-14b": _qwen3(
+        hidden_size=5120, intermediate_size=17_408, num_layers=40, num_heads=40
+    ),
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+        rope_scaling=Llama3Scaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_length=8192,
+        ),
+        norm_eps=1e-5,
+        max_length=131_072,
+        bos_id=128_000,
+        eos_ids=(128_001, 128_008, 128_009),
+        family="llama",
+    ),
+    "smollm2-135m": ModelConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100_000.0,
+        norm_eps=1e-5,
+        max_length=8192,
+        tie_embeddings=True,
+        bos_id=1,
+        eos_ids=(2,),
+        family="llama",
+    ),
+}
