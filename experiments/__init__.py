@@ -1,0 +1,1 @@
+"""Experiments: each writes one run directory; nothing imports this package."""
