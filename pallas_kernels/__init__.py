@@ -1,0 +1,13 @@
+"""Attention, selection and gather kernels over a paged KV pool.
+
+Each operation is a package with the same four modules: `api` (public function),
+`reference` (the specification in plain jnp), `tpu` and `gpu` (Pallas kernels).
+
+    from pallas_kernels.paged_attention import LaneGroup, paged_attention
+    from pallas_kernels.select_tokens import select_tokens
+    from pallas_kernels.gather_kv import gather_kv
+"""
+
+from pallas_kernels.common import IMPLS, default_impl
+
+__all__ = ["IMPLS", "default_impl"]

@@ -1,0 +1,424 @@
+"""Named shapes of every kernel. Tests, benchmarks and tuning use the same ones.
+
+Tags: "small" runs in an interpreter within seconds; "h100" and "tpu" are shapes of
+real loads for that platform, to compile or to time.
+
+Frozen: a recorded measurement names its case, so a case never changes its meaning.
+Add a case under a new name instead.
+"""
+
+import dataclasses
+
+import numpy as np
+
+SMALL = frozenset({"small"})
+LARGE = frozenset({"h100", "tpu"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """One call of `paged_attention`."""
+
+    name: str
+    groups: tuple[tuple[int, int], ...]  # (num_lanes, num_queries)
+    kv_lengths: tuple[int, ...]  # keys, one per lane
+    q_lengths: tuple[int, ...] | None = None  # one per lane; None: every row is valid
+    head_step: int = 0  # KV head h has h * head_step keys less (queries at least)
+    num_heads: int = 8  # KV heads
+    group_size: int = 4  # query heads per KV head
+    head_size: int = 128
+    page_size: int = 64
+    extra_columns: int = 0  # table columns that no lane uses
+    mass_group: int | None = None
+    mass_rows: str = "all"
+    dtype: str = "bfloat16"
+    tags: frozenset[str] = LARGE
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of all groups."""
+        return sum(lanes for lanes, _ in self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Query rows of all groups, padding included."""
+        return sum(lanes * queries for lanes, queries in self.groups)
+
+    @property
+    def table_width(self) -> int:
+        """Columns of the page table."""
+        longest = max(1, *self.kv_lengths)
+        return -(-longest // self.page_size) + self.extra_columns
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages that hold at least one visible key."""
+        return sum(-(-length // self.page_size) for length in self.kv_lengths)
+
+    @property
+    def num_kv_bytes(self) -> int:
+        """Bytes of K and V that a call must read once (visible keys only)."""
+        row_bytes = 2 * self.head_size * (2 if self.dtype == "bfloat16" else 4)
+        return int(self.kv_length_array().sum()) * row_bytes
+
+    def q_length_array(self) -> np.ndarray:
+        """Returns q_lengths, int32 [lanes]; a lane without keys is idle."""
+        full = [queries for lanes, queries in self.groups for _ in range(lanes)]
+        q_lengths = np.asarray(self.q_lengths or full, np.int32)
+        return np.where(np.asarray(self.kv_lengths) == 0, 0, q_lengths).astype(np.int32)
+
+    def kv_length_array(self) -> np.ndarray:
+        """Returns kv_lengths, int32 [lanes, H]."""
+        lengths = np.asarray(self.kv_lengths)[:, None]
+        shorter = lengths - self.head_step * np.arange(self.num_heads)
+        least = np.minimum(lengths, self.q_length_array()[:, None])
+        return np.maximum(shorter, least).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectCase:
+    """One call of `select_tokens`."""
+
+    name: str
+    num_candidates: int  # columns of the scores
+    cap: int
+    lengths: tuple[int, ...]
+    budgets: tuple[int, ...]
+    num_heads: int = 8
+    num_recent: int = 0
+    per_layer: bool = False
+    tags: frozenset[str] = LARGE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatherCase:
+    """One call of `gather_kv`."""
+
+    name: str
+    num_lanes: int
+    context: int  # rows of the source table
+    cap: int
+    counts: tuple[int, ...] | None = None  # one per lane; None: cap
+    head_step: int = 0  # KV head h has h * head_step rows less
+    num_heads: int = 8
+    head_size: int = 128
+    page_size: int = 64
+    dtype: str = "bfloat16"
+    tags: frozenset[str] = LARGE
+
+    @property
+    def num_copied_bytes(self) -> int:
+        """Bytes that a call reads, and again that it writes."""
+        row_bytes = 2 * self.head_size * (2 if self.dtype == "bfloat16" else 4)
+        return int(self.count_array().sum()) * row_bytes
+
+    def count_array(self) -> np.ndarray:
+        """Returns counts, int32 [lanes, H]."""
+        counts = np.asarray(self.counts or (self.cap,) * self.num_lanes)[:, None]
+        fewer = counts - self.head_step * np.arange(self.num_heads)
+        return np.maximum(fewer, 0).astype(np.int32)
+
+
+_SMOLLM2 = dict(num_heads=3, group_size=3, head_size=64)
+_TINY = dict(num_heads=2, page_size=8, dtype="float32", tags=SMALL)
+
+ATTENTION_CASES = (
+    # One lane of one token; one key.
+    AttentionCase(name="one_key", groups=((1, 1),), kv_lengths=(1,), **_TINY),
+    # Lengths one below, at and one above a page; an idle lane; an unused column.
+    AttentionCase(
+        name="page_edges",
+        groups=((5, 1),),
+        kv_lengths=(7, 8, 9, 0, 16),
+        extra_columns=1,
+        **_TINY,
+    ),
+    # Verification with short and idle lanes, mass of all rows.
+    AttentionCase(
+        name="verify_ragged",
+        groups=((4, 3),),
+        kv_lengths=(21, 40, 3, 0),
+        q_lengths=(3, 1, 3, 0),
+        mass_group=0,
+        **_TINY,
+    ),
+    AttentionCase(
+        name="verify_edges",
+        groups=((4, 4),),
+        kv_lengths=(30, 33, 24, 9),
+        q_lengths=(4, 3, 1, 2),
+        mass_group=0,
+        mass_rows="edges",
+        **_TINY,
+    ),
+    # A whole engine step: draft lanes (ragged over heads), verify lanes, a prefill.
+    AttentionCase(
+        name="step",
+        groups=((3, 1), (2, 5), (1, 16)),
+        kv_lengths=(17, 0, 12, 50, 64, 31),
+        q_lengths=(1, 0, 1, 5, 5, 13),
+        head_step=3,
+        mass_group=1,
+        extra_columns=2,
+        **_TINY,
+    ),
+    # First chunk of a prompt: no candidates yet.
+    AttentionCase(
+        name="prefill_first",
+        groups=((2, 12),),
+        kv_lengths=(12, 5),
+        q_lengths=(12, 5),
+        mass_group=0,
+        **_TINY,
+    ),
+    AttentionCase(
+        name="step_d64",
+        groups=((2, 1), (2, 3)),
+        kv_lengths=(19, 16, 33, 25),
+        mass_group=1,
+        **{**_TINY, **_SMOLLM2},
+    ),
+    AttentionCase(
+        name="verify_g5",
+        groups=((2, 2),),
+        kv_lengths=(18, 24),
+        mass_group=0,
+        group_size=5,
+        **_TINY,
+    ),
+    AttentionCase(
+        name="verify_g8",
+        groups=((2, 2),),
+        kv_lengths=(17, 9),
+        mass_group=0,
+        group_size=8,
+        head_size=64,
+        **_TINY,
+    ),
+    # Several key blocks of a kernel, real page size.
+    AttentionCase(
+        name="verify_long",
+        groups=((1, 1), (2, 9)),
+        kv_lengths=(320, 1345, 1024),
+        mass_group=1,
+        **{**_TINY, "page_size": 64},
+    ),
+    AttentionCase(
+        name="step_bf16",
+        groups=((2, 1), (2, 9)),
+        kv_lengths=(130, 64, 200, 129),
+        mass_group=1,
+        **{**_TINY, "page_size": 64, "dtype": "bfloat16"},
+    ),
+    AttentionCase(
+        name="verify_8k", groups=((14, 9),), kv_lengths=(8192,) * 14, mass_group=0
+    ),
+    AttentionCase(
+        name="verify_32k", groups=((14, 9),), kv_lengths=(32768,) * 14, mass_group=0
+    ),
+    AttentionCase(
+        name="verify_131k", groups=((2, 9),), kv_lengths=(131072,) * 2, mass_group=0
+    ),
+    AttentionCase(
+        name="verify_8k_edges",
+        groups=((14, 9),),
+        kv_lengths=(8192,) * 14,
+        mass_group=0,
+        mass_rows="edges",
+    ),
+    AttentionCase(name="draft_410", groups=((114, 1),), kv_lengths=(410,) * 114),
+    AttentionCase(name="draft_1638", groups=((114, 1),), kv_lengths=(1638,) * 114),
+    AttentionCase(
+        name="mixed",
+        groups=((114, 1), (14, 9)),
+        kv_lengths=(410,) * 114 + (8192,) * 14,
+        mass_group=1,
+    ),
+    AttentionCase(
+        name="mixed_ragged",
+        groups=((112, 1), (14, 9), (1, 256)),
+        kv_lengths=tuple(64 + 13 * i for i in range(112))
+        + tuple(1000 + 1777 * i for i in range(14))
+        + (4096,),
+        mass_group=1,
+    ),
+    AttentionCase(
+        name="verify_8k_d64",
+        groups=((14, 9),),
+        kv_lengths=(8192,) * 14,
+        mass_group=0,
+        **_SMOLLM2,
+    ),
+    AttentionCase(
+        name="verify_8k_g5",
+        groups=((14, 9),),
+        kv_lengths=(8192,) * 14,
+        mass_group=0,
+        group_size=5,
+    ),
+    AttentionCase(
+        name="verify_8k_g8",
+        groups=((14, 16),),
+        kv_lengths=(8192,) * 14,
+        mass_group=0,
+        num_heads=4,
+        group_size=8,
+    ),
+    AttentionCase(
+        name="plain_8k", groups=((128, 1),), kv_lengths=(8192,) * 128, tags=LARGE
+    ),
+)
+
+SELECT_CASES = (
+    SelectCase(
+        name="few",
+        num_candidates=16,
+        cap=8,
+        lengths=(16, 5, 0, 9),
+        budgets=(8, 8, 8, 0),
+        num_heads=2,
+        tags=SMALL,
+    ),
+    SelectCase(
+        name="recent",
+        num_candidates=300,
+        cap=40,
+        lengths=(300, 129, 20, 256),
+        budgets=(40, 7, 40, 1),
+        num_heads=3,
+        num_recent=9,
+        tags=SMALL,
+    ),
+    SelectCase(
+        name="layer",
+        num_candidates=256,
+        cap=64,
+        lengths=(256, 255, 128),
+        budgets=(64, 33, 64),
+        num_heads=4,
+        num_recent=4,
+        per_layer=True,
+        tags=SMALL,
+    ),
+    # More wanted than there is: everything is chosen.
+    SelectCase(
+        name="all_of_it",
+        num_candidates=128,
+        cap=160,
+        lengths=(128, 31),
+        budgets=(160, 160),
+        num_heads=2,
+        tags=SMALL,
+    ),
+    SelectCase(
+        name="select_2k",
+        num_candidates=2048,
+        cap=192,
+        lengths=(2048, 1999),
+        budgets=(192, 100),
+        num_heads=2,
+        num_recent=16,
+        tags=SMALL,
+    ),
+    SelectCase(
+        name="select_8k",
+        num_candidates=8192,
+        cap=410,
+        lengths=(8192,) * 14,
+        budgets=(410,) * 14,
+    ),
+    SelectCase(
+        name="select_8k_layer",
+        num_candidates=8192,
+        cap=410,
+        lengths=(8192,) * 14,
+        budgets=(410,) * 14,
+        per_layer=True,
+    ),
+    SelectCase(
+        name="select_32k",
+        num_candidates=32768,
+        cap=1638,
+        lengths=(32768,) * 14,
+        budgets=(1638,) * 14,
+    ),
+    SelectCase(
+        name="select_131k",
+        num_candidates=131072,
+        cap=6554,
+        lengths=(131072,) * 2,
+        budgets=(6554,) * 2,
+        num_recent=64,
+    ),
+)
+
+GATHER_CASES = (
+    GatherCase(
+        name="few_rows",
+        num_lanes=3,
+        context=40,
+        cap=19,
+        counts=(19, 8, 0),
+        head_step=3,
+        num_heads=2,
+        page_size=8,
+        dtype="float32",
+        tags=SMALL,
+    ),
+    GatherCase(
+        name="few_rows_bf16",
+        num_lanes=2,
+        context=64,
+        cap=33,
+        counts=(33, 16),
+        head_step=1,
+        num_heads=3,
+        page_size=16,
+        tags=SMALL,
+    ),
+    GatherCase(
+        name="few_rows_d64",
+        num_lanes=2,
+        context=48,
+        cap=20,
+        counts=(17, 20),
+        num_heads=3,
+        head_size=64,
+        page_size=16,
+        dtype="float32",
+        tags=SMALL,
+    ),
+    GatherCase(
+        name="page_64",
+        num_lanes=2,
+        context=256,
+        cap=70,
+        counts=(70, 64),
+        num_heads=2,
+        tags=SMALL,
+    ),
+    GatherCase(name="gather_512b", num_lanes=14, context=32768, cap=1638),
+    GatherCase(name="gather_410", num_lanes=14, context=8192, cap=410),
+    GatherCase(
+        name="gather_d64",
+        num_lanes=14,
+        context=8192,
+        cap=410,
+        num_heads=3,
+        head_size=64,
+    ),
+)
+
+
+def by_name(cases: tuple, name: str):
+    """Returns the case called `name`."""
+    found = [case for case in cases if case.name == name]
+    if not found:
+        names = ", ".join(case.name for case in cases)
+        raise ValueError(f"no case is called {name!r}; there are {names}")
+    return found[0]
+
+
+def tagged(cases: tuple, tag: str) -> tuple:
+    """Returns the cases that carry `tag`."""
+    return tuple(case for case in cases if tag in case.tags)

@@ -1,0 +1,64 @@
+"""Public entry of the KV row gather: argument checks, choice of implementation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import (
+    check_dtype,
+    check_pool,
+    check_shape,
+    load_implementation,
+)
+
+
+def gather_kv(
+    kv_pages: jax.Array,
+    source_table: jax.Array,
+    target_table: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    *,
+    impl: str | None = None,
+) -> jax.Array:
+    """Returns the pool with the selected rows copied behind each other.
+
+    For every lane and KV head, row `indices[lane, h, n]` of the source table goes to
+    row `n` of the target table for `n < counts[lane, h]`, bit for bit; nothing else
+    changes. Row `r` of a table is `kv_pages[table[lane, r // ps], h, r % ps]`. A row
+    whose source or target page is outside `[0, P)` is not copied.
+
+    The pool is written in place when the jitted caller donates it and does not read
+    the old value afterwards.
+
+    Args:
+      kv_pages: [P, H, ps, 2*D], bfloat16 or float32.
+      source_table: int32 [lanes, W].
+      target_table: int32 [lanes, Wd]. A page that receives rows appears once in all
+        target tables and in no source table.
+      indices: int32 [lanes, H, cap], rows below W * ps, ascending (the kernels
+        exploit the order; every order gives the same result).
+      counts: int32 [lanes, H], 0..min(cap, Wd * ps).
+      impl: one of `pallas_kernels.IMPLS`; None means `default_impl()`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together.
+      NotImplementedError: the chosen implementation cannot serve the shapes.
+    """
+    check_pool(kv_pages)
+    num_heads = kv_pages.shape[1]
+    check_shape("source_table", source_table, (None, None), "[lanes, W]")
+    lanes = source_table.shape[0]
+    check_shape("target_table", target_table, (lanes, None), "[lanes, Wd]")
+    check_shape("indices", indices, (lanes, num_heads, None), "[lanes, H, cap]")
+    check_shape("counts", counts, (lanes, num_heads), "[lanes, H]")
+    for name, array in (
+        ("source_table", source_table),
+        ("target_table", target_table),
+        ("indices", indices),
+        ("counts", counts),
+    ):
+        check_dtype(name, array, jnp.int32)
+        if 0 in array.shape:
+            raise ValueError(f"{name} has shape {array.shape}: no axis may be empty")
+    function = load_implementation("pallas_kernels.gather_kv", "gather_kv", impl)
+    return function(kv_pages, source_table, target_table, indices, counts)

@@ -1,0 +1,9 @@
+"""Attention of mixed draft, verify and prefill lanes over a paged KV pool."""
+
+from pallas_kernels.paged_attention.api import (
+    AttentionOutput,
+    LaneGroup,
+    paged_attention,
+)
+
+__all__ = ["AttentionOutput", "LaneGroup", "paged_attention"]

@@ -1,0 +1,137 @@
+"""Public entry of paged attention: types, argument checks, choice of implementation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import (
+    check_dtype,
+    check_pool,
+    check_shape,
+    load_implementation,
+)
+
+MASS_ROWS = ("all", "edges")
+
+
+class LaneGroup(NamedTuple):
+    """Lanes that carry the same number of query rows. Static."""
+
+    num_lanes: int
+    num_queries: int
+
+
+class AttentionOutput(NamedTuple):
+    """Result of `paged_attention`."""
+
+    out: jax.Array  # [T, N, D], dtype of q
+    mass: jax.Array | None  # float32 [lanes of mass_group, H, W * page_size]
+
+
+def paged_attention(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lengths: jax.Array,
+    q_lengths: jax.Array,
+    *,
+    groups: tuple[LaneGroup, ...],
+    scale: float | None = None,
+    mass_group: int | None = None,
+    mass_rows: str = "all",
+    impl: str | None = None,
+) -> AttentionOutput:
+    """Returns causal attention of every lane over its own pages, and its mass.
+
+    Query `i < q_length` of a lane sits at key index `kv_length - q_length + i` and
+    sees the keys up to and including that index. Key `j` of KV head `h` is the row
+    `kv_pages[page_table[lane, j // ps], h, j % ps]`, K in its first half and V in
+    its second. Query head `n` reads KV head `n // G`. Softmax and sums are float32.
+    Padding rows, and rows that see no key, are zero. Rows of the pool at or past a
+    length may hold NaN; table columns past a length may hold any number.
+
+        kv_length 7, q_length 3      key  0 1 2 3 4 5 6
+                              query 0     x x x x x . .
+                              query 1     x x x x x x .
+                              query 2     x x x x x x x
+        candidates of the mass:           c c c c
+
+    The mass (PillarAttn, arXiv 2512.01278) of a candidate `j < kv_length - q_length`
+    is its softmax probability averaged over the used query rows and the G query
+    heads of its KV head; it is zero in every other column.
+
+    Args:
+      q: [T, N, D], T = sum of num_lanes * num_queries; lane-major inside a group,
+        groups one behind the other.
+      kv_pages: [P, H, ps, 2*D], bfloat16 or float32, same dtype as q.
+      page_table: int32 [lanes, W], lanes in the order of the groups.
+      kv_lengths: int32 [lanes, H], keys the last valid query sees, its own
+        included; at most W * ps. 0 marks an idle lane.
+      q_lengths: int32 [lanes], valid queries, at most the group's num_queries.
+      groups: static layout of the lanes.
+      scale: factor on the logits; None means D ** -0.5.
+      mass_group: index into `groups` of the lanes whose mass is returned.
+      mass_rows: "all" valid query rows, or "edges": the first and the last valid
+        one (a single row counts once).
+      impl: one of `pallas_kernels.IMPLS`; None means `default_impl()`.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit together.
+      NotImplementedError: the chosen implementation cannot serve the shapes.
+    """
+    groups = tuple(LaneGroup(*group) for group in groups)
+    _check_groups(groups, mass_group, mass_rows)
+    lanes = sum(group.num_lanes for group in groups)
+    tokens = sum(group.num_lanes * group.num_queries for group in groups)
+    check_pool(kv_pages)
+    num_heads, head_size = kv_pages.shape[1], kv_pages.shape[3] // 2
+    check_shape("q", q, (tokens, None, head_size), "[T, N, D] of groups and kv_pages")
+    check_dtype("q", q, kv_pages.dtype)
+    if q.shape[1] % num_heads or q.shape[1] == 0:
+        raise ValueError(
+            f"q has {q.shape[1]} heads and kv_pages {num_heads}: the first must be "
+            "a multiple of the second"
+        )
+    check_shape("page_table", page_table, (lanes, None), "[lanes, W]")
+    check_shape("kv_lengths", kv_lengths, (lanes, num_heads), "[lanes, H]")
+    check_shape("q_lengths", q_lengths, (lanes,), "[lanes]")
+    for name, array in (
+        ("page_table", page_table),
+        ("kv_lengths", kv_lengths),
+        ("q_lengths", q_lengths),
+    ):
+        check_dtype(name, array, jnp.int32)
+    if page_table.shape[1] == 0:
+        raise ValueError("page_table has 0 columns, expected at least 1 page per lane")
+    function = load_implementation(
+        "pallas_kernels.paged_attention", "paged_attention", impl
+    )
+    return function(
+        q,
+        kv_pages,
+        page_table,
+        kv_lengths,
+        q_lengths,
+        groups=groups,
+        scale=head_size**-0.5 if scale is None else float(scale),
+        mass_group=mass_group,
+        mass_rows=mass_rows,
+    )
+
+
+def _check_groups(
+    groups: tuple[LaneGroup, ...], mass_group: int | None, mass_rows: str
+) -> None:
+    if not groups or any(min(group) < 1 for group in groups):
+        raise ValueError(
+            f"groups is {groups}: give at least one group, each with num_lanes >= 1 "
+            "and num_queries >= 1"
+        )
+    if mass_group is not None and not 0 <= mass_group < len(groups):
+        raise ValueError(
+            f"mass_group is {mass_group} but groups has {len(groups)} entries; "
+            f"use 0..{len(groups) - 1} or None"
+        )
+    if mass_rows not in MASS_ROWS:
+        raise ValueError(f"mass_rows is {mass_rows!r}; choose one of {MASS_ROWS}")
