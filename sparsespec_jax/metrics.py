@@ -1,0 +1,337 @@
+"""What decoding did: counts per request, their totals, and the byte model.
+
+Conventions (the bonus token is the target's own token that ends every cycle):
+
+* ``mean_acceptance_length`` counts the bonus token: 1 + accepted / verify steps;
+* ``mean_accepted_draft_tokens`` does not: accepted / verify steps;
+* per-position acceptance is unconditional: draft i accepted / verify steps;
+* counts are verification's own, before a stop token or length limit cuts the
+  output, and leave out the seed verification, which has no drafts to judge;
+* a KV token is the K and V of one context token over all layers and KV heads.
+
+Totals come as a ratio of sums and as a mean over requests; the first weighs long
+requests more. Undefined ratios are NaN. No jax here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class KvTokens:
+    """KV tokens moved for one request or many, by what moved them."""
+
+    draft: int = 0  # read by draft steps
+    verify: int = 0  # read by verifications; in plain decoding by every step
+    prefill: int = 0  # read by prompt chunks and the seed verification
+    gather: int = 0  # copied into draft caches: each is one read and one write
+
+    @property
+    def decode(self) -> int:
+        """Tokens read and written after prefill: the traffic speculation changes."""
+        return self.draft + self.verify + 2 * self.gather
+
+    def __add__(self, other: KvTokens) -> KvTokens:
+        return _add_fields(self, other)
+
+
+@dataclass(kw_only=True)
+class RequestMetrics:
+    """Counts and times of one request; with ``+`` the counts and times of several.
+
+    The engine creates one per request with ``max_draft_tokens=k``, calls
+    ``record_verification`` once per verify step and adds to the other fields.
+    """
+
+    max_draft_tokens: int = 0  # k, drafts per cycle; 0 is plain decoding
+    num_requests: int = 1
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_draft_tokens: int = 0  # drafts that a verification judged
+    accepted_histogram: list[int] = field(default_factory=list)
+    # ^ [k + 1]: verify steps that accepted exactly i drafts
+    kv_tokens_read: KvTokens = field(default_factory=KvTokens)
+    plain_kv_tokens: int = 0  # what plain decoding would read for the same output
+    queue_time_s: float = 0.0  # submission to first prefill step
+    time_to_first_token_s: float = 0.0  # from submission
+    total_time_s: float = 0.0  # submission to last token
+
+    def __post_init__(self):
+        missing = self.max_draft_tokens + 1 - len(self.accepted_histogram)
+        self.accepted_histogram = list(self.accepted_histogram) + [0] * missing
+
+    def record_verification(self, *, num_accepted: int, num_drafted: int) -> None:
+        """Count one verify step that accepted `num_accepted` of `num_drafted`.
+
+        Raises:
+            ValueError: not 0 <= num_accepted <= num_drafted <= max_draft_tokens.
+        """
+        if not 0 <= num_accepted <= num_drafted <= self.max_draft_tokens:
+            raise ValueError(
+                f"num_accepted ({num_accepted}) must be within num_drafted "
+                f"({num_drafted}), and that within max_draft_tokens "
+                f"({self.max_draft_tokens})"
+            )
+        self.accepted_histogram[num_accepted] += 1
+        self.num_draft_tokens += num_drafted
+
+    def finish(self, *, num_output_tokens: int) -> None:
+        """Set the output length and what plain decoding would have read for it."""
+        self.num_output_tokens = num_output_tokens
+        self.plain_kv_tokens = plain_kv_tokens(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+        )
+
+    def __add__(self, other: RequestMetrics) -> RequestMetrics:
+        return _add_fields(
+            self,
+            other,
+            max_draft_tokens=max(self.max_draft_tokens, other.max_draft_tokens),
+            accepted_histogram=_add_padded(
+                self.accepted_histogram, other.accepted_histogram
+            ),
+        )
+
+    @property
+    def num_verify_steps(self) -> int:
+        """Verify steps; in plain decoding every step after the first token."""
+        return sum(self.accepted_histogram)
+
+    @property
+    def num_accepted_draft_tokens(self) -> int:
+        """Drafts accepted, before a stop or limit cuts the output."""
+        return sum(i * n for i, n in enumerate(self.accepted_histogram))
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Output tokens after the first one of each request, which prefill gives."""
+        return max(0, self.num_output_tokens - self.num_requests)
+
+    @property
+    def mean_accepted_draft_tokens(self) -> float:
+        """Accepted drafts per verify step, 0..k, without the bonus token."""
+        return _ratio(self.num_accepted_draft_tokens, self.num_verify_steps)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per verify step, 1..k+1, with the bonus token."""
+        return 1 + self.mean_accepted_draft_tokens
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted drafts over judged drafts."""
+        return _ratio(self.num_accepted_draft_tokens, self.num_draft_tokens)
+
+    @property
+    def accepted_at_position(self) -> list[int]:
+        """[k]: verify steps that accepted draft i (and so all before it)."""
+        counts = self.accepted_histogram
+        return [sum(counts[i:]) for i in range(1, len(counts))]
+
+    @property
+    def acceptance_at_position(self) -> list[float]:
+        """[k]: ``accepted_at_position`` over verify steps; never increases."""
+        steps = self.num_verify_steps
+        return [_ratio(n, steps) for n in self.accepted_at_position]
+
+    @property
+    def kv_read_ratio(self) -> float:
+        """KV traffic over that of plain decoding for the same output; below 1 saves."""
+        return _ratio(self.kv_tokens_read.decode, self.plain_kv_tokens)
+
+    @property
+    def kv_tokens_per_output_token(self) -> float:
+        """KV tokens moved per output token after the first."""
+        return _ratio(self.kv_tokens_read.decode, self.num_decode_tokens)
+
+    def to_dict(self) -> dict:
+        """Counters and derived values as JSON types; undefined ratios are None."""
+        derived = (
+            "num_verify_steps",
+            "num_accepted_draft_tokens",
+            "mean_acceptance_length",
+            "mean_accepted_draft_tokens",
+            "draft_acceptance_rate",
+            "accepted_at_position",
+            "acceptance_at_position",
+            "kv_tokens_per_output_token",
+            "kv_read_ratio",
+        )
+        values = dataclasses.asdict(self)
+        return _json_safe(values | {name: getattr(self, name) for name in derived})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> RequestMetrics:
+        """The inverse of ``to_dict``; derived values are computed anew."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        fields = {name: values[name] for name in values if name in names}
+        fields["kv_tokens_read"] = KvTokens(**fields["kv_tokens_read"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeStats:
+    """Totals of a run of the engine over its finished requests."""
+
+    requests: tuple[RequestMetrics, ...]
+    num_slots: int  # requests decoded at the same time
+    num_steps: int  # compiled steps dispatched
+    wall_time_s: float  # compilation excluded
+    kv_bytes_per_token: int  # K and V of one token over all layers and KV heads
+    weight_bytes: int  # weights that one step reads
+
+    @property
+    def total(self) -> RequestMetrics:
+        """Sums over requests: its ratios are ratios of sums."""
+        return sum_metrics(self.requests)
+
+    def mean_over_requests(self, name: str) -> float:
+        """Mean of a ratio of RequestMetrics over the requests where it is defined."""
+        values = [getattr(request, name) for request in self.requests]
+        values = [value for value in values if not math.isnan(value)]
+        return _ratio(sum(values), len(values))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens per second of wall time."""
+        return _ratio(self.total.num_output_tokens, self.wall_time_s)
+
+    @property
+    def kv_bytes_per_output_token(self) -> float:
+        """KV bytes moved per output token after the first of each request."""
+        return self.total.kv_tokens_per_output_token * self.kv_bytes_per_token
+
+    @property
+    def speed_of_light(self) -> float:
+        """Bound on the speed-up over plain decoding, with this run's own reads.
+
+        All slots are taken as busy, which is the load the bound is meant for.
+        """
+        total = self.total
+        drafts = total.max_draft_tokens
+        verify = total.kv_tokens_read.verify
+        plain_step = _ratio(total.plain_kv_tokens, total.num_decode_tokens)
+        return speed_of_light(
+            num_draft_tokens=drafts,
+            mean_accepted_draft_tokens=total.mean_accepted_draft_tokens,
+            weight_bytes=self.weight_bytes,
+            kv_bytes=self.num_slots * plain_step * self.kv_bytes_per_token,
+            budget_ratio=_ratio(total.kv_tokens_read.draft, drafts * verify)
+            if drafts
+            else 0.0,
+            overhead_ratio=_ratio(2 * total.kv_tokens_read.gather, verify),
+        )
+
+    def to_dict(self) -> dict:
+        """Totals, means over requests and the byte model as JSON types."""
+        means = (
+            "mean_acceptance_length",
+            "mean_accepted_draft_tokens",
+            "draft_acceptance_rate",
+            "kv_read_ratio",
+        )
+        scalars = (
+            "num_slots",
+            "num_steps",
+            "wall_time_s",
+            "kv_bytes_per_token",
+            "weight_bytes",
+            "tokens_per_s",
+            "kv_bytes_per_output_token",
+            "speed_of_light",
+        )
+        values = {name: getattr(self, name) for name in scalars}
+        values["total"] = self.total.to_dict()
+        values["mean_over_requests"] = {m: self.mean_over_requests(m) for m in means}
+        return _json_safe(values)
+
+
+def sum_metrics(requests: Iterable[RequestMetrics]) -> RequestMetrics:
+    """The sum of the requests' counts and times; of none, all zeros."""
+    return sum(requests, start=RequestMetrics(num_requests=0))
+
+
+def plain_kv_tokens(*, num_prompt_tokens: int, num_output_tokens: int) -> int:
+    """KV tokens that plain decoding reads for the output after its first token.
+
+    The first token comes with prefill; the step that emits output token i >= 1
+    reads the prompt and the i tokens before it.
+    """
+    steps = max(0, num_output_tokens - 1)
+    return steps * num_prompt_tokens + steps * (steps + 1) // 2
+
+
+def speed_of_light(
+    *,
+    num_draft_tokens: int,
+    mean_accepted_draft_tokens: float,
+    weight_bytes: float,
+    kv_bytes: float,
+    budget_ratio: float,
+    overhead_ratio: float | None = None,
+) -> float:
+    """Bound on the speed-up over plain decoding when every step is bound by memory.
+
+    A plain step reads the weights W and the caches KV of all slots and commits one
+    token per slot. A cycle of k drafts and one verification reads
+    (k + 1) W + (k s + 1 + m) KV and commits a + 1, so the bound is
+    (a + 1) (W + KV) / ((k + 1) W + (k s + 1 + m) KV).
+
+    Args:
+        num_draft_tokens: k.
+        mean_accepted_draft_tokens: a, without the bonus token.
+        weight_bytes: W, read once per step whatever the number of slots.
+        kv_bytes: KV, what one plain step reads over all slots.
+        budget_ratio: s, share of the cache that a draft step reads.
+        overhead_ratio: m, share of the cache moved by mass, selection and gather;
+            None is a gather's read and write, 2 s (0 without drafts).
+    """
+    k, s = num_draft_tokens, budget_ratio
+    m = (2 * s if k else 0.0) if overhead_ratio is None else overhead_ratio
+    cycle_bytes = (k + 1) * weight_bytes + (k * s + 1 + m) * kv_bytes
+    committed = mean_accepted_draft_tokens + 1
+    return _ratio(committed * (weight_bytes + kv_bytes), cycle_bytes)
+
+
+def token_forwards_per_token(
+    *, num_draft_tokens: int, mean_accepted_draft_tokens: float
+) -> float:
+    """Token forwards per committed token, (2k + 1) / (a + 1): the compute side.
+
+    Where a step is bound by arithmetic instead of memory, speculation multiplies
+    the work by this.
+    """
+    return (2 * num_draft_tokens + 1) / (mean_accepted_draft_tokens + 1)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _add_fields(left, right, **replaced):
+    """A new record whose fields are sums, but for those in `replaced`."""
+    names = [f.name for f in dataclasses.fields(left) if f.name not in replaced]
+    sums = {name: getattr(left, name) + getattr(right, name) for name in names}
+    return type(left)(**sums, **replaced)
+
+
+def _add_padded(left: list[int], right: list[int]) -> list[int]:
+    size = max(len(left), len(right))
+    left, right = (x + [0] * (size - len(x)) for x in (left, right))
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _json_safe(value):
+    """`value` with NaN turned into None: strict JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value
