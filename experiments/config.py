@@ -57,9 +57,7 @@ class GenerateConfig:
     def __post_init__(self):
         """Build the option records once, so that each checks its own fields."""
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"dtype must be float32 or bfloat16, got {self.dtype!r}"
-            )
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
         if self.num_prompts < 0:
             raise ValueError(f"num_prompts must be at least 0, got {self.num_prompts}")
         if self.num_draft_tokens < 1:

@@ -11,6 +11,7 @@ not. Writes config.json, environment.json, results.jsonl and summary.json to
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 
 from absl import app, flags
@@ -20,6 +21,7 @@ from experiments import config as config_lib
 from experiments import record, report
 from experiments.prompts import load_prompts
 from sparsespec_jax import Engine, load_model
+from sparsespec_jax.text import encode_prompt
 
 _CONFIG = flags.DEFINE_string(
     "config", "demo", "Name of a module in experiments/configs; flags override it."
@@ -54,36 +56,146 @@ def config_from_flags() -> config_lib.GenerateConfig:
     return dataclasses.replace(base, **given)
 
 
-def decode_missing(engine, prompts, config, *, mode, directory, describe=None):
+def decode_missing(engine, prompts, config, *, mode, directory):
     """Decode the prompts that `directory` has no record of in this mode.
 
-    Each finished request is recorded before the next step is taken.
+    Each finished request is recorded before the next step is taken. Time counts from
+    the first step, after compilation.
     """
     done = {r["index"] for r in directory.records if r["mode"] == mode}
-    pending = {}
-    for index, prompt in enumerate(prompts):
-        if index not in done:
-            pending[engine.add_request(prompt, config.sampling(index))] = index
-    start, num_steps = time.perf_counter(), 0
-    bar = tqdm(total=len(prompts), initial=len(done), desc=mode, unit="request")
+    missing = [index for index in range(len(prompts)) if index not in done]
+    if not missing:
+        return
+    for index in missing:
+        engine.add_request(prompts[index], config.sampling(index), prompt_index=index)
+    bar = tqdm(total=len(missing) * config.max_tokens, desc=mode, unit="tok")
     with bar:
-        while pending:
-            results, num_steps = engine.step(), num_steps + 1
+        engine.warm_up()
+        start, num_steps = time.perf_counter(), 0
+        bar.unpause()
+        while engine.has_work:
+            (results, events), num_steps = engine.step_with_events(), num_steps + 1
             for result in results:
+                bar.total -= config.max_tokens - len(result.token_ids)
                 directory.append(
                     {
                         "mode": mode,
-                        "index": pending.pop(result.request_id),
+                        "index": result.prompt_index,
                         "session": directory.session,
                         "step": num_steps,
                         "elapsed_s": time.perf_counter() - start,
-                        "prompt_token_ids": list(result.prompt_token_ids),
-                        "token_ids": list(result.token_ids),
-                        "text": result.text,
-                        "logprobs": list(result.logprobs),
-                        "finish_reason": result.finish_reason,
-                        "stop_reason": result.stop_reason,
-                        "metrics": result.metrics.to_dict(),
+                        **_result_record(result),
                     }
                 )
-                bar.update()
+            bar.update(sum(len(event.new_token_ids) for event in events))
+
+
+def _result_record(result):
+    return {
+        "prompt_token_ids": list(result.prompt_token_ids),
+        "token_ids": list(result.token_ids),
+        "text": result.text,
+        "logprobs": list(result.logprobs),
+        "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
+        "metrics": result.metrics.to_dict(),
+    }
+
+
+def encode_prompts(model, config) -> list[list[int]]:
+    """Token ids of the config's prompts.
+
+    Raises:
+        ValueError: a prompt is malformed or too long for the model.
+    """
+    prompts = load_prompts(config.prompts, chat=config.chat)
+    prompts = prompts[: config.num_prompts or None]
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            ids = encode_prompt(prompt, model.tokenizer, model.config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+        if len(ids) + config.max_tokens > model.config.max_length:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, which with max_tokens "
+                f"({config.max_tokens}) is more than the {model.config.max_length} the "
+                "model was made for: lower --max_tokens"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def run(model, prompts, config, directory):
+    """Decode in both modes into `directory`; returns (statistics, Comparison).
+
+    Args:
+        model: what load_model returns.
+        prompts: lists of token ids.
+        config: GenerateConfig.
+        directory: an open RunDirectory; its records are not decoded again.
+    """
+    longest = max(map(len, prompts)) + config.max_tokens
+    directory.write_environment(record.describe_environment())
+    stats, tokens = {}, {}
+    for mode in report.MODES:
+        engine = Engine(
+            model, speculation=config.speculation(mode), engine=config.engine(longest)
+        )
+        decode_missing(engine, prompts, config, mode=mode, directory=directory)
+        records = [r for r in directory.records if r["mode"] == mode]
+        stats[mode] = report.stats_of(records, like=engine.stats(0.0))
+        tokens[mode] = {r["index"]: r["token_ids"] for r in records}
+    comparison = report.compare(*(tokens[mode] for mode in report.MODES))
+    summary = {mode: stats[mode].to_dict() for mode in report.MODES}
+    directory.write_summary(
+        {"comparison": dataclasses.asdict(comparison), "impl": engine.impl} | summary
+    )
+    return stats, comparison
+
+
+def print_report(config, directory, stats, comparison):
+    """Print texts, table and the closing lines of a finished run."""
+    for item in sorted(directory.records, key=lambda r: r["index"]):
+        if item["mode"] == "speculative":
+            print(report.excerpt(item), end="\n\n")
+    print(report.table(stats), end="\n\n")
+    print(f"Results: {directory.path}")
+    print(
+        report.closing_lines(
+            comparison,
+            stats["speculative"],
+            is_deterministic=config.is_deterministic,
+        )
+    )
+
+
+def main(argv):
+    """Check everything, then run; a bad flag or input ends it in one line."""
+    output_dir = _OUTPUT_DIR.value or time.strftime("runs/generate-%Y%m%d-%H%M%S")
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; options start with --")
+        if _RESUME.value and not _OUTPUT_DIR.value:
+            raise ValueError("--resume needs the --output_dir of the run")
+        config = config_from_flags()
+        as_dict = dataclasses.asdict(config)
+        record.check(output_dir, config=as_dict, resume=_RESUME.value)
+        load_prompts(config.prompts, chat=config.chat)
+        model = load_model(config.model, dtype=config.dtype)
+        prompts = encode_prompts(model, config)
+        directory = record.RunDirectory(
+            output_dir, config=as_dict, resume=_RESUME.value
+        )
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    with directory:
+        stats, comparison = run(model, prompts, config, directory)
+        print_report(config, directory, stats, comparison)
+    if config.is_deterministic and not comparison.is_identical:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

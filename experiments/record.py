@@ -44,16 +44,7 @@ class RunDirectory(contextlib.AbstractContextManager):
         """
         self.path = pathlib.Path(path)
         results, config_path = self.path / "results.jsonl", self.path / "config.json"
-        has_results = results.exists() and results.stat().st_size > 0
-        if resume and not self.path.is_dir():
-            raise RunError(f"--resume: there is no run at {self.path}")
-        if resume and has_results and not config_path.exists():
-            raise RunError(f"--resume: {self.path} has results but no config.json")
-        if not resume and (has_results or config_path.exists()):
-            raise RunError(
-                f"{self.path} already holds a run: add --resume to continue it, or "
-                "name another --output_dir"
-            )
+        check(path, config=config, resume=resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._file = open(results, "a+b")
@@ -61,12 +52,12 @@ class RunDirectory(contextlib.AbstractContextManager):
             raise RunError(f"output_dir {self.path}: {error.strerror}") from None
         try:
             self._lock()
-            config = json.loads(json.dumps(config))  # as it will be read back
-            if config_path.exists():
-                _check_same_config(_read_json(config_path), config, config_path)
-            else:
-                _write_json(config_path, config)
+            check(path, config=config, resume=resume)  # now nobody else can change it
             self.records = _recover(self._file, results)
+            if not resume or not config_path.exists():
+                for old in self.path.glob("environment*.json"):
+                    old.unlink()
+                _write_json(config_path, config)
             self.session = len(list(self.path.glob("environment*.json")))
         except BaseException:
             self._file.close()
@@ -97,6 +88,28 @@ class RunDirectory(contextlib.AbstractContextManager):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{self.path} is in use by another process") from None
+
+
+def check(path, *, config: dict, resume: bool) -> None:
+    """Raise RunError if a run with `config` could not start or resume at `path`.
+
+    A directory without a finished request may be started anew: nothing is lost.
+    """
+    path = pathlib.Path(path)
+    results, config_path = path / "results.jsonl", path / "config.json"
+    has_results = results.exists() and results.stat().st_size > 0
+    if resume and not path.is_dir():
+        raise RunError(f"--resume: there is no run at {path}")
+    if resume and has_results and not config_path.exists():
+        raise RunError(f"--resume: {path} has results but no config.json")
+    if has_results and not resume:
+        raise RunError(
+            f"{path} already holds a run: add --resume to continue it, or name "
+            "another --output_dir"
+        )
+    if resume and config_path.exists():
+        config = json.loads(json.dumps(config))  # as it would be read back
+        _check_same_config(_read_json(config_path), config, config_path)
 
 
 def load(path) -> tuple[dict, list[dict]]:
@@ -133,9 +146,7 @@ def _check_same_config(recorded, config, path):
     names = sorted(set(recorded) | set(config))
     changed = [n for n in names if recorded.get(n) != config.get(n)]
     if changed:
-        lines = [
-            f"{n} was {recorded.get(n)!r}, now {config.get(n)!r}" for n in changed
-        ]
+        lines = [f"{n} was {recorded.get(n)!r}, now {config.get(n)!r}" for n in changed]
         raise RunError(
             f"--resume: the flags differ from {path}: {'; '.join(lines)}. Resume with "
             "the recorded values, or name another --output_dir"

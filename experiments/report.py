@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from dataclasses import dataclass
 
 from sparsespec_jax.metrics import (
@@ -51,24 +51,33 @@ def compare(plain: dict[int, list[int]], speculative: dict[int, list[int]]):
     )
 
 
-def stats_of(records, *, num_slots, kv_bytes_per_token, weight_bytes) -> DecodeStats:
+def stats_of(records, *, like: DecodeStats) -> DecodeStats:
     """Totals of one mode's records over all sessions of a run.
 
     A session's time and steps are those at its last finished request, so work that
-    an interruption threw away is counted up to there.
+    an interruption threw away is counted up to there. What is not measured per
+    request (slots, bytes of weights and KV) is taken from `like`.
     """
-    by_session = itertools.groupby(
-        sorted(records, key=lambda r: r["session"]), key=lambda r: r["session"]
-    )
-    ends = [list(group) for _, group in by_session]
-    return DecodeStats(
+    ends = {}
+    for r in records:
+        steps, seconds = ends.get(r["session"], (0, 0.0))
+        ends[r["session"]] = max(steps, r["step"]), max(seconds, r["elapsed_s"])
+    return dataclasses.replace(
+        like,
         requests=tuple(RequestMetrics.from_dict(r["metrics"]) for r in records),
-        num_slots=num_slots,
-        num_steps=sum(max(r["step"] for r in group) for group in ends),
-        wall_time_s=sum(max(r["elapsed_s"] for r in group) for group in ends),
-        kv_bytes_per_token=kv_bytes_per_token,
-        weight_bytes=weight_bytes,
+        num_steps=sum(steps for steps, _ in ends.values()),
+        wall_time_s=sum(seconds for _, seconds in ends.values()),
     )
+
+
+def excerpt(item: dict, num_chars: int = 700) -> str:
+    """The start of one record's text under a line that describes it."""
+    text = item["text"] if item["text"] is not None else str(item["token_ids"])
+    rest = len(text) - num_chars
+    if rest > 0:
+        text = f"{text[:num_chars]} ... ({rest} more characters)"
+    head = f"prompt {item['index'] + 1}, {len(item['token_ids'])} tokens"
+    return f"--- {head}, finish reason {item['finish_reason']} ---\n{text}"
 
 
 def table(stats: dict[str, DecodeStats]) -> str:
