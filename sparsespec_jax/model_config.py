@@ -6,6 +6,8 @@ reads; loaders translate checkpoint metadata into it and refuse what it cannot s
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 
 
@@ -208,3 +210,34 @@ PRESETS: dict[str, ModelConfig] = {
         family="llama",
     ),
 }
+
+_SCALINGS = {
+    kind.__name__: kind for kind in (LinearScaling, Llama3Scaling, YarnScaling)
+}
+
+
+def config_to_json(config: ModelConfig) -> str:
+    """The configuration as JSON text, read back by ``config_from_json``."""
+    fields = dataclasses.asdict(config)
+    if config.rope_scaling is not None:
+        fields["rope_scaling"]["kind"] = type(config.rope_scaling).__name__
+    return json.dumps(fields, indent=2)
+
+
+def config_from_json(text: str) -> ModelConfig:
+    """The configuration that ``config_to_json`` wrote.
+
+    Raises:
+        ValueError: a field is unknown or missing, or its value is refused.
+    """
+    fields = json.loads(text)
+    try:
+        if (scaling := fields.get("rope_scaling")) is not None:
+            kind = _SCALINGS[scaling.pop("kind")]
+            fields["rope_scaling"] = kind(**scaling)
+        return ModelConfig(**{**fields, "eos_ids": tuple(fields["eos_ids"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"not a model configuration of this version: {error}; the checkpoint was "
+            "written by another version or edited by hand"
+        ) from error
