@@ -1,0 +1,106 @@
+"""Verified logits to committed tokens: two acceptors with one interface, both exact.
+
+`shared_noise` compares each draft with the target's own choice under the same noise,
+so the text equals plain decoding token by token. `ratio_test` is the classical
+rejection test (Leviathan et al., 2023; Chen et al., 2023): the same law, another
+random stream, and a little more acceptance.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsespec_jax import sampling
+
+
+class DraftLaw(NamedTuple):
+    """What the ratio test must know of each draft: its own top-m law."""
+
+    token_ids: jax.Array  # int32 [..., M]
+    probs: jax.Array  # float32 [..., M], sums to 1
+
+
+class Verified(NamedTuple):
+    """Outcome of one verification per lane."""
+
+    num_accepted: jax.Array  # int32 [E]
+    tokens: jax.Array  # int32 [E, Q]; row i is the token at position L + i + 1
+
+
+def shared_noise(logits, laws, positions, drafts, num_drafts, *, filters):
+    """Accept drafts while they equal the target's choice.
+
+    logits float32 [E, Q, V]; laws: Law of E * Q rows; positions int32 [E, Q] of the
+    tokens to choose; drafts int32 [E, K]; num_drafts int32 [E]. Row i of the result
+    is the target's choice given that the drafts before it hold.
+    """
+    lanes, rows, vocab = logits.shape
+    choice = sampling.choose(
+        logits.reshape(-1, vocab), laws, positions.reshape(-1), filters=filters
+    ).reshape(lanes, rows)
+    agrees = drafts == choice[:, :-1]
+    return Verified(count_prefix(agrees, num_drafts), choice)
+
+
+def ratio_test(logits, laws, positions, drafts, num_drafts, draft_law, *, filters):
+    """Accept draft d with probability min(1, p(d) / q(d)), else draw from (p - q)+.
+
+    As `shared_noise`, with draft_law fields [E, K, M]. Rows before the first
+    rejection hold the drafts; that row holds the residual's draw, or the target's
+    own choice when every draft was accepted.
+    """
+    lanes, rows, vocab = logits.shape
+    flat = logits.reshape(-1, vocab)
+    probs = sampling.probabilities(flat, laws, filters=filters)
+    probs = probs.reshape(lanes, rows, vocab)
+    p_draft = jnp.take_along_axis(probs[:, :-1], drafts[..., None], -1)[..., 0]
+    is_draft = draft_law.token_ids == drafts[..., None]
+    q_draft = jnp.where(is_draft, draft_law.probs, 0.0).sum(-1)
+    u = sampling.uniform(
+        laws.seed, positions.reshape(-1), stream=sampling.ACCEPT
+    ).reshape(lanes, rows)
+    accepted = count_prefix(u[:, :-1] * q_draft < p_draft, num_drafts)
+
+    lane = jnp.arange(lanes)
+    p_stop = probs[lane, accepted]  # [E, V], the law at the first row not accepted
+    place = jnp.minimum(accepted, drafts.shape[1] - 1)
+    rejected = (accepted < num_drafts)[:, None]
+    q_probs = jnp.where(rejected, draft_law.probs[lane, place], 0.0)
+    q_stop = jnp.zeros_like(p_stop)
+    q_stop = q_stop.at[lane[:, None], draft_law.token_ids[lane, place]].add(q_probs)
+    residual = jnp.maximum(p_stop - q_stop, 0.0)
+    # Rounding can leave nothing of the residual; the law is then p itself.
+    residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_stop)
+    row_seed = laws.seed.reshape(lanes, rows, 2)[:, 0]
+    noise = sampling.gumbel(
+        row_seed,
+        positions[lane, accepted],
+        jnp.arange(vocab),
+        stream=sampling.RESIDUAL,
+    )
+    drawn = jnp.argmax(jnp.log(residual) + noise, -1).astype(jnp.int32)
+    padded = jnp.pad(drafts, ((0, 0), (0, 1)))
+    is_stop = jnp.arange(rows)[None] == accepted[:, None]
+    return Verified(accepted, jnp.where(is_stop, drawn[:, None], padded))
+
+
+def draft_from_top_m(logits, laws, positions, *, num_kept, filters):
+    """Draw drafts from the law cut to its `num_kept` likeliest tokens.
+
+    logits float32 [R, V] to (tokens int32 [R], DraftLaw with fields [R, M]). The cut
+    law is the one the ratio test uses, so nothing else of the draft is stored.
+    """
+    probs = sampling.probabilities(logits, laws, filters=filters)
+    top, token_ids = jax.lax.top_k(probs, num_kept)
+    top = top / top.sum(-1, keepdims=True)
+    noise = sampling.gumbel(laws.seed, positions, token_ids, stream=sampling.DRAFT)
+    pick = jnp.argmax(jnp.log(top) + noise, -1)[:, None]
+    tokens = jnp.take_along_axis(token_ids, pick, -1)[:, 0].astype(jnp.int32)
+    return tokens, DraftLaw(token_ids.astype(jnp.int32), top)
+
+
+def count_prefix(agrees, num_drafts):
+    """Length int32 [E] of the true prefix of `agrees` [E, K], at most `num_drafts`."""
+    inside = jnp.arange(agrees.shape[1])[None] < num_drafts[:, None]
+    return jnp.cumprod((agrees & inside).astype(jnp.int32), axis=1).sum(axis=1)

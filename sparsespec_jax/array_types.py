@@ -1,0 +1,41 @@
+"""The glossary: axis letters, terms and array aliases used across the package.
+
+Axes (one letter, one meaning)::
+
+    S  slots: requests that can be decoded at the same time
+    K  drafts per cycle (`num_draft_tokens`); Q = K + 1 rows of a verification
+    E  verify lanes of one step, ceil(S / (K + 1))
+    F  prefill lanes of one step;  C  tokens of one prefill chunk
+    T  tokens of one step: S + E * Q (+ F * C)
+    L  layers;  N  query heads;  H  KV heads;  G = N / H  (GQA group);  D  head size
+    P  pages of the pool;  ps  tokens per page;  W  columns of a page table
+    B  selected tokens of a draft cache (budget);  X  key columns, W * ps
+    V  vocabulary;  R  rows of logits of one step: S + E * Q
+
+Terms::
+
+    committed length  tokens of a request whose KV is final (written by full attention)
+    pending token     the newest emitted token; it has no KV yet
+    cycle             K draft steps and one verify step; commits a + 1 tokens
+    accepted drafts   a, the longest prefix of the drafts that the target confirms
+    acceptance length a + 1, bonus token included
+    full table        page table of all tokens of a slot, read by verification
+    draft table       page table of the compact copy that drafting reads
+    selection         the positions copied into the draft cache (PillarAttn: top mass)
+    mass              softmax probability of a key, averaged over query rows and group
+    seed verify       the first verification of a request: it feeds the last prompt
+                      tokens, so it gives the first token and the first selection
+    lag               steps between dispatching a step and reading its outcome
+    phase             the residue mod (K + 1) of the steps that verify a request
+"""
+
+from typing import TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+TokenIds: TypeAlias = jax.Array  # int32, any shape
+Logits: TypeAlias = jax.Array  # float32 [..., V]
+KvPages: TypeAlias = jax.Array  # [P, H, ps, 2 * D]; a row is K then V of one token
+PageTable: TypeAlias = jax.Array  # int32 [lanes, W]; ids outside [0, P) mean "no page"
+Mass: TypeAlias = jax.Array  # float32 [E, H, X]

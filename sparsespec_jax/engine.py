@@ -1,0 +1,397 @@
+"""The host loop: plan, dispatch, read the outcome `lag` steps later, commit.
+
+This file alone holds both the device state and the request records.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections import deque
+
+import jax
+import numpy as np
+
+from pallas_kernels import default_impl
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import (
+    MAX_STOP_TOKEN_IDS,
+    EngineConfig,
+    SamplingParams,
+    SpeculationConfig,
+)
+from sparsespec_jax.metrics import DecodeStats, KvTokens, RequestMetrics
+from sparsespec_jax.plan import StepOutcome, StepShape, budget_tokens, pages_for
+from sparsespec_jax.results import DecodeResult, StreamEvent
+from sparsespec_jax.scheduler import Request, Scheduler, Status
+from sparsespec_jax.selection import resolve_policy
+from sparsespec_jax.state import new_state, pool_bytes_per_page
+from sparsespec_jax.step import make_step
+from sparsespec_jax.text import OutputText, encode_prompt
+
+
+@dataclasses.dataclass(eq=False)
+class _Output:
+    """The growing output of one request."""
+
+    request: Request
+    sampling: SamplingParams
+    prompt_index: int
+    sample_index: int
+    text: OutputText
+    stop_ids: frozenset
+    metrics: RequestMetrics
+    submitted_s: float
+    logprobs: list = dataclasses.field(default_factory=list)
+    last_start: int = 0  # committed length at the last verification read
+    last_tail: int = 0  # rows that verification left behind the selected ones
+    given_text: int = 0  # characters of the text that a stream has seen
+
+
+class Engine:
+    """Continuous batching of speculative (or, with k = 0, plain) decoding.
+
+    Add requests at any time, call `step()` while `has_work`; finished requests come
+    back as DecodeResult. All arrays are allocated on construction.
+
+    Raises (on construction):
+      ValueError: options that do not fit together, the model or the memory.
+    """
+
+    def __init__(self, model, *, speculation=None, engine=None):
+        self.model = model
+        self.params = model.params
+        self.params_version = 0
+        self.speculation = speculation or SpeculationConfig()
+        self.config = engine or EngineConfig()
+        self.impl = self.config.impl or default_impl()
+        self.policy = resolve_policy(self.speculation.policy)
+        self.max_length = self._resolve_max_length()
+        self.shape = self._make_shape()
+        kv_dtype = self.params["embed"]["weight"].dtype
+        ratio_test = self.speculation.acceptor == "ratio_test"
+        self._state = new_state(
+            model.config,
+            self.shape,
+            kv_dtype=kv_dtype,
+            draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
+        )
+        self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
+        self._budget = dict(
+            ratio=self.speculation.budget_ratio,
+            floor=self.speculation.min_budget,
+            cap=self.shape.max_budget,
+        )
+        self._scheduler = Scheduler(
+            self.shape,
+            budget_ratio=self.speculation.budget_ratio,
+            min_budget=self.speculation.min_budget,
+        )
+        self._outputs = {}  # request id -> _Output, until finished
+        self._in_flight = deque()  # (planned verifies, device outcome)
+        self._next_id = 0
+        self._filters = False
+        self._steps = {}  # filters -> jitted step
+        self.num_compilations = 0
+        self.num_steps = 0
+        self.finished_metrics = []
+
+    # -- requests ---------------------------------------------------------------
+
+    @property
+    def has_work(self):
+        """True while a request is unfinished."""
+        return bool(self._outputs)
+
+    @property
+    def max_new_tokens(self):
+        """Tokens that the unfinished requests can still emit."""
+        requests = (output.request for output in self._outputs.values())
+        return sum(r.limit - len(r.tokens) for r in requests)
+
+    def check_request(self, prompt, sampling):
+        """Token ids of `prompt`; ValueError if the request could never be served."""
+        tokens = encode_prompt(
+            prompt, self.model.tokenizer, self.model.config.vocab_size
+        )
+        total = len(tokens) + sampling.max_tokens
+        if total > self.max_length:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens and max_tokens={sampling.max_tokens}"
+                f" make {total}, max_length is {self.max_length}: shorten one of them"
+                + ("" if total > self.model.config.max_length else " or raise it")
+            )
+        if sampling.stop and self.model.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+        if len(_stop_ids(self.model.config, sampling)) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(
+                f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
+                f"supported, got {sorted(_stop_ids(self.model.config, sampling))}"
+            )
+        needed = self._scheduler.pages_needed(total)
+        if needed > self.shape.num_pages:
+            raise ValueError(
+                f"a request of {total} tokens can need {needed} pages, num_pages is "
+                f"{self.shape.num_pages}: raise num_pages or lower max_tokens"
+            )
+        return tokens
+
+    def add_request(self, prompt, sampling=None, *, prompt_index=None):
+        """Queue a prompt; returns its request id (a list of ids if n > 1).
+
+        Raises:
+          ValueError: as `check_request`; nothing is queued then.
+        """
+        sampling = sampling or SamplingParams()
+        tokens = self.check_request(prompt, sampling)
+        ids = [
+            self._add_sample(tokens, sampling, prompt_index, sample)
+            for sample in range(sampling.n)
+        ]
+        return ids[0] if sampling.n == 1 else ids
+
+    def _add_sample(self, tokens, sampling, prompt_index, sample):
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        stop_ids = _stop_ids(self.model.config, sampling)
+        limit = len(tokens) + sampling.max_tokens
+        request = Request(
+            request_id=request_id,
+            tokens=list(tokens),
+            num_prompt=len(tokens),
+            limit=limit,
+            slot_params=_slot_params(sampling, sample, limit, stop_ids),
+        )
+        self._scheduler.add(request)
+        self._filters |= sampling.filters
+        self._outputs[request_id] = _Output(
+            request=request,
+            sampling=sampling,
+            prompt_index=request_id if prompt_index is None else prompt_index,
+            sample_index=sample,
+            text=OutputText(self.model.tokenizer, sampling.stop),
+            stop_ids=stop_ids,
+            metrics=RequestMetrics(
+                max_draft_tokens=self.speculation.num_draft_tokens,
+                num_prompt_tokens=len(tokens),
+            ),
+            submitted_s=time.perf_counter(),
+        )
+        return request_id
+
+    def abort(self, request_id):
+        """End a request now; returns its DecodeResult so far ("cancelled").
+
+        Raises:
+          KeyError: no unfinished request has this id.
+        """
+        if request_id not in self._outputs:
+            raise KeyError(f"request {request_id} is unknown or finished")
+        return self._finish(self._outputs[request_id], "cancelled", None)
+
+    # -- the loop ---------------------------------------------------------------
+
+    def step(self):
+        """Run one step; returns the DecodeResults of requests that finished."""
+        return self.step_with_events()[0]
+
+    def step_with_events(self):
+        """Run one step; returns (finished DecodeResults, StreamEvents)."""
+        results, events = [], []
+        plan, planned = self._scheduler.plan()
+        if plan is not None:
+            self._dispatch(plan, planned)
+        # With nothing left to plan, read what is still in flight.
+        keep = self.config.lag if plan is not None else 0
+        while len(self._in_flight) > keep:
+            self._read_outcome(results, events)
+        return results, events
+
+    def warm_up(self):
+        """Compile every variant of the step that the known requests can need."""
+        for prefill in (False, True):
+            plan = self.shape.new_plan(prefill=prefill)
+            self._run(plan).block_until_ready()
+
+    def _dispatch(self, plan, planned):
+        outcome = self._run(plan)
+        outcome.copy_to_host_async()
+        self._in_flight.append((planned, outcome))
+        self.num_steps += 1
+
+    def _run(self, plan):
+        step = self._steps.get(self._filters)
+        if step is None:
+            step = self._steps[self._filters] = make_step(
+                self.model.config,
+                self.shape,
+                policy=self.policy,
+                speculation=self.speculation,
+                filters=self._filters,
+                impl=self.impl,
+                on_trace=self._count_compilation,
+            )
+        buffer = jax.device_put(plan.buffer)
+        self._state, outcome = step(
+            self.params, self._state, buffer, prefill=plan.prefill
+        )
+        return outcome
+
+    def _count_compilation(self, prefill):
+        self.num_compilations += 1
+
+    def _read_outcome(self, results, events):
+        planned, packed = self._in_flight.popleft()
+        outcome = StepOutcome.from_packed(packed, self.shape.num_queries)
+        for verify in planned:
+            verify.request.verifies_in_flight -= 1
+            output = self._outputs.get(verify.request.request_id)
+            if output is None or outcome.num_emitted[verify.lane] == 0:
+                continue  # finished or aborted while this step was in flight
+            event, result = self._commit(output, verify, outcome)
+            events.append(event)
+            if result is not None:
+                results.append(result)
+
+    def _commit(self, output, verify, outcome):
+        """Append a verification's tokens; returns (StreamEvent, result or None)."""
+        lane, request = verify.lane, output.request
+        self._record(output, verify, int(outcome.num_accepted[lane]))
+        count = int(outcome.num_emitted[lane])
+        new_tokens, reason, stop = [], None, None
+        for i in range(count):
+            token = int(outcome.tokens[lane, i])
+            new_tokens.append(token)
+            request.tokens.append(token)
+            output.logprobs.append(float(outcome.logprobs[lane, i]))
+            if token in output.stop_ids:
+                reason, stop = "stop", token
+            elif output.text.push(token):
+                reason, stop = "stop", output.text.stop_string
+            elif len(request.tokens) >= request.limit:
+                reason = "length"
+            if reason:
+                break
+        result = self._finish(output, reason, stop) if reason else None
+        text = output.text.text
+        event = StreamEvent(
+            request.request_id, tuple(new_tokens), text[output.given_text :], reason
+        )
+        output.given_text = len(text)
+        return event, result
+
+    def _record(self, output, verify, num_accepted):
+        """Count acceptance and KV traffic of one verification."""
+        request, metrics = output.request, output.metrics
+        reads = metrics.kv_tokens_read
+        if num_accepted == plan_lib.NOT_SEED:  # a seed verify
+            start = request.num_prompt - verify.num_drafts - 1
+            metrics.time_to_first_token_s = time.perf_counter() - output.submitted_s
+            reads.prefill += start * (start + 1) // 2 + request.num_prompt
+            tail = verify.num_drafts + 1
+        else:
+            start, drafts = request.committed, verify.num_drafts
+            metrics.record_verification(num_accepted=num_accepted, num_drafted=drafts)
+            cached = self._selected(output.last_start) + output.last_tail
+            reads.draft += drafts * cached + drafts * (drafts + 1) // 2
+            reads.verify += start + drafts + 1
+            tail = num_accepted + 1
+        reads.gather += self._selected(start)
+        output.last_start, output.last_tail = start, tail
+
+    def _selected(self, length):
+        if not self.speculation.num_draft_tokens:
+            return 0
+        return int(budget_tokens(length, **self._budget))
+
+    def _finish(self, output, reason, stop_reason):
+        request = output.request
+        self._scheduler.release(request)
+        del self._outputs[request.request_id]
+        new = request.tokens[request.num_prompt :]
+        output.metrics.finish(num_output_tokens=len(new))
+        output.metrics.total_time_s = time.perf_counter() - output.submitted_s
+        self.finished_metrics.append(output.metrics)
+        return DecodeResult(
+            request_id=request.request_id,
+            prompt_index=output.prompt_index,
+            sample_index=output.sample_index,
+            prompt_token_ids=tuple(request.tokens[: request.num_prompt]),
+            token_ids=tuple(new),
+            text=output.text.finish(),
+            logprobs=tuple(output.logprobs),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            metrics=output.metrics,
+        )
+
+    # -- sizes ------------------------------------------------------------------
+
+    def stats(self, wall_time_s):
+        """Totals over the finished requests."""
+        return DecodeStats(
+            requests=tuple(self.finished_metrics),
+            num_slots=self.config.num_slots,
+            num_steps=self.num_steps,
+            wall_time_s=wall_time_s,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            weight_bytes=sum(x.nbytes for x in jax.tree.leaves(self.params)),
+        )
+
+    def _resolve_max_length(self):
+        limit = self.model.config.max_length
+        wanted = self.config.max_length or limit
+        if wanted > limit:
+            raise ValueError(
+                f"max_length is {wanted}, the model {self.model.name} was made for "
+                f"{limit} tokens"
+            )
+        return wanted
+
+    def _make_shape(self):
+        spec, config = self.speculation, self.config
+        page_size = config.page_size
+        cap = int(
+            budget_tokens(
+                self.max_length,
+                ratio=spec.budget_ratio,
+                floor=spec.min_budget,
+                cap=self.max_length,
+            )
+        )
+        rows = cap + 2 * spec.num_draft_tokens + 1
+        table = pages_for(self.max_length + spec.num_draft_tokens, page_size)
+        draft_table = pages_for(rows, page_size) if spec.num_draft_tokens else 0
+        num_pages = config.num_pages or config.num_slots * (table + draft_table)
+        return StepShape(
+            num_slots=config.num_slots,
+            num_draft_tokens=spec.num_draft_tokens,
+            num_pages=num_pages,
+            page_size=page_size,
+            table_width=table,
+            draft_table_width=max(draft_table, 1),
+            max_budget=max(cap, 1),
+            prefill_lanes=config.prefill_lanes,
+            prefill_chunk=config.prefill_chunk,
+        )
+
+
+def _stop_ids(model_config, sampling):
+    """Token ids that end a request."""
+    eos = () if sampling.ignore_eos else tuple(model_config.eos_ids)
+    return frozenset(eos) | frozenset(sampling.stop_token_ids)
+
+
+def _slot_params(sampling, sample, limit, stop_ids):
+    """The device's record of a request, int32 [NUM_SLOT_PARAMS]."""
+    params = np.full(plan_lib.NUM_SLOT_PARAMS, plan_lib.NO_TOKEN, np.int32)
+    text = f"{sampling.seed}/{sample}".encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    params[plan_lib.SEED_LOW : plan_lib.SEED_HIGH + 1] = np.frombuffer(digest, np.int32)
+    floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
+    columns = [plan_lib.TEMPERATURE, plan_lib.TOP_P, plan_lib.MIN_P]
+    params[columns] = floats.view(np.int32)
+    params[plan_lib.TOP_K] = sampling.top_k
+    params[plan_lib.LIMIT] = limit
+    params[plan_lib.LOGPROB_MODE] = sampling.logprobs == "processed"
+    stops = sorted(stop_ids)
+    params[plan_lib.STOP_IDS : plan_lib.STOP_IDS + len(stops)] = stops
+    return params

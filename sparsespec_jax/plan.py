@@ -1,0 +1,162 @@
+"""What crosses the border between host and device each step: numpy and plain ints.
+
+A `StepPlan` is a set of named int32 views into one buffer, so a step costs a single
+host-to-device copy; a step's outcome comes back as one int32 array, decoded by
+`StepOutcome`. Floats travel as their bit patterns.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsespec_jax.config import MAX_STOP_TOKEN_IDS
+
+# Columns of `slot_params`.
+SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P, LIMIT, LOGPROB_MODE = range(8)
+STOP_IDS = 8
+NUM_SLOT_PARAMS = STOP_IDS + MAX_STOP_TOKEN_IDS
+
+NO_TOKEN = -1
+NOT_SEED = -1  # value of `seed_counts` for a verification of real drafts
+FULL_TABLE, DRAFT_TABLE = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The static sizes of a compiled step (axis letters in array_types.py)."""
+
+    num_slots: int
+    num_draft_tokens: int
+    num_pages: int
+    page_size: int
+    table_width: int
+    draft_table_width: int
+    max_budget: int  # static width of a selection
+    prefill_lanes: int
+    prefill_chunk: int
+
+    @property
+    def num_queries(self):
+        """Rows of a verification, Q = K + 1."""
+        return self.num_draft_tokens + 1
+
+    @property
+    def verify_lanes(self):
+        """Verifications per step, E = ceil(S / (K + 1))."""
+        return -(-self.num_slots // self.num_queries)
+
+    @property
+    def draft_lanes(self):
+        """Draft lanes per step: one per slot, none in plain decoding."""
+        return self.num_slots if self.num_draft_tokens else 0
+
+    @property
+    def max_table_updates(self):
+        """Page-table entries that one step can change."""
+        growth = pages_for(self.num_queries, self.page_size) + 1
+        chunk = pages_for(self.prefill_chunk, self.page_size) + 1
+        per_verify = self.draft_table_width + growth
+        return self.verify_lanes * per_verify + self.prefill_lanes * chunk
+
+    def fields(self, *, prefill):
+        """Names and shapes of the plan's arrays, in buffer order."""
+        shapes = {
+            "slot_params": (self.num_slots, NUM_SLOT_PARAMS),
+            "draft_mask": (self.num_slots,),
+            "verify_slots": (self.verify_lanes,),
+            "seed_counts": (self.verify_lanes,),
+            "seed_starts": (self.verify_lanes,),
+            "seed_tokens": (self.verify_lanes, self.num_queries),
+            "table_updates": (self.max_table_updates, 4),
+        }
+        if prefill:
+            shapes |= {
+                "prefill_slots": (self.prefill_lanes,),
+                "prefill_starts": (self.prefill_lanes,),
+                "prefill_counts": (self.prefill_lanes,),
+                "prefill_tokens": (self.prefill_lanes, self.prefill_chunk),
+            }
+        return shapes
+
+    def unpack(self, buffer, *, prefill):
+        """Views of a packed plan (numpy or jax array) by field name."""
+        views, offset = {}, 0
+        for name, shape in self.fields(prefill=prefill).items():
+            size = math.prod(shape)
+            views[name] = buffer[offset : offset + size].reshape(shape)
+            offset += size
+        return views
+
+    def new_plan(self, *, prefill):
+        """An empty plan: nothing drafted, verified, prefilled or changed."""
+        sizes = (math.prod(s) for s in self.fields(prefill=prefill).values())
+        buffer = np.zeros(sum(sizes), np.int32)
+        plan = StepPlan(buffer=buffer, prefill=prefill, shape=self)
+        views = plan.views
+        views["verify_slots"][:] = self.num_slots  # out of range: idle
+        views["seed_counts"][:] = NOT_SEED
+        views["table_updates"][:, 1] = self.num_slots  # out of range: dropped
+        if prefill:
+            views["prefill_slots"][:] = self.num_slots
+        return plan
+
+
+class StepPlan(NamedTuple):
+    """One step's orders: a packed int32 buffer and how to read it."""
+
+    buffer: np.ndarray
+    prefill: bool
+    shape: StepShape
+
+    @property
+    def views(self):
+        """The plan's arrays by name, sharing memory with the buffer."""
+        return self.shape.unpack(self.buffer, prefill=self.prefill)
+
+
+# Columns of an outcome row, one row per verify lane.
+NUM_EMITTED, NUM_ACCEPTED, IS_DONE = range(3)
+OUTCOME_HEADER = 3
+
+
+class StepOutcome(NamedTuple):
+    """What a step's verify lanes produced, as numpy arrays with a leading lane axis."""
+
+    num_emitted: np.ndarray  # [E] tokens in this outcome, 0 for an idle lane
+    num_accepted: np.ndarray  # [E] accepted drafts; NOT_SEED for a seed verify
+    is_done: np.ndarray  # [E] the device saw a stop token or the length limit
+    tokens: np.ndarray  # [E, Q] emitted tokens, first num_emitted are valid
+    logprobs: np.ndarray  # float32 [E, Q]
+
+    @classmethod
+    def from_packed(cls, packed, num_queries):
+        """Decode the device's int32 [E, 3 + 2 Q] array."""
+        packed = np.asarray(packed)
+        tokens = packed[:, OUTCOME_HEADER : OUTCOME_HEADER + num_queries]
+        bits = np.ascontiguousarray(packed[:, OUTCOME_HEADER + num_queries :])
+        return cls(
+            num_emitted=packed[:, NUM_EMITTED],
+            num_accepted=packed[:, NUM_ACCEPTED],
+            is_done=packed[:, IS_DONE].astype(bool),
+            tokens=tokens,
+            logprobs=bits.view(np.float32),
+        )
+
+
+def pages_for(num_tokens, page_size):
+    """Pages that hold `num_tokens` tokens."""
+    return -(-num_tokens // page_size)
+
+
+def budget_tokens(length, *, ratio, floor, cap, xp=np):
+    """Selected tokens at committed `length`: min(L, max(floor, ceil(s L)), cap).
+
+    `xp` is numpy on the host and jax.numpy on the device. The product is taken in
+    float32 on both sides so that the pages the host reserves match the rows the
+    device writes.
+    """
+    length = xp.asarray(length, dtype=np.int32)
+    scaled = xp.ceil(length.astype(np.float32) * np.float32(ratio)).astype(np.int32)
+    return xp.minimum(xp.minimum(length, xp.maximum(floor, scaled)), cap)

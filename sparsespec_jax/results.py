@@ -1,0 +1,55 @@
+"""What decoding returns: one record per sample, and the events of a stream."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sparsespec_jax.metrics import DecodeStats, RequestMetrics
+
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """One finished sample.
+
+    `token_ids` and `logprobs` have equal length and hold the new tokens only, the
+    stop token included; `text` ends before a stop string or an EOS.
+    """
+
+    request_id: int
+    prompt_index: int  # index into the prompts given
+    sample_index: int  # 0 .. n - 1
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None  # None without a tokenizer
+    logprobs: tuple[float, ...]  # of the target, natural logarithm
+    finish_reason: str  # one of FINISH_REASONS
+    stop_reason: int | str | None  # the stop token id or stop string
+    metrics: RequestMetrics
+
+
+class DecodeResults(Sequence):
+    """Results in submission order (all samples of a prompt together) and totals."""
+
+    def __init__(self, results, stats: DecodeStats):
+        self._results = tuple(results)
+        self.stats = stats
+
+    def __len__(self):
+        return len(self._results)
+
+    def __getitem__(self, index):
+        return self._results[index]
+
+    def __repr__(self):
+        return f"DecodeResults({len(self)} results)"
+
+
+class StreamEvent(NamedTuple):
+    """New output of one request; the last one carries the finish reason."""
+
+    request_id: int
+    new_token_ids: tuple[int, ...]
+    new_text: str  # "" without a tokenizer
+    finish_reason: str | None

@@ -1,0 +1,168 @@
+"""Logits to tokens: the target's law and its noise, a function of the position only.
+
+A token is `argmax(logits + T * g)` over the tokens that the law keeps, where the
+Gumbel noise g depends on (request seed, absolute position, token id) and on nothing
+else: not on the step, the slot, the batch or the draft. This equals sampling from
+softmax(logits / T), and T = 0 is greedy. Drafts use the same noise, which is what
+lets them agree with the target (Gumbel coupling).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsespec_jax import plan as plan_lib
+
+# Independent noise streams of one (seed, position).
+TARGET, DRAFT, ACCEPT, RESIDUAL = range(4)
+
+_BISECTION_STEPS = 32  # one per bit of a float32
+_MAX_UNIFORM = 1.0 - 2.0**-24
+
+
+class Law(NamedTuple):
+    """The sampling law of each row of logits; all arrays [R]."""
+
+    seed: jax.Array  # uint32 [R, 2]
+    temperature: jax.Array  # float32
+    top_k: jax.Array  # int32, 0 keeps all
+    top_p: jax.Array  # float32
+    min_p: jax.Array  # float32
+    processed_logprobs: jax.Array  # bool
+
+
+def law_of(slot_params):
+    """Law of each row of `slot_params` (int32 [R, NUM_SLOT_PARAMS])."""
+
+    def as_float(column):
+        return jax.lax.bitcast_convert_type(slot_params[:, column], jnp.float32)
+
+    seed = slot_params[:, plan_lib.SEED_LOW : plan_lib.SEED_HIGH + 1]
+    return Law(
+        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
+        temperature=as_float(plan_lib.TEMPERATURE),
+        top_k=slot_params[:, plan_lib.TOP_K],
+        top_p=as_float(plan_lib.TOP_P),
+        min_p=as_float(plan_lib.MIN_P),
+        processed_logprobs=slot_params[:, plan_lib.LOGPROB_MODE] != 0,
+    )
+
+
+def _mix(x):
+    """A bijective 32-bit finaliser (two multiply-xorshift rounds)."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = x * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _row_keys(seed, positions, stream):
+    """Two uint32 keys per row from (seed, position, stream); seed is uint32 [R, 2]."""
+    place = positions.astype(jnp.uint32) * jnp.uint32(4) + jnp.uint32(stream)
+    first = _mix(_mix(seed[:, 0] ^ jnp.uint32(0x9E3779B9)) + place)
+    second = _mix(_mix(seed[:, 1] ^ first) + place * jnp.uint32(0x85EBCA6B))
+    return first, second
+
+
+def _to_uniform(bits):
+    """Uniform in (0, 1) from 32 bits, resolved finely near 0."""
+    value = bits.astype(jnp.float32) * jnp.float32(2.0**-32) + jnp.float32(2.0**-33)
+    return jnp.minimum(value, jnp.float32(_MAX_UNIFORM))
+
+
+def uniform(seed, positions, *, stream):
+    """One uniform per row, float32 [R] in (0, 1)."""
+    first, second = _row_keys(seed, positions, stream)
+    return _to_uniform(_mix(first ^ _mix(second)))
+
+
+def gumbel(seed, positions, token_ids, *, stream=TARGET):
+    """Gumbel noise float32 [R, M] of `token_ids` (int32 [M] or [R, M]).
+
+    `seed` is uint32 [R, 2], `positions` int32 [R]. Small uniforms, which give the
+    large values that decide an argmax, keep their full 32-bit resolution.
+    """
+    first, second = _row_keys(seed, positions, stream)
+    tokens = jnp.atleast_2d(token_ids).astype(jnp.uint32)
+    bits = _mix(tokens * jnp.uint32(0x9E3779B1) + first[:, None])
+    bits = _mix(bits ^ second[:, None])
+    return -jnp.log(-jnp.log1p(-_to_uniform(bits)))
+
+
+def _ordered_bits(x):
+    """Map float32 to uint32 so that the order is kept (no NaN)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(0x80000000)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _largest_threshold(keys, enough):
+    """Largest uint32 t per row for which `enough(keys >= t)` holds, by bisection."""
+
+    def step(i, threshold):
+        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(enough(keys >= candidate[:, None]), candidate, threshold)
+
+    start = jnp.zeros(keys.shape[:1], jnp.uint32)
+    return jax.lax.fori_loop(0, _BISECTION_STEPS, step, start)
+
+
+def keep_mask(logits, law):
+    """Bool [R, V]: tokens that top-k, then top-p, then min-p leave.
+
+    Exact, without sorting: the cut is the largest logit threshold that keeps enough
+    tokens (top-k) or enough probability (top-p); ties with the cut are kept.
+    """
+    keys = _ordered_bits(logits)
+    wanted = jnp.where(law.top_k > 0, law.top_k, logits.shape[-1])
+    cut = _largest_threshold(keys, lambda m: m.sum(-1) >= wanted)
+    keep = keys >= cut[:, None]
+    prob = _softmax(logits, law, keep)
+    target = law.top_p * prob.sum(-1)
+    cut = _largest_threshold(
+        keys, lambda m: jnp.where(m, prob, 0.0).sum(-1) >= target
+    )
+    keep &= (keys >= cut[:, None]) | (law.top_p >= 1.0)[:, None]
+    floor = law.min_p * prob.max(-1)
+    return keep & (prob >= floor[:, None])
+
+
+def _softmax(logits, law, keep):
+    """Law's probabilities float32 [R, V]; all mass on the argmax at temperature 0."""
+    masked = jnp.where(keep, logits, -jnp.inf)
+    temperature = law.temperature[:, None]
+    soft = jax.nn.softmax(masked / jnp.where(temperature > 0, temperature, 1.0), -1)
+    hard = jax.nn.one_hot(jnp.argmax(masked, -1), logits.shape[-1], dtype=soft.dtype)
+    return jnp.where(temperature > 0, soft, hard)
+
+
+def probabilities(logits, law, *, filters):
+    """The law itself, float32 [R, V]."""
+    keep = keep_mask(logits, law) if filters else jnp.ones(logits.shape, bool)
+    return _softmax(logits, law, keep)
+
+
+def choose(logits, law, positions, *, filters):
+    """Token int32 [R] that the law and its noise pick for absolute `positions` [R].
+
+    `filters` (static) says whether any row restricts the law by top-k, top-p, min-p.
+    """
+    noise = gumbel(law.seed, positions, jnp.arange(logits.shape[-1]))
+    scores = logits + law.temperature[:, None] * noise
+    if filters:
+        scores = jnp.where(keep_mask(logits, law), scores, -jnp.inf)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def logprobs(logits, law, tokens, *, filters):
+    """Log-probability float32 [R] of `tokens`, of the model or of the law per row."""
+    picked = jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0]
+    raw = picked - jax.nn.logsumexp(logits, -1)
+    keep = keep_mask(logits, law) if filters else jnp.ones(logits.shape, bool)
+    temperature = jnp.where(law.temperature > 0, law.temperature, 1.0)
+    masked = jnp.where(keep, logits, -jnp.inf) / temperature[:, None]
+    processed = picked / temperature - jax.nn.logsumexp(masked, -1)
+    processed = jnp.where(law.temperature > 0, processed, 0.0)
+    return jnp.where(law.processed_logprobs, processed, raw)

@@ -1,0 +1,68 @@
+"""The device state: one donated pytree that only the compiled step replaces."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsespec_jax.acceptance import DraftLaw
+
+
+class LayerCache(NamedTuple):
+    """What one layer keeps between steps."""
+
+    kv_pages: jax.Array  # [P, H, ps, 2 * D]
+    draft_counts: jax.Array  # int32 [S, H], selected rows at the head of a draft cache
+
+
+class DecodeState(NamedTuple):
+    """Everything the device knows of the requests in its slots."""
+
+    layers: tuple[LayerCache, ...]
+    full_table: jax.Array  # int32 [S, W], P where no page is
+    draft_table: jax.Array  # int32 [S, Wd]
+    lengths: jax.Array  # int32 [S], committed length L
+    tokens: jax.Array  # int32 [S, Q], the pending token, then the drafts
+    num_drafted: jax.Array  # int32 [S], drafts made in this cycle
+    draft_tails: jax.Array  # int32 [S], committed rows behind the selected ones
+    done: jax.Array  # bool [S], stopped or never started
+    draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
+
+
+def new_state(model_config, shape, *, kv_dtype, draft_top_m):
+    """An empty DecodeState for `shape` (StepShape); pages hold zeros."""
+    slots, rows = shape.num_slots, shape.num_queries
+    pool = (
+        shape.num_pages,
+        model_config.num_kv_heads,
+        shape.page_size,
+        2 * model_config.head_dim,
+    )
+    drafts = (slots, shape.num_draft_tokens, draft_top_m)
+
+    def layer():
+        counts = jnp.zeros((slots, model_config.num_kv_heads), jnp.int32)
+        return LayerCache(jnp.zeros(pool, kv_dtype), counts)
+
+    return DecodeState(
+        layers=tuple(layer() for _ in range(model_config.num_layers)),
+        full_table=jnp.full((slots, shape.table_width), shape.num_pages, jnp.int32),
+        draft_table=jnp.full(
+            (slots, shape.draft_table_width), shape.num_pages, jnp.int32
+        ),
+        lengths=jnp.zeros(slots, jnp.int32),
+        tokens=jnp.zeros((slots, rows), jnp.int32),
+        num_drafted=jnp.zeros(slots, jnp.int32),
+        draft_tails=jnp.zeros(slots, jnp.int32),
+        done=jnp.ones(slots, bool),
+        draft_law=DraftLaw(
+            jnp.zeros(drafts, jnp.int32), jnp.zeros(drafts, jnp.float32)
+        ),
+    )
+
+
+def pool_bytes_per_page(model_config, page_size, kv_dtype):
+    """Bytes of one page over all layers."""
+    row = 2 * model_config.head_dim * jnp.dtype(kv_dtype).itemsize
+    heads = model_config.num_kv_heads * model_config.num_layers
+    return heads * page_size * row

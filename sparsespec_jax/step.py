@@ -1,0 +1,256 @@
+"""The compiled step: plan in, outcome out, state donated. The only jit of the engine.
+
+One step runs, for all slots at once and in a fixed shape: one draft token of every
+drafting slot, the verification of 1/(K+1) of the slots, and optionally prefill chunks.
+Acceptance, commitment and stop checks happen here, so nothing waits for the host.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsespec_jax import acceptance, sampling
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.attention import StepLanes, VerifyLanes, make_attend
+from sparsespec_jax.model import forward, logits
+from sparsespec_jax.state import DecodeState
+
+
+class _Verification(NamedTuple):
+    """Inputs of the verify lanes, [E] and [E, Q]."""
+
+    lanes: VerifyLanes
+    tokens: jax.Array  # int32 [E, Q], pending token, then drafts
+    is_seed: jax.Array  # bool [E], the drafts are prompt tokens, known to be right
+
+
+def make_step(model_config, shape, *, policy, speculation, filters, impl, on_trace):
+    """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
+
+    `buffer` is a packed StepPlan; the outcome is what StepOutcome.from_packed reads.
+    `state` is donated. `filters` says whether any request may use top-k, top-p or
+    min-p. `on_trace(prefill)` is called once per compilation.
+    """
+
+    def step(params, state, buffer, *, prefill):
+        on_trace(prefill)
+        plan = shape.unpack(buffer, prefill=prefill)
+        state = _update_tables(state, plan["table_updates"])
+        verification = _verification(state, plan, shape)
+        lanes = _step_lanes(state, plan, verification, shape)
+        tokens, positions = _tokens(state, plan, verification, lanes, shape)
+        attend = make_attend(lanes, shape, policy, speculation, impl)
+        hidden, layers = forward(
+            model_config, params, tokens, positions, attend, state.layers
+        )
+        rows = shape.draft_lanes + shape.verify_lanes * shape.num_queries
+        scores = logits(model_config, params, hidden[:rows])
+        state = state._replace(layers=tuple(layers))
+        choose = functools.partial(
+            _accept, plan=plan, verification=verification, shape=shape,
+            speculation=speculation, filters=filters,
+        )  # fmt: skip
+        verified, laws = choose(scores[shape.draft_lanes :], state)
+        if shape.draft_lanes:
+            state = _store_drafts(
+                scores[: shape.draft_lanes], state, plan, lanes, speculation, filters
+            )
+        return _commit(
+            state, plan, verification, verified, laws,
+            scores[shape.draft_lanes :], shape, filters,
+        )  # fmt: skip
+
+    return jax.jit(step, static_argnames="prefill", donate_argnums=1)
+
+
+def _update_tables(state, updates):
+    """Apply the host's page-table changes: rows of (table, slot, column, page)."""
+    table, slot, column, page = updates.T
+    num_slots = state.lengths.size
+
+    def apply(old, which):
+        rows = jnp.where(table == which, slot, num_slots)  # out of range: dropped
+        return old.at[rows, column].set(page, mode="drop")
+
+    return state._replace(
+        full_table=apply(state.full_table, plan_lib.FULL_TABLE),
+        draft_table=apply(state.draft_table, plan_lib.DRAFT_TABLE),
+    )
+
+
+def _verification(state, plan, shape):
+    """Collect what each verify lane feeds: a slot's drafts, or the prompt's tail."""
+    slots = plan["verify_slots"]
+    is_seed = plan["seed_counts"] != plan_lib.NOT_SEED
+    in_range = slots < shape.num_slots
+    live = in_range & (is_seed | ~state.done.at[slots].get(mode="clip"))
+
+    def of_slot(array):
+        return array.at[slots].get(mode="clip")
+
+    drafts = jnp.where(is_seed, plan["seed_counts"], of_slot(state.num_drafted))
+    starts = jnp.where(is_seed, plan["seed_starts"], of_slot(state.lengths))
+    tokens = jnp.where(is_seed[:, None], plan["seed_tokens"], of_slot(state.tokens))
+    seeds = of_slot(plan["slot_params"])[:, : plan_lib.SEED_HIGH + 1]
+    lanes = VerifyLanes(
+        slots=jnp.where(live, slots, shape.num_slots),
+        starts=jnp.where(live, starts, 0),
+        num_rows=jnp.where(live, drafts + 1, 0),
+        seeds=jax.lax.bitcast_convert_type(seeds, jnp.uint32),
+    )
+    return _Verification(lanes, tokens, is_seed & live)
+
+
+def _step_lanes(state, plan, verification, shape):
+    """Where every token of the step reads and writes."""
+    drafting = shape.draft_lanes
+    active = (plan["draft_mask"] != 0) & ~state.done
+    none = jnp.zeros(0, jnp.int32)
+    return StepLanes(
+        draft_active=active[:drafting],
+        draft_tails=(state.draft_tails + state.num_drafted)[:drafting],
+        draft_table=state.draft_table,
+        full_table=state.full_table,
+        verify=verification.lanes,
+        prefill_slots=plan.get("prefill_slots", none),
+        prefill_starts=plan.get("prefill_starts", none),
+        prefill_counts=plan.get("prefill_counts", none),
+    )
+
+
+def _tokens(state, plan, verification, lanes, shape):
+    """Token ids and positions int32 [T] of the step, in lane order."""
+    slot = jnp.arange(shape.num_slots)[: shape.draft_lanes]
+    drafted = state.num_drafted[: shape.draft_lanes]
+    tokens = [state.tokens[slot, drafted], verification.tokens.ravel()]
+    row = jnp.arange(shape.num_queries)[None]
+    verify_positions = verification.lanes.starts[:, None] + row
+    positions = [
+        state.lengths[: shape.draft_lanes] + drafted,
+        verify_positions.ravel(),
+    ]
+    if lanes.prefill_slots.size:
+        chunk = jnp.arange(shape.prefill_chunk)[None]
+        tokens.append(plan["prefill_tokens"].ravel())
+        positions.append((lanes.prefill_starts[:, None] + chunk).ravel())
+    return jnp.concatenate(tokens), jnp.concatenate(positions)
+
+
+def _accept(scores, state, *, plan, verification, shape, speculation, filters):
+    """Run the acceptor on scores [E * Q, V]; returns Verified and the rows' Law."""
+    lanes = verification.lanes
+    rows = shape.num_queries
+    slots = jnp.minimum(lanes.slots, shape.num_slots - 1)
+    laws = sampling.law_of(jnp.repeat(plan["slot_params"][slots], rows, axis=0))
+    positions = lanes.starts[:, None] + jnp.arange(rows)[None] + 1
+    drafts = verification.tokens[:, 1:]
+    num_drafts = jnp.where(
+        verification.is_seed, 0, jnp.maximum(lanes.num_rows - 1, 0)
+    )
+    stacked = scores.reshape(shape.verify_lanes, rows, -1)
+    if speculation.acceptor == "ratio_test" and shape.num_draft_tokens:
+        draft_law = jax.tree.map(lambda a: a[slots], state.draft_law)
+        # A seed's drafts are prompt tokens: accept them, then draw from its last row.
+        forced = jnp.maximum(lanes.num_rows - 1, 0)
+        verified = _ratio_test_or_seed(
+            stacked, laws, positions, drafts, num_drafts, draft_law, forced,
+            verification.is_seed, filters,
+        )  # fmt: skip
+    else:
+        verified = acceptance.shared_noise(
+            stacked, laws, positions, drafts, num_drafts, filters=filters
+        )
+    forced = jnp.where(verification.is_seed, lanes.num_rows - 1, verified.num_accepted)
+    return verified._replace(num_accepted=forced), laws
+
+
+def _ratio_test_or_seed(
+    scores, laws, positions, drafts, num_drafts, draft_law, forced, is_seed, filters
+):
+    """Ratio test for cycles; the target's own choice for seed verifications."""
+    tested = acceptance.ratio_test(
+        scores, laws, positions, drafts, num_drafts, draft_law, filters=filters
+    )
+    plain = acceptance.shared_noise(
+        scores, laws, positions, drafts, jnp.zeros_like(forced), filters=filters
+    )
+    tokens = jnp.where(is_seed[:, None], plain.tokens, tested.tokens)
+    return acceptance.Verified(tested.num_accepted, tokens)
+
+
+def _store_drafts(scores, state, plan, lanes, speculation, filters):
+    """Draw the next draft of every drafting slot from scores [S, V]."""
+    laws = sampling.law_of(plan["slot_params"])
+    positions = state.lengths + state.num_drafted + 1
+    slot = jnp.arange(state.lengths.size)
+    active = lanes.draft_active
+    if speculation.acceptor == "ratio_test":
+        drafts, law = acceptance.draft_from_top_m(
+            scores, laws, positions,
+            num_kept=speculation.draft_top_m, filters=filters,
+        )  # fmt: skip
+        place = jnp.where(active, state.num_drafted, state.tokens.shape[1])
+        state = state._replace(
+            draft_law=jax.tree.map(
+                lambda old, new: old.at[slot, place].set(new, mode="drop"),
+                state.draft_law,
+                law,
+            )
+        )
+    else:
+        drafts = sampling.choose(scores, laws, positions, filters=filters)
+    place = jnp.where(active, state.num_drafted + 1, state.tokens.shape[1])
+    return state._replace(
+        tokens=state.tokens.at[slot, place].set(drafts, mode="drop"),
+        num_drafted=state.num_drafted + active,
+    )
+
+
+def _commit(state, plan, verification, verified, laws, scores, shape, filters):
+    """Advance the verified slots and describe what they emitted."""
+    lanes, rows = verification.lanes, shape.num_queries
+    live = lanes.num_rows > 0
+    chosen_logprobs = sampling.logprobs(
+        scores, laws, verified.tokens.ravel(), filters=filters
+    ).reshape(-1, rows)
+    first = jnp.where(verification.is_seed, verified.num_accepted, 0)
+    count = jnp.where(live, verified.num_accepted - first + 1, 0)
+    row = jnp.arange(rows)[None]
+    emitted = jnp.minimum(first[:, None] + row, rows - 1)
+    tokens = jnp.take_along_axis(verified.tokens, emitted, 1)
+    chosen_logprobs = jnp.take_along_axis(chosen_logprobs, emitted, 1)
+
+    slots = jnp.minimum(lanes.slots, shape.num_slots - 1)
+    params = plan["slot_params"][slots]
+    stop_ids = params[:, None, plan_lib.STOP_IDS :]
+    is_stop = (tokens[..., None] == stop_ids).any(-1)
+    known = lanes.starts[:, None] + emitted + 2  # tokens of the request, this included
+    ends = (is_stop | (known >= params[:, plan_lib.LIMIT, None])) & (
+        row < count[:, None]
+    )
+    done = ends.any(1)
+    count = jnp.where(done, jnp.argmax(ends, 1) + 1, count)
+
+    def put(old, new):
+        return old.at[lanes.slots].set(new, mode="drop")
+
+    pending = jnp.take_along_axis(verified.tokens, verified.num_accepted[:, None], 1)
+    state = DecodeState(
+        layers=state.layers,
+        full_table=state.full_table,
+        draft_table=state.draft_table,
+        lengths=put(state.lengths, lanes.starts + verified.num_accepted + 1),
+        tokens=put(state.tokens, jnp.pad(pending, ((0, 0), (0, rows - 1)))),
+        num_drafted=put(state.num_drafted, jnp.zeros_like(count)),
+        draft_tails=put(state.draft_tails, verified.num_accepted + 1),
+        done=put(state.done, done),
+        draft_law=state.draft_law,
+    )
+    accepted = jnp.where(
+        verification.is_seed, plan_lib.NOT_SEED, verified.num_accepted
+    )
+    bits = jax.lax.bitcast_convert_type(chosen_logprobs, jnp.int32)
+    header = jnp.stack([count, accepted, done.astype(jnp.int32)], axis=1)
+    return state, jnp.concatenate([header, tokens, bits], axis=1)
