@@ -21,7 +21,7 @@ def encode_prompt(prompt, tokenizer, vocab_size):
         items = list(prompt)
         if items and all(isinstance(item, dict) for item in items):
             _need_tokenizer(tokenizer, "a chat prompt")
-            tokens = tokenizer.apply_chat_template(items)
+            tokens = tokenizer.encode_chat(items)
         else:
             tokens = _as_ids(items)
     if not tokens:
