@@ -1,0 +1,557 @@
+"""Paged attention for TPU (Pallas Mosaic TPU).
+
+One call per lane group; draft, verify and prefill groups differ only in static
+sizes. A lane with many queries is cut into tiles of queries, each a lane of its own
+over the same pages. A grid step handles one tile and `heads` KV heads: it streams the
+pages of the tile through two buffers, and fetches the first block of the next step
+while it works on its own last one, so that short draft lanes do not wait for memory
+at every step.
+
+The mass needs the final softmax sums of every row. The masked logits of the step stay
+in VMEM and are turned into probabilities once the last key is seen: exact, in the
+same pass over the pool.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
+
+_LANES = 128
+_SUBLANES = 8
+_BLOCK_TOKENS = 512
+_TILE_ROWS = 256  # query rows of one KV head that share a read of the keys
+_UNROLLED_ROWS = 160  # more rows fill the pipelines without unrolling
+_VMEM_BYTES = 40 << 20  # of 64 MiB (v5p, tpu7x) or 128 MiB (v5e, v6e)
+_TABLE_BYTES = 512 << 10  # page table in SMEM (1 MiB in all)
+
+
+def paged_attention_tpu(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lengths: jax.Array,
+    q_lengths: jax.Array,
+    *,
+    groups: tuple[LaneGroup, ...],
+    scale: float | None = None,
+    mass_group: int | None = None,
+    mass_rows: str = "all",
+    interpret: bool | pltpu.InterpretParams = False,
+) -> AttentionOutput:
+    """Returns what `api.paged_attention` documents.
+
+    Raises:
+      NotImplementedError: 2*D is not a multiple of 128, or the page size is not a
+        multiple of 8 (float32) or 16 (bfloat16).
+    """
+    _check_supported(kv_pages)
+    num_q_heads, head_size = q.shape[1:]
+    scale = head_size**-0.5 if scale is None else scale
+    outs, mass, lane, token = [], None, 0, 0
+    for index, (num_lanes, num_queries) in enumerate(groups):
+        lanes = slice(lane, lane + num_lanes)
+        tokens = slice(token, token + num_lanes * num_queries)
+        sizes = _sizes(
+            kv_pages, page_table.shape[1], num_q_heads, num_queries, index == mass_group
+        )
+        out, group_mass = _attend_group(
+            q[tokens].reshape(num_lanes, num_queries, num_q_heads, head_size),
+            kv_pages,
+            page_table[lanes],
+            kv_lengths[lanes],
+            q_lengths[lanes],
+            sizes,
+            scale,
+            mass_rows,
+            interpret,
+        )
+        outs.append(out.reshape(-1, num_q_heads, head_size))
+        mass = group_mass if index == mass_group else mass
+        lane, token = lanes.stop, tokens.stop
+    return AttentionOutput(outs[0] if len(outs) == 1 else jnp.concatenate(outs), mass)
+
+
+class Sizes(NamedTuple):
+    """Static sizes of one lane group's kernel."""
+
+    num_heads: int  # KV heads
+    group_size: int  # query heads per KV head
+    head_size: int
+    page_size: int
+    table_width: int  # pages
+    heads: int  # KV heads of one grid step
+    tile: int  # queries of one grid step
+    num_tiles: int  # tiles of a lane
+    rows: int  # tile * group_size, rounded up to whole sublanes
+    block_pages: int
+    num_blocks: int  # blocks that cover a whole table
+    with_mass: bool
+    itemsize: int
+
+    @property
+    def block(self) -> int:
+        """Keys of a block."""
+        return self.block_pages * self.page_size
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether K and V share one 128-lane tile, so that rows are used whole."""
+        return self.head_size % _LANES != 0
+
+    @property
+    def q_width(self) -> int:
+        """Width of a query row: [q, 0] meets a whole [K, V] row."""
+        return self.head_size * (2 if self.whole_rows else 1)
+
+    @property
+    def head_unroll(self) -> int:
+        """Heads whose independent work the compiler may interleave."""
+        most = max(1, _UNROLLED_ROWS // self.rows)
+        return max(n for n in range(1, most + 1) if self.heads % n == 0)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """VMEM of scratch, and of inputs and outputs twice."""
+        keys = 2 * self.heads * self.block * 2 * self.head_size * self.itemsize
+        width = max(self.q_width, _LANES)
+        state = self.heads * self.rows * (width + 2 * _LANES) * 4
+        q_and_out = 4 * self.heads * self.rows * width * self.itemsize
+        mass = 0
+        if self.with_mass:
+            columns = self.num_blocks * self.block
+            padded_heads = -(-self.num_heads // _SUBLANES) * _SUBLANES
+            mass = (self.heads * self.rows + 2 * padded_heads) * columns * 4
+        return keys + state + q_and_out + mass
+
+
+def _check_supported(kv_pages: jax.Array) -> None:
+    page_size, row_size = kv_pages.shape[2:]
+    sublanes = _SUBLANES * 4 // kv_pages.dtype.itemsize
+    if row_size % _LANES or page_size % sublanes:
+        raise NotImplementedError(
+            f"kv_pages has pages of {page_size} rows of {row_size} {kv_pages.dtype}; "
+            f"the TPU kernel needs a multiple of {sublanes} rows of a multiple of "
+            f"{_LANES} elements (2 * D); use impl='reference' or larger pages"
+        )
+
+
+def _sizes(kv_pages, table_width, num_q_heads, num_queries, with_mass) -> Sizes:
+    """Returns the largest tile and head count per step that fit the VMEM budget."""
+    _, num_heads, page_size, row_size = kv_pages.shape
+    group_size = num_q_heads // num_heads
+    block_pages = max(1, min(table_width, _BLOCK_TOKENS // page_size))
+    if with_mass:  # the logits are stored by whole 128-lane tiles
+        step = _LANES // math.gcd(_LANES, page_size)
+        block_pages = -(-block_pages // step) * step
+    tile = min(num_queries, max(1, _TILE_ROWS // group_size))
+    heads = num_heads
+    while True:
+        rows = -(-tile * group_size // _SUBLANES) * _SUBLANES
+        sizes = Sizes(
+            num_heads=num_heads,
+            group_size=group_size,
+            head_size=row_size // 2,
+            page_size=page_size,
+            table_width=table_width,
+            heads=heads,
+            tile=tile,
+            num_tiles=-(-num_queries // tile),
+            rows=rows,
+            block_pages=block_pages,
+            num_blocks=-(-table_width // block_pages),
+            with_mass=with_mass,
+            itemsize=kv_pages.dtype.itemsize,
+        )
+        if sizes.vmem_bytes <= _VMEM_BYTES:
+            return sizes
+        if heads > 1:
+            heads = max(n for n in range(1, heads) if num_heads % n == 0)
+        elif tile > 1:
+            tile = -(-tile // 2)
+        else:
+            raise NotImplementedError(
+                f"page_table has {table_width} columns of {page_size} keys: one "
+                f"query's logits need {sizes.vmem_bytes} bytes of VMEM, the kernel "
+                f"has {_VMEM_BYTES}; use a narrower table or mass_group=None"
+            )
+
+
+def _attend_group(
+    q, kv_pages, page_table, kv_lengths, q_lengths, sizes, scale, mass_rows, interpret
+):
+    """Returns out [lanes, Q, N, D] and mass [lanes, H, W*ps] (or None)."""
+    num_lanes = q.shape[0]
+    most = max(1, _TABLE_BYTES // (4 * sizes.table_width))
+    outs, masses = [], []
+    for first in range(0, num_lanes, most):  # the page table must fit in SMEM
+        part = slice(first, first + most)
+        out, mass = _attend_lanes(
+            q[part],
+            kv_pages,
+            page_table[part],
+            kv_lengths[part],
+            q_lengths[part],
+            sizes,
+            scale,
+            mass_rows,
+            interpret,
+        )
+        outs.append(out)
+        masses.append(mass)
+    if len(outs) == 1:
+        return outs[0], masses[0]
+    return jnp.concatenate(outs), jnp.concatenate(masses) if sizes.with_mass else None
+
+
+def _attend_lanes(
+    q, kv_pages, page_table, kv_lengths, q_lengths, sizes, scale, mass_rows, interpret
+):
+    s = sizes
+    num_lanes, num_queries = q.shape[:2]
+    num_tiles, group_size = s.num_tiles, s.group_size
+    steps = num_lanes * num_tiles
+    # Rows of one KV head side by side: [steps, H, rows, q_width].
+    padding = num_tiles * s.tile - num_queries
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    q = q.reshape(steps, s.tile, s.num_heads, group_size, s.head_size)
+    q = q.transpose(0, 2, 1, 3, 4).reshape(steps, s.num_heads, -1, s.head_size)
+    padding = s.rows - s.tile * group_size
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, s.q_width - s.head_size)))
+
+    out, mass = _call(
+        q,
+        kv_pages,
+        _step_scalars(page_table, kv_lengths, q_lengths, s, mass_rows),
+        s,
+        scale,
+        mass_rows,
+        interpret,
+    )
+    out = out[:, :, : s.tile * group_size]
+    out = out.reshape(steps, s.num_heads, s.tile, group_size, s.head_size)
+    out = out.transpose(0, 2, 1, 3, 4)
+    out = out.reshape(num_lanes, num_tiles * s.tile, -1, s.head_size)[:, :num_queries]
+    if mass is not None:
+        mass = mass.reshape(num_lanes, num_tiles, s.num_heads, -1)
+        mass = mass[:, 0] if num_tiles == 1 else mass.sum(1)
+        mass = mass[:, :, : s.table_width * s.page_size]
+    return out, mass
+
+
+class _Scalars(NamedTuple):
+    """What the kernel reads from SMEM; every array flat."""
+
+    page_table: jax.Array  # [lanes * W]
+    num_pages: jax.Array  # [steps * H / heads] pages of a grid step
+    visible: jax.Array  # [steps * H] keys the last valid query of a tile sees
+    num_queries: jax.Array  # [steps] valid queries of a tile
+    last_query: jax.Array  # [steps] last valid query of the lane, within this tile
+    candidates: jax.Array  # [steps * H] keys that get mass
+    weight: jax.Array  # [steps] float32, of one row in the mean
+
+
+def _step_scalars(page_table, kv_lengths, q_lengths, s: Sizes, mass_rows) -> _Scalars:
+    first = jnp.arange(s.num_tiles, dtype=jnp.int32) * s.tile
+    valid = jnp.clip(q_lengths[:, None] - first, 0, s.tile)  # [lanes, tiles]
+    candidates = kv_lengths - q_lengths[:, None]
+    visible = candidates[:, None] + (first + valid)[:, :, None]
+    visible = jnp.where(valid[:, :, None] > 0, jnp.maximum(visible, 0), 0)
+    longest = visible.reshape(-1, s.num_heads // s.heads, s.heads).max(-1)
+    used = jnp.minimum(q_lengths, 2) if mass_rows == "edges" else q_lengths
+    weight = 1.0 / jnp.maximum(used * s.group_size, 1).astype(jnp.float32)
+    by_tile = (kv_lengths.shape[0], s.num_tiles)
+    candidates = jnp.broadcast_to(candidates[:, None], (*by_tile, s.num_heads))
+    return _Scalars(
+        page_table=page_table.reshape(-1),
+        num_pages=((longest + s.page_size - 1) // s.page_size).reshape(-1),
+        visible=visible.reshape(-1),
+        num_queries=valid.reshape(-1),
+        last_query=(q_lengths[:, None] - 1 - first).reshape(-1),
+        candidates=candidates.reshape(-1),
+        weight=jnp.broadcast_to(weight[:, None], by_tile).reshape(-1),
+    )
+
+
+def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
+    steps = q.shape[0]
+    columns = s.num_blocks * s.block
+
+    def rows(width):
+        return pl.BlockSpec((1, s.heads, s.rows, width), lambda i, j, *_: (i, j, 0, 0))
+
+    out_shape = [
+        jax.ShapeDtypeStruct((steps, s.num_heads, s.rows, s.head_size), q.dtype)
+    ]
+    out_specs = [rows(s.head_size)]
+    scratch = [
+        pltpu.VMEM(
+            (2, s.heads, s.block_pages, s.page_size, 2 * s.head_size), kv_pages.dtype
+        ),
+        pltpu.VMEM((s.heads, s.rows, s.q_width), jnp.float32),
+        pltpu.VMEM((s.heads, s.rows, _LANES), jnp.float32),
+        pltpu.VMEM((s.heads, s.rows, _LANES), jnp.float32),
+        pltpu.SMEM((1,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+    if s.with_mass:
+        out_shape.append(
+            jax.ShapeDtypeStruct((steps, s.num_heads, columns), jnp.float32)
+        )
+        out_specs.append(
+            pl.BlockSpec((1, s.num_heads, columns), lambda i, j, *_: (i, 0, 0))
+        )
+        scratch.append(
+            pltpu.VMEM((s.heads, s.num_blocks, s.rows, s.block), jnp.float32)
+        )
+    kernel = functools.partial(
+        _kernel,
+        s=s,
+        scale=scale,
+        only_edges=mass_rows == "edges",
+        unroll=1 if interpret else s.head_unroll,
+    )
+    result = pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(steps, s.num_heads // s.heads),
+            in_specs=[rows(s.q_width), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            # Steps hand each other a block in flight, so they stay in order.
+            dimension_semantics=("arbitrary", "arbitrary"),
+            vmem_limit_bytes=s.vmem_bytes + (16 << 20),
+        ),
+        interpret=interpret,
+        name="paged_attention",
+    )(*scalars, q, kv_pages)
+    return (*result, None)[:2]
+
+
+def _kernel(*refs, s: Sizes, scale, only_edges, unroll):
+    scalars, refs = (
+        _Scalars(*refs[: len(_Scalars._fields)]),
+        refs[len(_Scalars._fields) :],
+    )
+    q_ref, kv_ref, out_ref, *refs = refs
+    mass_ref = refs.pop(0) if s.with_mass else None
+    buffer, acc_ref, max_ref, sum_ref, slot_ref, sems, *logits_ref = refs
+    step, part = pl.program_id(0), pl.program_id(1)
+    num_parts = s.num_heads // s.heads
+    turn = step * num_parts + part
+    pages = _PageStream(scalars, kv_ref, buffer, sems, s)
+
+    @pl.when(turn == 0)
+    def _():
+        slot_ref[0] = 0
+        pages.start(turn, 0, 0)
+
+    num_blocks = jnp.maximum(pl.cdiv(scalars.num_pages[turn], s.block_pages), 1)
+    first_slot = slot_ref[0]
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    max_ref[...] = jnp.full_like(max_ref, MASK_VALUE)
+
+    def attend_block(i, _):
+        slot = (first_slot + i) % 2
+        is_last = i + 1 == num_blocks
+
+        @pl.when(jnp.logical_not(is_last))
+        def _():
+            pages.start(turn, i + 1, 1 - slot)
+
+        @pl.when(is_last & (turn + 1 < pl.num_programs(0) * num_parts))
+        def _():
+            pages.start(turn + 1, 0, 1 - slot)
+
+        pages.wait(turn, i, slot)
+
+        def head(j, _):
+            logits = _attend_head(
+                q_ref.at[0, j],
+                buffer.at[slot, j],
+                acc_ref.at[j],
+                max_ref.at[j],
+                sum_ref.at[j],
+                first_key=i * s.block,
+                visible=scalars.visible[step * s.num_heads + part * s.heads + j],
+                num_queries=scalars.num_queries[step],
+                s=s,
+                scale=scale,
+            )
+            if s.with_mass:
+                logits_ref[0][j, i] = logits
+
+        jax.lax.fori_loop(0, s.heads, head, None, unroll=unroll)
+
+    jax.lax.fori_loop(0, num_blocks, attend_block, None)
+    slot_ref[0] = (first_slot + num_blocks) % 2
+
+    def finish(j, _):
+        total = sum_ref[j][:, :1]
+        out = acc_ref[j] / jnp.where(total == 0.0, 1.0, total)
+        out_ref[0, j] = out[:, s.q_width - s.head_size :].astype(out_ref.dtype)
+        if s.with_mass:
+            head = part * s.heads + j
+            _store_mass(
+                mass_ref.at[0, pl.ds(head, 1)],
+                logits_ref[0].at[j],
+                max_ref[j][:, :1],
+                total,
+                num_blocks=num_blocks,
+                candidates=scalars.candidates[step * s.num_heads + head],
+                last_query=scalars.last_query[step],
+                is_first_tile=step % s.num_tiles == 0,
+                weight=scalars.weight[step],
+                s=s,
+                only_edges=only_edges,
+            )
+
+    jax.lax.fori_loop(0, s.heads, finish, None)
+
+
+class _PageStream(NamedTuple):
+    """Copies of the pages of one block of one grid step into a buffer slot."""
+
+    scalars: _Scalars
+    kv_ref: jax.Ref
+    buffer: jax.Ref
+    sems: jax.Ref
+    s: Sizes
+
+    def start(self, turn, block, slot):
+        self._for_each_page(turn, block, slot, lambda copy: copy.start())
+
+    def wait(self, turn, block, slot):
+        self._for_each_page(turn, block, slot, lambda copy: copy.wait())
+
+    def _for_each_page(self, turn, block, slot, act):
+        s = self.s
+        num_parts = s.num_heads // s.heads
+        step, part = turn // num_parts, turn % num_parts
+        first = block * s.block_pages
+        column = step // s.num_tiles * s.table_width + first
+
+        def page(n, _):
+            act(
+                pltpu.make_async_copy(
+                    self.kv_ref.at[
+                        self.scalars.page_table[column + n],
+                        pl.ds(part * s.heads, s.heads),
+                    ],
+                    self.buffer.at[slot, :, n],
+                    self.sems.at[slot],
+                )
+            )
+
+        count = jnp.minimum(self.scalars.num_pages[turn] - first, s.block_pages)
+        jax.lax.fori_loop(0, count, page, None)
+
+
+def _query_of_row(shape, group_size):
+    """Returns row // group_size, without a vector division."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (row * (65536 // group_size + 1)) >> 16  # exact for row < 65536 / G
+
+
+def _attend_head(
+    q_ref,  # [rows, q_width]
+    kv_ref,  # [block_pages, page_size, 2D], one head of a block
+    acc_ref,  # float32 [rows, q_width]
+    max_ref,  # float32 [rows, 128], equal in all lanes
+    sum_ref,  # float32 [rows, 128], equal in all lanes
+    *,
+    first_key,
+    visible,
+    num_queries,
+    s: Sizes,
+    scale,
+):
+    """Adds one block of keys to the softmax state; returns its masked logits."""
+    shape = (s.block, 2 * s.head_size)
+
+    @pl.when(first_key + s.block > visible)
+    def _():
+        # Rows past the length hold anything, NaN too: 0 * NaN would reach the sum.
+        key = first_key + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        rows = kv_ref[...].reshape(shape)
+        rows = jnp.where(key < visible, rows, jnp.zeros_like(rows))
+        kv_ref[...] = rows.reshape(kv_ref.shape)
+
+    rows = kv_ref[...].reshape(shape)
+    k = rows if s.whole_rows else rows[:, : s.head_size]
+    v = rows if s.whole_rows else rows[:, s.head_size :]
+    exact = jax.lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
+    logits = scale * jax.lax.dot_general(
+        q_ref[...],
+        k,
+        (((1,), (1,)), ((), ())),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    key = first_key + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    query = _query_of_row(logits.shape, s.group_size)
+    seen = (key <= visible - num_queries + query) & (query < num_queries)
+    logits = jnp.where(seen, logits, MASK_VALUE)
+    old_max = max_ref[:, :1]
+    new_max = jnp.maximum(old_max, jnp.max(logits, axis=1, keepdims=True))
+    p = jnp.where(seen, jnp.exp(logits - new_max), 0.0)
+    shrink = jnp.exp(old_max - new_max)
+    total = sum_ref[:, :1] * shrink + jnp.sum(p, axis=1, keepdims=True)
+    acc_ref[...] = acc_ref[...] * shrink + jax.lax.dot(
+        p.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
+    )
+    max_ref[...] = jnp.broadcast_to(new_max, max_ref.shape)
+    sum_ref[...] = jnp.broadcast_to(total, sum_ref.shape)
+    return logits
+
+
+def _store_mass(
+    mass_ref,  # float32 [1, num_blocks * block]
+    logits_ref,  # float32 [num_blocks, rows, block]
+    row_max,  # float32 [rows, 1]
+    row_sum,  # float32 [rows, 1]
+    *,
+    num_blocks,
+    candidates,
+    last_query,
+    is_first_tile,
+    weight,
+    s: Sizes,
+    only_edges,
+):
+    """Writes the mean probability of each key over the used rows of this tile."""
+    query = _query_of_row(row_sum.shape, s.group_size)
+    used = query <= last_query
+    if only_edges:
+        used &= ((query == 0) & is_first_tile) | (query == last_query)
+    used &= row_sum > 0.0
+    factor = jnp.where(used, weight / jnp.where(used, row_sum, 1.0), 0.0)
+
+    def block(i, _):
+        start = pl.multiple_of(i * s.block, _LANES)
+
+        @pl.when(i < num_blocks)
+        def _():
+            p = jnp.exp(logits_ref[i] - row_max) * factor
+            mass = jnp.sum(p, axis=0, keepdims=True)
+            key = start + jax.lax.broadcasted_iota(jnp.int32, mass.shape, 1)
+            mass = jnp.where(key < candidates, mass, 0.0)
+            mass_ref[:, pl.ds(start, s.block)] = mass
+
+        @pl.when(i >= num_blocks)
+        def _():
+            mass_ref[:, pl.ds(start, s.block)] = jnp.zeros((1, s.block), jnp.float32)
+
+    jax.lax.fori_loop(0, s.num_blocks, block, None)
