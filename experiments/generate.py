@@ -136,21 +136,21 @@ def run(model, prompts, config, directory):
         directory: an open RunDirectory; its records are not decoded again.
     """
     longest = max(map(len, prompts)) + config.max_tokens
-    directory.write_environment(record.describe_environment())
+    environment = record.describe_environment()
     stats, tokens = {}, {}
     for mode in report.MODES:
         engine = Engine(
             model, speculation=config.speculation(mode), engine=config.engine(longest)
         )
+        if mode == report.MODES[0]:
+            directory.write_environment(environment | {"impl": engine.impl})
         decode_missing(engine, prompts, config, mode=mode, directory=directory)
         records = [r for r in directory.records if r["mode"] == mode]
         stats[mode] = report.stats_of(records, like=engine.stats(0.0))
         tokens[mode] = {r["index"]: r["token_ids"] for r in records}
     comparison = report.compare(*(tokens[mode] for mode in report.MODES))
     summary = {mode: stats[mode].to_dict() for mode in report.MODES}
-    directory.write_summary(
-        {"comparison": dataclasses.asdict(comparison), "impl": engine.impl} | summary
-    )
+    directory.write_summary({"comparison": dataclasses.asdict(comparison)} | summary)
     return stats, comparison
 
 
