@@ -12,4 +12,4 @@ from experiments.config import GenerateConfig
 
 def get_config() -> GenerateConfig:
     """Four requests of 2048 tokens each at the paper's k and budget ratio."""
-    return GenerateConfig(num_prompts=4, max_tokens=2048, ignore_eos=True)
+    return GenerateConfig(max_tokens=2048, ignore_eos=True)
