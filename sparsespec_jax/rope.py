@@ -18,8 +18,10 @@ from sparsespec_jax.model_config import (
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per token of each rotated pair, float32 [D/2], fastest first."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    base = config.rope_theta**-exponents
+    # Rounded where the training code rounds: at position 10,000 an angle carries
+    # 10,000 times the error of its frequency.
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    base = (1 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     match config.rope_scaling:
         case None:
             scaled = base
