@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
-from sparsespec_jax.plan import StepShape, budget_tokens
+from sparsespec_jax.plan import StepShape
 from sparsespec_jax.selection import SelectionOptions, SelectionView
 from sparsespec_jax.state import LayerCache
 
@@ -27,6 +27,7 @@ class VerifyLanes(NamedTuple):
     starts: jax.Array  # int32 [E], committed length before the verification
     num_rows: jax.Array  # int32 [E], valid rows (drafts + 1), 0 for an idle lane
     seeds: jax.Array  # uint32 [E, 2]
+    budgets: jax.Array  # int32 [E], tokens to select
 
 
 class StepLanes(NamedTuple):
@@ -42,7 +43,7 @@ class StepLanes(NamedTuple):
     prefill_counts: jax.Array  # int32 [F]
 
 
-def make_attend(lanes: StepLanes, shape: StepShape, policy, speculation, impl):
+def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
     """The `attend(layer, q, k, v, cache)` function of one step.
 
     Returns a closure from q [T, N, D] and k, v [T, H, D] (rotated) and the layer's
@@ -51,11 +52,11 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, speculation, impl):
     groups = _lane_groups(shape, lanes)
     tables, q_lengths = _tables_and_rows(lanes, shape)
     drafting = shape.num_draft_tokens > 0
-    options = SelectionOptions(
+    selection = SelectionOptions(
         cap=shape.max_budget,
-        per_layer=speculation.scope == "layer",
-        num_recent=speculation.num_recent,
-        num_sinks=speculation.num_sinks,
+        per_layer=options.scope == "layer",
+        num_recent=options.num_recent,
+        num_sinks=options.num_sinks,
         impl=impl,
     )
     needs_mass = drafting and policy.needs_mass
@@ -73,7 +74,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, speculation, impl):
             q_lengths,
             groups=groups,
             mass_group=(1 if shape.draft_lanes else 0) if needs_mass else None,
-            mass_rows=speculation.mass_rows,
+            mass_rows=options.mass_rows,
             impl=impl,
         )
         counts = cache.draft_counts
@@ -81,13 +82,13 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, speculation, impl):
             view = SelectionView(
                 mass=mass,
                 lengths=lanes.verify.starts,
-                budgets=_budgets(lanes.verify, shape, speculation),
+                budgets=lanes.verify.budgets,
                 seeds=lanes.verify.seeds,
                 layer_index=layer_index,
                 num_kv_heads=heads,
                 num_keys=shape.table_width * shape.page_size,
             )
-            indices, selected = policy.select(view, options)
+            indices, selected = policy.select(view, selection)
             is_live = (lanes.verify.num_rows > 0)[:, None]
             selected = jnp.where(is_live, selected, 0)
             kv_pages = _fill_draft_cache(
@@ -145,13 +146,18 @@ def _kv_lengths(cache, lanes, shape, heads):
 def _write_rows(cache, rows, lanes, shape):
     """Store each token's K and V row where its lane reads it; rows [T, H, 2D]."""
     heads = rows.shape[1]
-    split = (shape.draft_lanes, shape.draft_lanes + shape.verify_lanes * shape.num_queries)
+    split = (
+        shape.draft_lanes,
+        shape.draft_lanes + shape.verify_lanes * shape.num_queries,
+    )
     draft_rows, verify_rows, prefill_rows = jnp.split(rows, split)
 
     place = cache.draft_counts[: shape.draft_lanes] + lanes.draft_tails[:, None]
     place = jnp.where(lanes.draft_active[:, None], place, -1)
     table = lanes.draft_table[: shape.draft_lanes]
-    kv_pages = scatter_rows(cache.kv_pages, table[:, None], place[:, None], draft_rows[:, None])
+    kv_pages = scatter_rows(
+        cache.kv_pages, table[:, None], place[:, None], draft_rows[:, None]
+    )
 
     verify = lanes.verify
     kv_pages = _write_span(
@@ -211,14 +217,3 @@ def scatter_rows(kv_pages, tables, places, rows):
     pages = jnp.where((places >= 0) & (pages >= 0), pages, num_pages)
     head = jnp.arange(heads)[None, None]
     return kv_pages.at[pages, head, places % page_size].set(rows, mode="drop")
-
-
-def _budgets(verify, shape, speculation):
-    """Tokens to select per lane, from the committed length before the verification."""
-    return budget_tokens(
-        verify.starts,
-        ratio=speculation.budget_ratio,
-        floor=speculation.min_budget,
-        cap=shape.max_budget,
-        xp=jnp,
-    )

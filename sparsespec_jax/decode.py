@@ -103,7 +103,9 @@ def _prepare(model, prompts, sampling, speculation, engine):
                 f"{model.name} was made for {model.config.max_length}: lower max_tokens"
             )
         engine = dataclasses.replace(engine, max_length=longest)
-    runner = Engine(model, speculation=speculation or SpeculationConfig(), engine=engine)
+    runner = Engine(
+        model, speculation=speculation or SpeculationConfig(), engine=engine
+    )
     for prompt, params in zip(tokens, sampling, strict=True):
         runner.check_request(prompt, params)
     for index, (prompt, params) in enumerate(zip(tokens, sampling, strict=True)):

@@ -19,13 +19,13 @@ from sparsespec_jax.config import (
     SamplingParams,
     SpeculationConfig,
 )
-from sparsespec_jax.metrics import DecodeStats, KvTokens, RequestMetrics
+from sparsespec_jax.metrics import DecodeStats, RequestMetrics
 from sparsespec_jax.plan import StepOutcome, StepShape, budget_tokens, pages_for
 from sparsespec_jax.results import DecodeResult, StreamEvent
-from sparsespec_jax.scheduler import Request, Scheduler, Status
+from sparsespec_jax.scheduler import Request, Scheduler
 from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import new_state, pool_bytes_per_page
-from sparsespec_jax.step import make_step
+from sparsespec_jax.step import make_step, step_options
 from sparsespec_jax.text import OutputText, encode_prompt
 
 
@@ -76,22 +76,11 @@ class Engine:
             draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
         )
         self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
-        self._budget = dict(
-            ratio=self.speculation.budget_ratio,
-            floor=self.speculation.min_budget,
-            cap=self.shape.max_budget,
-        )
-        self._scheduler = Scheduler(
-            self.shape,
-            budget_ratio=self.speculation.budget_ratio,
-            min_budget=self.speculation.min_budget,
-        )
+        self._scheduler = Scheduler(self.shape)
         self._outputs = {}  # request id -> _Output, until finished
         self._in_flight = deque()  # (planned verifies, device outcome)
         self._next_id = 0
         self._filters = False
-        self._steps = {}  # filters -> jitted step
-        self.num_compilations = 0
         self.num_steps = 0
         self.finished_metrics = []
 
@@ -127,12 +116,7 @@ class Engine:
                 f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
                 f"supported, got {sorted(_stop_ids(self.model.config, sampling))}"
             )
-        needed = self._scheduler.pages_needed(total)
-        if needed > self.shape.num_pages:
-            raise ValueError(
-                f"a request of {total} tokens can need {needed} pages, num_pages is "
-                f"{self.shape.num_pages}: raise num_pages or lower max_tokens"
-            )
+        self._scheduler.check(self._request(tokens, sampling))
         return tokens
 
     def add_request(self, prompt, sampling=None, *, prompt_index=None):
@@ -150,16 +134,8 @@ class Engine:
         return ids[0] if sampling.n == 1 else ids
 
     def _add_sample(self, tokens, sampling, prompt_index, sample):
+        request = self._request(tokens, sampling, sample)
         request_id, self._next_id = self._next_id, self._next_id + 1
-        stop_ids = _stop_ids(self.model.config, sampling)
-        limit = len(tokens) + sampling.max_tokens
-        request = Request(
-            request_id=request_id,
-            tokens=list(tokens),
-            num_prompt=len(tokens),
-            limit=limit,
-            slot_params=_slot_params(sampling, sample, limit, stop_ids),
-        )
         self._scheduler.add(request)
         self._filters |= sampling.filters
         self._outputs[request_id] = _Output(
@@ -168,7 +144,7 @@ class Engine:
             prompt_index=request_id if prompt_index is None else prompt_index,
             sample_index=sample,
             text=OutputText(self.model.tokenizer, sampling.stop),
-            stop_ids=stop_ids,
+            stop_ids=_stop_ids(self.model.config, sampling),
             metrics=RequestMetrics(
                 max_draft_tokens=self.speculation.num_draft_tokens,
                 num_prompt_tokens=len(tokens),
@@ -176,6 +152,24 @@ class Engine:
             submitted_s=time.perf_counter(),
         )
         return request_id
+
+    def _request(self, tokens, sampling, sample=0):
+        limit = len(tokens) + sampling.max_tokens
+        return Request(
+            request_id=self._next_id,
+            tokens=list(tokens),
+            num_prompt=len(tokens),
+            limit=limit,
+            budget_ratio=self.speculation.budget_ratio,
+            min_budget=self.speculation.min_budget,
+            slot_params=_slot_params(
+                sampling,
+                sample,
+                limit,
+                _stop_ids(self.model.config, sampling),
+                self.speculation,
+            ),
+        )
 
     def abort(self, request_id):
         """End a request now; returns its DecodeResult so far ("cancelled").
@@ -186,6 +180,23 @@ class Engine:
         if request_id not in self._outputs:
             raise KeyError(f"request {request_id} is unknown or finished")
         return self._finish(self._outputs[request_id], "cancelled", None)
+
+    def set_budget(self, *, budget_ratio, min_budget):
+        """Change the draft budget of requests added from now on; compiles nothing.
+
+        Raises:
+          ValueError: the budget could exceed what the engine was built for.
+        """
+        new = dataclasses.replace(
+            self.speculation, budget_ratio=budget_ratio, min_budget=min_budget
+        )
+        if _largest_budget(new, self.max_length) > self.shape.max_budget:
+            raise ValueError(
+                f"budget_ratio={budget_ratio} and min_budget={min_budget} can select "
+                f"{_largest_budget(new, self.max_length)} tokens, the engine was built "
+                f"for {self.shape.max_budget}"
+            )
+        self.speculation = new
 
     # -- the loop ---------------------------------------------------------------
 
@@ -218,25 +229,26 @@ class Engine:
         self.num_steps += 1
 
     def _run(self, plan):
-        step = self._steps.get(self._filters)
-        if step is None:
-            step = self._steps[self._filters] = make_step(
-                self.model.config,
-                self.shape,
-                policy=self.policy,
-                speculation=self.speculation,
-                filters=self._filters,
-                impl=self.impl,
-                on_trace=self._count_compilation,
-            )
         buffer = jax.device_put(plan.buffer)
-        self._state, outcome = step(
+        self._state, outcome = self._step(self._filters)(
             self.params, self._state, buffer, prefill=plan.prefill
         )
         return outcome
 
-    def _count_compilation(self, prefill):
-        self.num_compilations += 1
+    def _step(self, filters):
+        return make_step(
+            self.model.config,
+            self.shape,
+            policy=self.policy,
+            options=step_options(self.speculation),
+            filters=filters,
+            impl=self.impl,
+        )
+
+    @property
+    def num_compilations(self):
+        """Variants of the step compiled for options like these, in this process."""
+        return sum(self._step(filters)._cache_size() for filters in (False, True))
 
     def _read_outcome(self, results, events):
         planned, packed = self._in_flight.popleft()
@@ -290,17 +302,13 @@ class Engine:
         else:
             start, drafts = request.committed, verify.num_drafts
             metrics.record_verification(num_accepted=num_accepted, num_drafted=drafts)
-            cached = self._selected(output.last_start) + output.last_tail
+            cached = self._scheduler.selected_tokens(request, output.last_start)
+            cached += output.last_tail
             reads.draft += drafts * cached + drafts * (drafts + 1) // 2
             reads.verify += start + drafts + 1
             tail = num_accepted + 1
-        reads.gather += self._selected(start)
+        reads.gather += self._scheduler.selected_tokens(request, start)
         output.last_start, output.last_tail = start, tail
-
-    def _selected(self, length):
-        if not self.speculation.num_draft_tokens:
-            return 0
-        return int(budget_tokens(length, **self._budget))
 
     def _finish(self, output, reason, stop_reason):
         request = output.request
@@ -349,14 +357,7 @@ class Engine:
     def _make_shape(self):
         spec, config = self.speculation, self.config
         page_size = config.page_size
-        cap = int(
-            budget_tokens(
-                self.max_length,
-                ratio=spec.budget_ratio,
-                floor=spec.min_budget,
-                cap=self.max_length,
-            )
-        )
+        cap = _largest_budget(spec, self.max_length)
         rows = cap + 2 * spec.num_draft_tokens + 1
         table = pages_for(self.max_length + spec.num_draft_tokens, page_size)
         draft_table = pages_for(rows, page_size) if spec.num_draft_tokens else 0
@@ -374,21 +375,37 @@ class Engine:
         )
 
 
+def _largest_budget(speculation, max_length):
+    """Tokens selected at the longest context."""
+    budget = budget_tokens(
+        max_length,
+        ratio=speculation.budget_ratio,
+        floor=speculation.min_budget,
+        cap=max_length,
+    )
+    return int(budget)
+
+
 def _stop_ids(model_config, sampling):
     """Token ids that end a request."""
     eos = () if sampling.ignore_eos else tuple(model_config.eos_ids)
     return frozenset(eos) | frozenset(sampling.stop_token_ids)
 
 
-def _slot_params(sampling, sample, limit, stop_ids):
+def _slot_params(sampling, sample, limit, stop_ids, speculation):
     """The device's record of a request, int32 [NUM_SLOT_PARAMS]."""
     params = np.full(plan_lib.NUM_SLOT_PARAMS, plan_lib.NO_TOKEN, np.int32)
     text = f"{sampling.seed}/{sample}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
     params[plan_lib.SEED_LOW : plan_lib.SEED_HIGH + 1] = np.frombuffer(digest, np.int32)
-    floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
-    columns = [plan_lib.TEMPERATURE, plan_lib.TOP_P, plan_lib.MIN_P]
-    params[columns] = floats.view(np.int32)
+    floats = {
+        plan_lib.TEMPERATURE: sampling.temperature,
+        plan_lib.TOP_P: sampling.top_p,
+        plan_lib.MIN_P: sampling.min_p,
+        plan_lib.BUDGET_RATIO: speculation.budget_ratio,
+    }
+    params[list(floats)] = np.array(list(floats.values()), np.float32).view(np.int32)
+    params[plan_lib.MIN_BUDGET] = speculation.min_budget
     params[plan_lib.TOP_K] = sampling.top_k
     params[plan_lib.LIMIT] = limit
     params[plan_lib.LOGPROB_MODE] = sampling.logprobs == "processed"

@@ -15,7 +15,8 @@ from sparsespec_jax.config import MAX_STOP_TOKEN_IDS
 
 # Columns of `slot_params`.
 SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P, LIMIT, LOGPROB_MODE = range(8)
-STOP_IDS = 8
+BUDGET_RATIO, MIN_BUDGET = 8, 9
+STOP_IDS = 10
 NUM_SLOT_PARAMS = STOP_IDS + MAX_STOP_TOKEN_IDS
 
 NO_TOKEN = -1
@@ -158,5 +159,6 @@ def budget_tokens(length, *, ratio, floor, cap, xp=np):
     device writes.
     """
     length = xp.asarray(length, dtype=np.int32)
-    scaled = xp.ceil(length.astype(np.float32) * np.float32(ratio)).astype(np.int32)
+    ratio = xp.asarray(ratio, dtype=np.float32)
+    scaled = xp.ceil(length.astype(np.float32) * ratio).astype(np.int32)
     return xp.minimum(xp.minimum(length, xp.maximum(floor, scaled)), cap)

@@ -32,19 +32,24 @@ class Law(NamedTuple):
     processed_logprobs: jax.Array  # bool
 
 
+def as_float(bits):
+    """Float32 values that travelled as int32 bit patterns."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def law_of(slot_params):
     """Law of each row of `slot_params` (int32 [R, NUM_SLOT_PARAMS])."""
 
-    def as_float(column):
-        return jax.lax.bitcast_convert_type(slot_params[:, column], jnp.float32)
+    def column(index):
+        return as_float(slot_params[:, index])
 
     seed = slot_params[:, plan_lib.SEED_LOW : plan_lib.SEED_HIGH + 1]
     return Law(
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
-        temperature=as_float(plan_lib.TEMPERATURE),
+        temperature=column(plan_lib.TEMPERATURE),
         top_k=slot_params[:, plan_lib.TOP_K],
-        top_p=as_float(plan_lib.TOP_P),
-        min_p=as_float(plan_lib.MIN_P),
+        top_p=column(plan_lib.TOP_P),
+        min_p=column(plan_lib.MIN_P),
         processed_logprobs=slot_params[:, plan_lib.LOGPROB_MODE] != 0,
     )
 
@@ -121,9 +126,7 @@ def keep_mask(logits, law):
     keep = keys >= cut[:, None]
     prob = _softmax(logits, law, keep)
     target = law.top_p * prob.sum(-1)
-    cut = _largest_threshold(
-        keys, lambda m: jnp.where(m, prob, 0.0).sum(-1) >= target
-    )
+    cut = _largest_threshold(keys, lambda m: jnp.where(m, prob, 0.0).sum(-1) >= target)
     keep &= (keys >= cut[:, None]) | (law.top_p >= 1.0)[:, None]
     floor = law.min_p * prob.max(-1)
     return keep & (prob >= floor[:, None])

@@ -36,6 +36,8 @@ class Request:
     num_prompt: int
     limit: int  # tokens (prompt and output) at which it ends
     slot_params: np.ndarray  # int32 [NUM_SLOT_PARAMS]
+    budget_ratio: float
+    min_budget: int
     status: Status = Status.WAITING
     slot: int = -1
     phase: int = -1
@@ -69,15 +71,12 @@ class PlannedVerify:
 class Scheduler:
     """Admits, balances and plans. One `plan()` per step; no device data needed."""
 
-    def __init__(self, shape, *, budget_ratio, min_budget):
+    def __init__(self, shape):
         self.shape = shape
         self.allocator = PageAllocator(shape.num_pages)
         self.waiting = deque()
         self.slots = [None] * shape.num_slots
         self._cycle = shape.num_queries
-        self._budget = dict(
-            ratio=budget_ratio, floor=min_budget, cap=shape.max_budget
-        )
         self._step = 0
         self._phase_counts = [0] * self._cycle
 
@@ -86,20 +85,38 @@ class Scheduler:
         """True while any request waits or holds a slot."""
         return bool(self.waiting) or any(r is not None for r in self.slots)
 
-    def pages_needed(self, limit):
-        """Pages (full and draft) that a request of `limit` tokens can come to hold."""
-        return self._full_pages(limit) + self._draft_pages(limit)
+    def pages_needed(self, request):
+        """Pages (full and draft) that a request can come to hold."""
+        full = self._full_pages(request.limit)
+        return full + self._draft_pages(request, request.limit)
+
+    def check(self, request):
+        """Raise ValueError if the request could never fit."""
+        needed = self.pages_needed(request)
+        if needed > self.shape.num_pages:
+            raise ValueError(
+                f"a request of up to {request.limit} tokens can need {needed} pages, "
+                f"the pool has {self.shape.num_pages}: raise num_pages or lower "
+                "max_tokens"
+            )
 
     def add(self, request):
         """Queue a request; ValueError if it could never fit."""
-        needed = self.pages_needed(request.limit)
-        if needed > self.shape.num_pages:
-            raise ValueError(
-                f"request {request.request_id} can reach {request.limit} tokens and "
-                f"{needed} pages, the pool has {self.shape.num_pages}: raise "
-                "num_pages or lower max_tokens"
-            )
+        self.check(request)
         self.waiting.append(request)
+
+    def selected_tokens(self, request, length):
+        """Tokens that a verification at committed `length` selects for drafting."""
+        if not self.shape.num_draft_tokens:
+            return 0
+        return int(
+            budget_tokens(
+                length,
+                ratio=request.budget_ratio,
+                floor=request.min_budget,
+                cap=self.shape.max_budget,
+            )
+        )
 
     def release(self, request):
         """Take a request out, wherever it is; its slot and pages become free."""
@@ -152,7 +169,7 @@ class Scheduler:
             if holder is not None or not self.waiting:
                 continue
             request = self.waiting[0]
-            needed = self.pages_needed(request.limit)
+            needed = self.pages_needed(request)
             if not self.allocator.can_promise(needed):
                 return
             self.waiting.popleft()
@@ -233,7 +250,7 @@ class Scheduler:
 
     def _grow_draft(self, request, length, updates):
         """Allocate draft pages for a selection made at committed `length`."""
-        needed = self._draft_pages(min(length, request.limit))
+        needed = self._draft_pages(request, min(length, request.limit))
         count = max(0, needed - request.num_draft_pages)
         pages = self.allocator.allocate(request.request_id, count)
         updates.add(plan_lib.DRAFT_TABLE, request.slot, request.num_draft_pages, pages)
@@ -243,10 +260,10 @@ class Scheduler:
         # The last verification may feed K drafts past the limit.
         return pages_for(limit + self.shape.num_draft_tokens, self.shape.page_size)
 
-    def _draft_pages(self, length):
+    def _draft_pages(self, request, length):
         if not self.shape.num_draft_tokens:
             return 0
-        rows = int(budget_tokens(length, **self._budget))
+        rows = self.selected_tokens(request, length)
         # Rows just verified, then the drafts of the next cycle behind them.
         rows += self.shape.num_queries + self.shape.num_draft_tokens
         return pages_for(rows, self.shape.page_size)

@@ -18,6 +18,22 @@ from sparsespec_jax.model import forward, logits
 from sparsespec_jax.state import DecodeState
 
 
+class StepOptions(NamedTuple):
+    """What of a SpeculationConfig the compiled step depends on; budgets are data."""
+
+    acceptor: str
+    mass_rows: str
+    scope: str
+    num_recent: int
+    num_sinks: int
+    draft_top_m: int
+
+
+def step_options(speculation):
+    """StepOptions of a SpeculationConfig."""
+    return StepOptions(*(getattr(speculation, name) for name in StepOptions._fields))
+
+
 class _Verification(NamedTuple):
     """Inputs of the verify lanes, [E] and [E, Q]."""
 
@@ -26,22 +42,22 @@ class _Verification(NamedTuple):
     is_seed: jax.Array  # bool [E], the drafts are prompt tokens, known to be right
 
 
-def make_step(model_config, shape, *, policy, speculation, filters, impl, on_trace):
+@functools.cache
+def make_step(model_config, shape, *, policy, options, filters, impl):
     """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
 
     `buffer` is a packed StepPlan; the outcome is what StepOutcome.from_packed reads.
     `state` is donated. `filters` says whether any request may use top-k, top-p or
-    min-p. `on_trace(prefill)` is called once per compilation.
+    min-p. Engines of equal options share the function and what it compiled.
     """
 
     def step(params, state, buffer, *, prefill):
-        on_trace(prefill)
         plan = shape.unpack(buffer, prefill=prefill)
         state = _update_tables(state, plan["table_updates"])
         verification = _verification(state, plan, shape)
         lanes = _step_lanes(state, plan, verification, shape)
         tokens, positions = _tokens(state, plan, verification, lanes, shape)
-        attend = make_attend(lanes, shape, policy, speculation, impl)
+        attend = make_attend(lanes, shape, policy, options, impl)
         hidden, layers = forward(
             model_config, params, tokens, positions, attend, state.layers
         )
@@ -50,12 +66,12 @@ def make_step(model_config, shape, *, policy, speculation, filters, impl, on_tra
         state = state._replace(layers=tuple(layers))
         choose = functools.partial(
             _accept, plan=plan, verification=verification, shape=shape,
-            speculation=speculation, filters=filters,
+            options=options, filters=filters,
         )  # fmt: skip
         verified, laws = choose(scores[shape.draft_lanes :], state)
         if shape.draft_lanes:
             state = _store_drafts(
-                scores[: shape.draft_lanes], state, plan, lanes, speculation, filters
+                scores[: shape.draft_lanes], state, plan, lanes, options, filters
             )
         return _commit(
             state, plan, verification, verified, laws,
@@ -93,12 +109,20 @@ def _verification(state, plan, shape):
     drafts = jnp.where(is_seed, plan["seed_counts"], of_slot(state.num_drafted))
     starts = jnp.where(is_seed, plan["seed_starts"], of_slot(state.lengths))
     tokens = jnp.where(is_seed[:, None], plan["seed_tokens"], of_slot(state.tokens))
-    seeds = of_slot(plan["slot_params"])[:, : plan_lib.SEED_HIGH + 1]
+    params = of_slot(plan["slot_params"])
+    starts = jnp.where(live, starts, 0)
     lanes = VerifyLanes(
         slots=jnp.where(live, slots, shape.num_slots),
-        starts=jnp.where(live, starts, 0),
+        starts=starts,
         num_rows=jnp.where(live, drafts + 1, 0),
-        seeds=jax.lax.bitcast_convert_type(seeds, jnp.uint32),
+        seeds=sampling.law_of(params).seed,
+        budgets=plan_lib.budget_tokens(
+            starts,
+            ratio=sampling.as_float(params[:, plan_lib.BUDGET_RATIO]),
+            floor=params[:, plan_lib.MIN_BUDGET],
+            cap=shape.max_budget,
+            xp=jnp,
+        ),
     )
     return _Verification(lanes, tokens, is_seed & live)
 
@@ -138,7 +162,7 @@ def _tokens(state, plan, verification, lanes, shape):
     return jnp.concatenate(tokens), jnp.concatenate(positions)
 
 
-def _accept(scores, state, *, plan, verification, shape, speculation, filters):
+def _accept(scores, state, *, plan, verification, shape, options, filters):
     """Run the acceptor on scores [E * Q, V]; returns Verified and the rows' Law."""
     lanes = verification.lanes
     rows = shape.num_queries
@@ -146,11 +170,9 @@ def _accept(scores, state, *, plan, verification, shape, speculation, filters):
     laws = sampling.law_of(jnp.repeat(plan["slot_params"][slots], rows, axis=0))
     positions = lanes.starts[:, None] + jnp.arange(rows)[None] + 1
     drafts = verification.tokens[:, 1:]
-    num_drafts = jnp.where(
-        verification.is_seed, 0, jnp.maximum(lanes.num_rows - 1, 0)
-    )
+    num_drafts = jnp.where(verification.is_seed, 0, jnp.maximum(lanes.num_rows - 1, 0))
     stacked = scores.reshape(shape.verify_lanes, rows, -1)
-    if speculation.acceptor == "ratio_test" and shape.num_draft_tokens:
+    if options.acceptor == "ratio_test" and shape.num_draft_tokens:
         draft_law = jax.tree.map(lambda a: a[slots], state.draft_law)
         # A seed's drafts are prompt tokens: accept them, then draw from its last row.
         forced = jnp.maximum(lanes.num_rows - 1, 0)
@@ -180,16 +202,16 @@ def _ratio_test_or_seed(
     return acceptance.Verified(tested.num_accepted, tokens)
 
 
-def _store_drafts(scores, state, plan, lanes, speculation, filters):
+def _store_drafts(scores, state, plan, lanes, options, filters):
     """Draw the next draft of every drafting slot from scores [S, V]."""
     laws = sampling.law_of(plan["slot_params"])
     positions = state.lengths + state.num_drafted + 1
     slot = jnp.arange(state.lengths.size)
     active = lanes.draft_active
-    if speculation.acceptor == "ratio_test":
+    if options.acceptor == "ratio_test":
         drafts, law = acceptance.draft_from_top_m(
             scores, laws, positions,
-            num_kept=speculation.draft_top_m, filters=filters,
+            num_kept=options.draft_top_m, filters=filters,
         )  # fmt: skip
         place = jnp.where(active, state.num_drafted, state.tokens.shape[1])
         state = state._replace(
@@ -248,9 +270,7 @@ def _commit(state, plan, verification, verified, laws, scores, shape, filters):
         done=put(state.done, done),
         draft_law=state.draft_law,
     )
-    accepted = jnp.where(
-        verification.is_seed, plan_lib.NOT_SEED, verified.num_accepted
-    )
+    accepted = jnp.where(verification.is_seed, plan_lib.NOT_SEED, verified.num_accepted)
     bits = jax.lax.bitcast_convert_type(chosen_logprobs, jnp.int32)
     header = jnp.stack([count, accepted, done.astype(jnp.int32)], axis=1)
     return state, jnp.concatenate([header, tokens, bits], axis=1)
