@@ -1,0 +1,315 @@
+"""Gather of KV rows for TPU (Pallas Mosaic TPU).
+
+Work is cut into units: one KV head of one target page. Each selected row comes by its
+own asynchronous copy into a buffer; the finished page leaves by one copy, while the
+rows of the next unit are on their way.
+
+TPU memory holds two bfloat16 rows in one row of 32-bit words and cannot copy half a
+word, so the kernel fetches the pair that holds the wanted row, and keeps the right
+half of every word.
+
+A page that receives fewer rows than it has is read first and keeps the others.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES = 128
+_SUBLANES = 8
+_TABLE_BYTES = 256 << 10  # both page tables in SMEM (1 MiB in all)
+_INDEX_BYTES = 256 << 10  # index lists of a grid step in SMEM, twice
+_UNROLL = 8
+
+
+def gather_kv_tpu(
+    kv_pages: jax.Array,
+    source_table: jax.Array,
+    target_table: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """Returns what `api.gather_kv` documents; source pages must be in the pool.
+
+    Raises:
+      NotImplementedError: 2*D is not a multiple of 128, the page size is not a
+        multiple of 8 (float32) or 16 (bfloat16), or one head's index list does not
+        fit in SMEM.
+    """
+    sizes = _sizes(kv_pages, source_table, target_table, indices)
+    lanes = source_table.shape[0]
+    table_width = source_table.shape[1] + target_table.shape[1]
+    most = max(1, _TABLE_BYTES // (4 * table_width))
+    for first in range(0, lanes, most):  # the page tables must fit in SMEM
+        part = slice(first, first + most)
+        kv_pages = _gather_lanes(
+            kv_pages,
+            source_table[part],
+            target_table[part],
+            indices[part],
+            counts[part],
+            sizes,
+            interpret,
+        )
+    return kv_pages
+
+
+class _Sizes(NamedTuple):
+    """Static sizes of the kernel."""
+
+    num_pages: int
+    num_heads: int
+    page_size: int
+    row_size: int
+    source_width: int  # pages
+    target_width: int  # pages
+    used_width: int  # target pages that a full index list fills
+    heads: int  # KV heads of one grid step
+    rows_per_word: int  # 2 for bfloat16, 1 for float32
+
+
+def _sizes(kv_pages, source_table, target_table, indices) -> _Sizes:
+    num_pages, num_heads, page_size, row_size = kv_pages.shape
+    rows_per_word = 4 // kv_pages.dtype.itemsize
+    least = _SUBLANES * rows_per_word
+    if row_size % _LANES or page_size % least:
+        raise NotImplementedError(
+            f"kv_pages has pages of {page_size} rows of {row_size} {kv_pages.dtype}; "
+            f"the TPU kernel needs a multiple of {least} rows of a multiple of "
+            f"{_LANES} elements (2 * D); use impl='reference' or larger pages"
+        )
+    cap = indices.shape[2]
+    used_width = min(target_table.shape[1], -(-cap // page_size))
+    list_bytes = 2 * 4 * used_width * page_size
+    if list_bytes > _INDEX_BYTES:
+        raise NotImplementedError(
+            f"indices has lists of {cap} rows: one list needs {list_bytes} bytes of "
+            f"SMEM, the TPU kernel has {_INDEX_BYTES}; gather in several calls"
+        )
+    most = _INDEX_BYTES // list_bytes
+    return _Sizes(
+        num_pages=num_pages,
+        num_heads=num_heads,
+        page_size=page_size,
+        row_size=row_size,
+        source_width=source_table.shape[1],
+        target_width=target_table.shape[1],
+        used_width=used_width,
+        heads=max(
+            n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= most
+        ),
+        rows_per_word=rows_per_word,
+    )
+
+
+def _gather_lanes(
+    kv_pages, source_table, target_table, indices, counts, s: _Sizes, interpret
+):
+    lanes = source_table.shape[0]
+    rows = s.used_width * s.page_size
+    padding = max(0, rows - indices.shape[2])
+    indices = jnp.pad(indices[:, :, :rows], ((0, 0), (0, 0), (0, padding)))
+    # The low or the high half of a word, by target page: [lanes, H, pages, rows].
+    half = (indices % s.rows_per_word).reshape(lanes, s.num_heads, -1, s.page_size)
+    words = (2, s.page_size * s.rows_per_word, s.row_size)
+    by_head = (1, s.heads)
+    return pl.pallas_call(
+        functools.partial(_kernel, s=s, unroll=1 if interpret else _UNROLL),
+        out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(lanes, s.num_heads // s.heads),
+            in_specs=[
+                pl.BlockSpec(
+                    (*by_head, rows),
+                    lambda i, j, *_: (i, j, 0),
+                    memory_space=pltpu.SMEM,
+                ),
+                pl.BlockSpec(
+                    (*by_head, s.used_width, s.page_size),
+                    lambda i, j, *_: (i, j, 0, 0),
+                ),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM(words, kv_pages.dtype),
+                pltpu.VMEM((2, s.page_size, s.row_size), kv_pages.dtype),
+                pltpu.SemaphoreType.DMA((3, 2)),
+            ],
+        ),
+        input_output_aliases={5: 0},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"),
+            # A check costs more than issuing the copy of a row; the row indices are
+            # in range by contract.
+            disable_bounds_checks=True,
+        ),
+        interpret=interpret,
+        name="gather_kv",
+    )(
+        source_table.reshape(-1),
+        target_table.reshape(-1),
+        counts.reshape(-1),
+        indices,
+        half,
+        kv_pages,
+    )
+
+
+class _Unit(NamedTuple):
+    """One KV head of one target page."""
+
+    index: jax.Array  # within the grid step
+    num_rows: jax.Array  # rows to copy; 0 where there is no target page
+    page: jax.Array  # of the pool
+    head: jax.Array  # of the pool
+
+
+def _kernel(
+    source_ref,  # int32 [lanes * W], SMEM
+    target_ref,  # int32 [lanes * Wd], SMEM
+    counts_ref,  # int32 [lanes * H], SMEM
+    indices_ref,  # int32 [1, heads, rows], SMEM
+    half_ref,  # int32 [1, heads, pages, page_size]
+    pool_ref,  # [P, H, page_size, 2D], HBM
+    out_ref,  # the same memory as pool_ref
+    words_ref,  # [2, page_size * rows_per_word, 2D]
+    page_ref,  # [2, page_size, 2D]
+    sems,  # [3, 2]: rows in, old page in, page out
+    *,
+    s: _Sizes,
+    unroll,
+):
+    lane, part = pl.program_id(0), pl.program_id(1)
+    num_units = s.heads * s.used_width
+
+    def unit(index):
+        head = part * s.heads + index // s.used_width
+        column = index % s.used_width
+        page = target_ref[lane * s.target_width + column]
+        count = counts_ref[lane * s.num_heads + head] - column * s.page_size
+        is_page = (page >= 0) & (page < s.num_pages)
+        return _Unit(
+            index, jnp.where(is_page, jnp.clip(count, 0, s.page_size), 0), page, head
+        )
+
+    def word(index):  # the rows that share a row of words
+        start = pl.multiple_of(index * s.rows_per_word, s.rows_per_word)
+        return pl.ds(start, s.rows_per_word)
+
+    def copy_in(u, n):  # row n of a unit
+        row = indices_ref[
+            0, u.index // s.used_width, u.index % s.used_width * s.page_size + n
+        ]
+        page = source_ref[lane * s.source_width + row // s.page_size]
+        return pltpu.make_async_copy(
+            pool_ref.at[page, u.head, word(row % s.page_size // s.rows_per_word)],
+            words_ref.at[u.index % 2, word(n)],
+            sems.at[0, u.index % 2],
+        )
+
+    def copy_old(u):
+        slot = u.index % 2
+        source = pool_ref.at[u.page, u.head]
+        return pltpu.make_async_copy(source, page_ref.at[slot], sems.at[1, slot])
+
+    def copy_out(u):
+        slot = u.index % 2
+        target = out_ref.at[u.page, u.head]
+        return pltpu.make_async_copy(page_ref.at[slot], target, sems.at[2, slot])
+
+    def for_each_row(u, act):
+        @pl.when(u.num_rows == s.page_size)
+        def _():
+            jax.lax.fori_loop(0, s.page_size, act, None, unroll=unroll)
+
+        @pl.when(u.num_rows < s.page_size)
+        def _():
+            jax.lax.fori_loop(0, u.num_rows, act, None)
+
+    def is_partial(u):
+        return (u.num_rows > 0) & (u.num_rows < s.page_size)
+
+    def start(u):
+        for_each_row(u, lambda n, _: copy_in(u, n).start())
+        pl.when(is_partial(u))(lambda: copy_old(u).start())
+
+    def finish(u):
+        for_each_row(u, lambda n, _: copy_in(u, n).wait())
+        pl.when(is_partial(u))(lambda: copy_old(u).wait())
+
+        @pl.when(u.num_rows > 0)
+        def _():
+            half = half_ref[
+                0, u.index // s.used_width, pl.ds(u.index % s.used_width, 1)
+            ]
+            _assemble(
+                words_ref.at[u.index % 2], page_ref.at[u.index % 2], half, u.num_rows
+            )
+            copy_out(u).start()
+
+    def wait_out(u):
+        pl.when(u.num_rows > 0)(lambda: copy_out(u).wait())
+
+    start(unit(0))
+
+    def work(index, _):
+        @pl.when(index > 0)  # the next unit reads into the buffers of the last one
+        def _():
+            wait_out(unit(index - 1))
+
+        @pl.when(index + 1 < num_units)
+        def _():
+            start(unit(index + 1))
+
+        finish(unit(index))
+
+    jax.lax.fori_loop(0, num_units, work, None)
+    wait_out(unit(num_units - 1))
+
+
+def _assemble(words_ref, page_ref, half, num_rows):
+    """Writes the first `num_rows` rows of a page, and keeps the others.
+
+    half: int32 [1, page_size], which half of the words of a row is wanted.
+    """
+    page_size, row_size = page_ref.shape
+    words = words_ref[...]
+    if page_ref.dtype.itemsize == 2:
+        words = pltpu.bitcast(words, jnp.uint32)  # rows 2n and 2n + 1: low, high half
+        # The list runs along lanes; the rows need it along sublanes.
+        square = (page_size, page_size)
+        on_diagonal = jax.lax.broadcasted_iota(
+            jnp.int32, square, 0
+        ) == jax.lax.broadcasted_iota(jnp.int32, square, 1)
+        column = jnp.sum(
+            jnp.where(on_diagonal, half, 0).astype(jnp.float32), axis=1, keepdims=True
+        )
+        words = jnp.where(column > 0.5, words >> 16, words & 0xFFFF)
+
+    @pl.when(num_rows == page_size)
+    def _():
+        page_ref[...] = _narrow(words, page_ref.dtype)
+
+    @pl.when(num_rows < page_size)
+    def _():
+        row = jax.lax.broadcasted_iota(jnp.int32, (page_size, row_size), 0)
+        old = page_ref[...]
+        if old.dtype.itemsize == 2:
+            old = pltpu.bitcast(old, jnp.uint16).astype(jnp.uint32)
+        merged = jnp.where(row < num_rows, words, old)
+        page_ref[...] = _narrow(merged, page_ref.dtype)
+
+
+def _narrow(words, dtype):
+    """Returns the low halves of 32-bit words as `dtype` (float32 stays as it is)."""
+    if words.dtype == dtype:
+        return words
+    return pltpu.bitcast(words.astype(jnp.uint16), dtype)
