@@ -198,18 +198,18 @@ def _restore(directory: Path, *, dtype) -> tuple[ModelConfig, Params]:
         param_shapes(config, dtype),
     )
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(path)
-            stored = getattr(stored, "item_metadata", stored)
-            stored = getattr(stored, "tree", stored)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is no Orbax checkpoint: {error}") from error
-        _require_same_tree(path, wanted=wanted, stored=stored)
+        stored = checkpointer.metadata(path).item_metadata if path.is_dir() else None
+        if stored is None:
+            raise ValueError(f"{path} is missing or no Orbax checkpoint; save it again")
+        _require_same_tree(path, wanted=wanted, stored=stored.tree)
         try:
             return config, checkpointer.restore(path, wanted)
-        except (ValueError, OSError) as error:
+        except jax.errors.JaxRuntimeError:
+            raise  # of the device, e.g. out of memory
+        except Exception as error:  # damaged data surfaces as bare Exception
+            reason = str(error).partition(". See full")[0].partition("\n")[0]
             raise ValueError(
-                f"{path} cannot be restored ({error}); it is incomplete or damaged: "
+                f"{path} cannot be restored ({reason}); it is incomplete or damaged: "
                 "save it again"
             ) from error
 

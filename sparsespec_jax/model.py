@@ -23,6 +23,7 @@ KV heads and inner units apart, so either can be sharded over devices.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -252,9 +253,13 @@ def init_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
     shapes = param_shapes(config, dtype)
     layers = [shapes.pop(f"layer_{i}") for i in range(config.num_layers)]
     key = jax.random.key(seed)
-    params = _random_tree(key, shapes, position=0)
-    for index, layer in enumerate(layers):
-        params[f"layer_{index}"] = _random_tree(key, layer, position=index + 1)
+    params = {
+        name: _random_tree(key, shape, position=index)
+        for index, (name, shape) in enumerate(sorted(shapes.items()))
+    }
+    for index, layer in enumerate(layers, start=len(params)):
+        name = f"layer_{index - len(shapes)}"
+        params[name] = _random_tree(key, layer, position=index)
     return params
 
 
@@ -267,13 +272,16 @@ def _random_tree(key: jax.Array, shapes: Params, *, position: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _random_arrays(key, *, spec):
+    # One draw for all: compiling a draw for each shape takes seconds.
+    sizes = [math.prod(shape) for _, shape, _ in spec]
+    noise = jax.random.normal(key, (sum(sizes),))
+    parts = jnp.split(noise, np.cumsum(sizes)[:-1])
     made = []
-    for index, (name, shape, dtype) in enumerate(spec):
+    for (name, shape, dtype), part in zip(spec, parts, strict=True):
         # Kernels keep the size of what they project; 2500: tables as trained, 0.02.
         fan_in = shape[0] if name == "kernel" else 2500
-        noise = jax.random.normal(jax.random.fold_in(key, index), shape)
         mean = 1.0 if name == "scale" else 0.0
-        made.append((mean + fan_in**-0.5 * noise).astype(dtype))
+        made.append((mean + fan_in**-0.5 * part.reshape(shape)).astype(dtype))
     return made
 
 
