@@ -8,6 +8,7 @@ import pkgutil
 from dataclasses import dataclass
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.selection import resolve_policy
 
 
 def _option(default, text):
@@ -66,6 +67,7 @@ class GenerateConfig:
                 "plain decoding (0) is always run as the comparison"
             )
         self.sampling(0), self.speculation("speculative"), self.engine()
+        resolve_policy(self.policy)
 
     def sampling(self, index: int) -> SamplingParams:
         """The law of prompt `index`, the same in both modes."""

@@ -111,7 +111,7 @@ def encode_prompts(model, config) -> list[list[int]]:
     prompts = load_prompts(config.prompts, chat=config.chat)
     prompts = prompts[: config.num_prompts or None]
     encoded = []
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(prompts):
         try:
             ids = encode_prompt(prompt, model.tokenizer, model.config.vocab_size)
         except ValueError as error:

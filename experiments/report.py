@@ -76,7 +76,7 @@ def excerpt(item: dict, num_chars: int = 700) -> str:
     rest = len(text) - num_chars
     if rest > 0:
         text = f"{text[:num_chars]} ... ({rest} more characters)"
-    head = f"prompt {item['index'] + 1}, {len(item['token_ids'])} tokens"
+    head = f"prompt {item['index']}, {len(item['token_ids'])} tokens"
     return f"--- {head}, finish reason {item['finish_reason']} ---\n{text}"
 
 

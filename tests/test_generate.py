@@ -1,0 +1,444 @@
+"""The generate experiment: inputs, flags, equality report, interruption and resume."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import config as config_lib
+from experiments import generate, prompts, record, report
+from experiments.config import GenerateConfig
+from sparsespec_jax.metrics import DecodeStats, RequestMetrics
+from sparsespec_jax.model_config import ModelConfig
+
+
+def tiny(**changes):
+    """A config for the tiny model: four requests in two slots."""
+    values = dict(
+        model="tiny",
+        max_tokens=20,
+        temperature=1.0,
+        num_draft_tokens=3,
+        min_budget=8,
+        num_slots=2,
+        page_size=4,
+        prefill_chunk=8,
+    )
+    return GenerateConfig(**(values | changes))
+
+
+PROMPTS = [[5, 9, 2], list(range(1, 12)), [40], [7, 7, 7, 7, 8]]
+
+
+def open_run(path, config, *, resume=False):
+    return record.RunDirectory(path, config=dataclasses.asdict(config), resume=resume)
+
+
+def run_whole(path, model, config):
+    with open_run(path, config) as directory:
+        return generate.run(model, PROMPTS, config, directory)
+
+
+# -- prompt files -------------------------------------------------------------------
+
+
+def test_built_in_prompts_are_chats():
+    found = prompts.load_prompts("", chat=True)
+    assert len(found) >= 4
+    assert all(chat[0]["role"] == "user" and chat[0]["content"] for chat in found)
+
+
+def test_prompt_files(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("first\n\n second \n")
+    assert prompts.load_prompts(str(text), chat=False) == ["first", " second "]
+    assert prompts.load_prompts(str(text), chat=True)[0] == prompts.as_chat("first")
+    lines = tmp_path / "a.jsonl"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    values = ["plain", {"prompt": "p", "id": 3}, {"messages": chat}, {"token_ids": [1]}]
+    lines.write_text("\n".join(map(json.dumps, values)))
+    assert prompts.load_prompts(str(lines), chat=False) == ["plain", "p", chat, [1]]
+    assert prompts.load_prompts(str(lines), chat=True)[2:] == [chat, [1]]
+
+
+BAD_LINES = {
+    "{": "is not JSON",
+    "3": "must be a string or an object",
+    "{}": "must be a string or an object",
+    '{"prompt": "a", "token_ids": [1]}': "must be a string or an object",
+    '{"prompt": ""}': "prompt is empty",
+    '{"prompt": 3}': "prompt is empty or of the wrong type",
+    '{"messages": []}': "messages is empty",
+    '{"messages": [{"role": "user"}]}': "messages is empty or of the wrong type",
+    '{"token_ids": []}': "token_ids is empty",
+    '{"token_ids": [1, true]}': "token_ids is empty or of the wrong type",
+    '{"token_ids": [-1]}': "token_ids is empty or of the wrong type",
+    '{"token_ids": "12"}': "token_ids is empty or of the wrong type",
+}
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES.items())
+def test_bad_prompt_lines_name_file_and_line(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'"good"\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:3.*{message}"):
+        prompts.load_prompts(str(path), chat=True)
+
+
+def test_bad_prompt_files(tmp_path):
+    def fails(name, message, data=None):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            prompts.load_prompts(str(tmp_path / name), chat=True)
+
+    fails("missing.txt", "cannot read .*No such file")
+    fails("a.csv", "must end in .txt or .jsonl", b"x")
+    fails("empty.txt", "holds no prompt", b"\n \n")
+    fails("latin.txt", "not UTF-8", b"caf\xe9\n")
+
+
+# -- config and flags ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_draft_tokens", 0),
+        ("num_draft_tokens", 32),
+        ("budget_ratio", 0.0),
+        ("min_budget", -1),
+        ("policy", "pilar"),
+        ("acceptor", "threshold"),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("max_tokens", 0),
+        ("num_slots", 0),
+        ("page_size", 0),
+        ("lag", 3),
+        ("impl", "cuda"),
+        ("dtype", "float16"),
+        ("num_prompts", -1),
+        ("seed", -1),
+    ],
+)
+def test_values_out_of_range_name_the_option(name, value):
+    with pytest.raises(ValueError, match=name):
+        GenerateConfig(**{name: value})
+
+
+def test_both_modes_share_the_law_and_differ_in_drafts():
+    config = tiny(seed=5)
+    assert config.sampling(2).seed == 7
+    assert config.speculation("plain").num_draft_tokens == 0
+    assert config.speculation("speculative").num_draft_tokens == 3
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "experiments.generate", *arguments]
+
+
+def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
+    done = tmp_path / "done"
+    with open_run(done, GenerateConfig()) as directory:
+        directory.append({"index": 0})
+    cases = {
+        ("--lag", "7"): "lag must be an integer in [0, 2], got 7",
+        ("--config", "dmeo"): "config must be one of",
+        ("--prompts", "none.txt"): "cannot read none.txt",
+        ("--model", "no-such-model"): "there is no model at 'no-such-model'",
+        ("--output_dir", str(done)): "add --resume",
+        ("--output_dir", str(done), "--seed", "1", "--resume"): "seed was 0, now 1",
+        ("--resume",): "--resume needs the --output_dir",
+        ("stray",): "unexpected argument 'stray'",
+    }
+    processes = {
+        flags: subprocess.Popen(
+            command(*flags), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for flags in cases
+    }
+    for flags, process in processes.items():
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2, (flags, error)
+        assert out == ""
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert cases[flags] in error
+
+
+# -- equality and report ------------------------------------------------------------
+
+
+def test_comparison_counts_by_position():
+    same = report.compare({0: [1, 2], 1: [3]}, {1: [3], 0: [1, 2]})
+    assert (same.num_tokens, same.num_identical) == (3, 3) and same.is_identical
+    found = report.compare({0: [1, 2, 3], 1: [4, 5]}, {0: [1, 9, 3], 1: [4]})
+    assert (found.num_tokens, found.num_identical) == (5, 3)
+    assert found.divergences == ((0, 1), (1, 1))
+    longer = report.compare({0: [1]}, {0: [1, 2]})
+    assert longer.num_identical == 1 and not longer.is_identical
+    with pytest.raises(ValueError, match=r"prompts \[1\]"):
+        report.compare({0: [1], 1: [2]}, {0: [1]})
+
+
+def stats(accepted, wall_time_s=2.0, k=2):
+    metrics = RequestMetrics(max_draft_tokens=k, num_prompt_tokens=10)
+    for count in accepted:
+        metrics.record_verification(num_accepted=count, num_drafted=k)
+    metrics.finish(num_output_tokens=1 + sum(accepted) + len(accepted))
+    metrics.kv_tokens_read.verify = 50
+    return DecodeStats(
+        requests=(metrics,),
+        num_slots=1,
+        num_steps=9,
+        wall_time_s=wall_time_s,
+        kv_bytes_per_token=1_000_000,
+        weight_bytes=1,
+    )
+
+
+def test_closing_lines_state_equality_acceptance_and_traffic():
+    spec = stats([2, 1, 0])  # 7 tokens; plain reads 11 + ... + 16 = 81
+    same = report.compare({0: [1] * 7}, {0: [1] * 7})
+    lines = report.closing_lines(same, spec, is_deterministic=True).splitlines()
+    assert lines == [
+        "7 of 7 tokens identical to plain decoding",
+        "acceptance length 2.00 of 3 (1.00 of 2 drafts accepted)",
+        f"KV bytes per token: {50 / 81:.3f} of plain decoding",
+    ]
+    other = report.compare({0: [1] * 7}, {0: [1] * 6 + [2]})
+    lines = report.closing_lines(other, spec, is_deterministic=True).splitlines()
+    assert lines[0] == "NOT LOSSLESS: first differences at prompt 0 token 6"
+    assert lines[1].startswith("6 of 7")
+    lines = report.closing_lines(other, spec, is_deterministic=False).splitlines()
+    assert "ratio test" in lines[1]
+
+
+def test_table_states_both_modes_and_the_bound():
+    plain, spec = stats([0] * 6, wall_time_s=1.0, k=0), stats([2, 1, 0])
+    text = report.table({"plain": plain, "speculative": spec})
+    rows = {line[:34].strip(): line[34:].split() for line in text.splitlines()}
+    assert rows["tokens/s"] == ["7.0", "3.5"]
+    assert rows["acceptance length"] == ["1.00", "2.00"]
+    assert rows["KV read per token"] == ["8.33", "MB", "8.33", "MB"]
+    assert rows["speed-up, measured"] == ["1.00", "0.50"]
+    assert "by position 1..2: 0.67 0.33" in text
+    assert "by drafts accepted, 0..2: 1 1 1" in text
+
+
+# -- runs ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model):
+    """One uninterrupted run and what it returned."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    return path, *run_whole(path, tiny_model, tiny())
+
+
+def outputs(path):
+    """Token ids by (mode, prompt), after checking that no record is repeated."""
+    _, records = record.load(path)
+    found = {(r["mode"], r["index"]): r["token_ids"] for r in records}
+    assert len(found) == len(records) == 2 * len(PROMPTS)
+    return found
+
+
+def test_a_run_is_lossless_and_complete(whole):
+    path, found, comparison = whole
+    assert comparison.is_identical
+    assert comparison.num_tokens == comparison.num_identical == 20 * len(PROMPTS)
+    by_mode = outputs(path)
+    for index in range(len(PROMPTS)):
+        assert by_mode["plain", index] == by_mode["speculative", index]
+        assert len(by_mode["plain", index]) == 20
+    _, records = record.load(path)
+    assert all(r["prompt_token_ids"] == PROMPTS[r["index"]] for r in records)
+    assert all(len(r["logprobs"]) == len(r["token_ids"]) for r in records)
+    total = found["speculative"].total
+    assert total.num_verify_steps > 0 and total.kv_tokens_read.draft > 0
+
+
+def test_plain_reads_are_those_of_the_byte_model(whole):
+    _, found, _ = whole
+    total = found["plain"].total
+    assert total.kv_tokens_read.decode == total.plain_kv_tokens > 0
+    assert found["speculative"].total.plain_kv_tokens == total.plain_kv_tokens
+
+
+def test_a_run_writes_its_config_environment_and_summary(whole):
+    path, found, _ = whole
+    assert record.load(path)[0] == dataclasses.asdict(tiny())
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["impl"] == "reference"
+    assert environment["packages"]["jax"]
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["comparison"]["num_identical"] == 80
+    expected = found["speculative"].total.mean_acceptance_length
+    assert summary["speculative"]["total"]["mean_acceptance_length"] == expected
+
+
+class Interruption(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+class InterruptedDirectory(record.RunDirectory):
+    """Ends the run once it holds `max_records` records."""
+
+    max_records = 0
+
+    def append(self, entry):
+        super().append(entry)
+        if len(self.records) == self.max_records:
+            raise Interruption
+
+
+@pytest.mark.parametrize("num_records", [1, 3, 4, 6])
+def test_an_interrupted_run_resumes_to_the_same_result(
+    tmp_path, tiny_model, whole, num_records
+):
+    config, path = tiny(), tmp_path / "run"
+    as_dict = dataclasses.asdict(config)
+    with InterruptedDirectory(path, config=as_dict, resume=False) as directory:
+        directory.max_records = num_records
+        with pytest.raises(Interruption):
+            generate.run(tiny_model, PROMPTS, config, directory)
+    before = (path / "results.jsonl").read_bytes()
+    with open(path / "results.jsonl", "ab") as file:
+        file.write(b'{"mode": "speculative", "ind')  # torn by the end of the process
+    with open_run(path, config, resume=True) as directory:
+        assert len(directory.records) == num_records
+        _, comparison = generate.run(tiny_model, PROMPTS, config, directory)
+    assert comparison.is_identical
+    assert (path / "results.jsonl").read_bytes().startswith(before)
+    assert outputs(path) == outputs(whole[0])
+    _, records = record.load(path)
+    assert {r["session"] for r in records} == {0, 1}
+    assert (path / "environment.resume1.json").exists()
+
+
+def test_resuming_a_finished_run_decodes_nothing(whole, tiny_model):
+    path, _, comparison = whole
+    before = (path / "results.jsonl").read_bytes()
+    with open_run(path, tiny(), resume=True) as directory:
+        found, again = generate.run(tiny_model, PROMPTS, tiny(), directory)
+    assert again == comparison
+    assert (path / "results.jsonl").read_bytes() == before
+    assert found["plain"].total.num_output_tokens == 80
+
+
+def test_sessions_add_up_in_the_statistics():
+    metrics = RequestMetrics(num_prompt_tokens=3)
+    metrics.finish(num_output_tokens=5)
+    rows = [(0, 4, 1.0), (0, 9, 2.5), (1, 6, 0.5)]
+    records = [
+        {"session": s, "step": n, "elapsed_s": t, "metrics": metrics.to_dict()}
+        for s, n, t in rows
+    ]
+    total = report.stats_of(records, like=stats([]))
+    assert (total.num_steps, total.wall_time_s) == (15, 3.0)
+    assert total.tokens_per_s == 5.0
+
+
+def test_a_prompt_too_long_for_the_model_names_it(tmp_path, tiny_model):
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"token_ids": [1]}\n' + json.dumps({"token_ids": [1] * 4090}))
+    with pytest.raises(ValueError, match="prompt 1 has 4090 tokens.*--max_tokens"):
+        generate.encode_prompts(tiny_model, tiny(prompts=str(path)))
+    path.write_text('{"token_ids": [97]}\n')
+    with pytest.raises(ValueError, match="prompt 0: token id 97 is outside"):
+        generate.encode_prompts(tiny_model, tiny(prompts=str(path)))
+
+
+# -- the command --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    """A checkpoint of a random model, for commands that load one by path."""
+    from sparsespec_jax import Model
+    from sparsespec_jax.checkpoint import save_checkpoint
+    from sparsespec_jax.model import init_params
+
+    config = ModelConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_length=2048,
+        tie_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("model") / "checkpoint"
+    params = init_params(config, seed=1)
+    save_checkpoint(
+        Model(name="saved", config=config, params=params, tokenizer=None), path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, saved_model):
+    """A run that was killed, then resumed: (command, path, kept records, process)."""
+    folder = tmp_path_factory.mktemp("resumed")
+    file, path = folder / "prompts.jsonl", folder / "run"
+    lines = [{"token_ids": [1 + i, 2, 3]} for i in range(12)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    arguments = command(
+        *("--model", str(saved_model), "--prompts", str(file)),
+        *("--max_tokens", "120", "--num_slots", "2", "--output_dir", str(path)),
+    )
+    results = path / "results.jsonl"
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = record.load(path)[1]
+    done = subprocess.run([*arguments, "--resume"], capture_output=True, text=True)
+    return arguments, path, kept, done
+
+
+def test_kill_9_and_resume_give_every_request_once(resumed):
+    _, path, kept, done = resumed
+    assert done.returncode == 0, done.stderr
+    assert 3 <= len(kept) < 24
+    _, records = record.load(path)
+    assert records[: len(kept)] == kept
+    found = {(r["mode"], r["index"]) for r in records}
+    assert len(found) == len(records) == 24
+    last = done.stdout.splitlines()[-3:]
+    assert last[0] == "1440 of 1440 tokens identical to plain decoding"
+    assert last[1].startswith("acceptance length ")
+    assert last[2].startswith("KV bytes per token: ")
+
+
+def test_a_planted_difference_fails_the_command(tmp_path, resumed):
+    """The check of equality looks at what was decoded, not at what should be."""
+    arguments, path, _, _ = resumed
+    copy = tmp_path / "run"
+    shutil.copytree(path, copy)
+    _, rows = record.load(path)
+    (row,) = (r for r in rows if r["mode"] == "speculative" and r["index"] == 4)
+    row["token_ids"][7] ^= 1
+    lines = [json.dumps(r) + "\n" for r in rows]
+    (copy / "results.jsonl").write_text("".join(lines))
+    arguments = [str(copy) if word == str(path) else word for word in arguments]
+    done = subprocess.run([*arguments, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "NOT LOSSLESS: first differences at prompt 4 token 7" in done.stdout
+    assert "1439 of 1440 tokens identical" in done.stdout
+
+
+def test_config_names_are_modules():
+    assert {"demo", "smoke", "long"} <= set(config_lib.config_names())

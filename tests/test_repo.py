@@ -1,0 +1,209 @@
+"""The repository's own rules: imports, sizes, packaging, README and configs."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from experiments import config as experiment_config
+from experiments import prompts
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ("pallas_kernels", "sparsespec_jax", "experiments")  # each imports the left
+# Host bookkeeping: importable, testable and fast without jax.
+HOST_FILES = (
+    "config.py",
+    "metrics.py",
+    "page_allocator.py",
+    "plan.py",
+    "results.py",
+    "scheduler.py",
+    "text.py",
+)
+MAX_LINES = 440  # the rule is about 400
+MAX_KERNEL_LINES = 600  # a kernel body and the call that places it stay together
+
+
+def source_files(*folders):
+    files = [p for f in folders for p in sorted((ROOT / f).rglob("*.py"))]
+    assert files
+    return files
+
+
+def imported_modules(path):
+    """Full names of the modules that a file imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", source_files(*PACKAGES), ids=relative)
+def test_packages_import_only_those_below(path):
+    own = path.relative_to(ROOT).parts[0]
+    roots = {name.partition(".")[0] for name in imported_modules(path)}
+    above = set(PACKAGES[PACKAGES.index(own) + 1 :]) | {"tests"}
+    assert not roots & above
+    if own == "pallas_kernels":
+        allowed = {"jax", "jaxlib", "numpy", "absl"} | set(sys.stdlib_module_names)
+        assert roots - {own} <= allowed
+
+
+@pytest.mark.parametrize("name", HOST_FILES)
+def test_host_files_import_no_jax(name):
+    """Also not through another of our files: a fresh interpreter must not load it."""
+    code = (
+        "import importlib, pathlib, sys, types;"
+        "package = types.ModuleType('sparsespec_jax');"
+        f"package.__path__ = [{str(ROOT / 'sparsespec_jax')!r}];"
+        "sys.modules['sparsespec_jax'] = package;"  # without its __init__
+        f"importlib.import_module('sparsespec_jax.{name[:-3]}');"
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_attention_selection_and_host_entry_points_reach_the_kernels():
+    users = {
+        path.name
+        for path in source_files("sparsespec_jax")
+        if any(name.startswith("pallas_kernels") for name in imported_modules(path))
+    }
+    assert users <= {"attention.py", "selection.py", "engine.py"}
+
+
+@pytest.mark.parametrize("path", source_files(*PACKAGES, "tests"), ids=relative)
+def test_files_stay_short(path):
+    limit = MAX_KERNEL_LINES if path.name in ("gpu.py", "tpu.py") else MAX_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_import_checks_see_what_they_forbid(tmp_path):
+    fault = tmp_path / "fault.py"
+    fault.write_text("def f():\n    from jax import numpy\n    import a.b as c\n")
+    assert imported_modules(fault) == {"jax", "jax.numpy", "a.b"}
+
+
+def read_pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_extras_exist_and_cover_the_compile_gates():
+    extras = read_pyproject()["project"]["optional-dependencies"]
+    assert {"test", "plots", "tpu", "cuda", "aot", "dev"} <= extras.keys()
+    assert "sparsespec-jax[aot]" in extras["test"]
+    names = {re.split(r"[<>=]", item)[0] for item in extras["aot"]}
+    assert {"jax[tpu]", "jax-cuda13-plugin", "jax-cuda13-pjrt"} <= names
+
+
+def test_every_requirement_has_a_floor_and_a_ceiling():
+    project = read_pyproject()["project"]
+    extras = project["optional-dependencies"].values()
+    for item in [*project["dependencies"], *(i for extra in extras for i in extra)]:
+        own = item.startswith("sparsespec-jax[")
+        assert own or "==" in item or (">=" in item and "<" in item), item
+
+
+def test_readme_starts_with_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    block = text.split("```")[1]
+    assert [line.split("#")[0].strip() for line in block.strip().splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M)
+    assert {"demo", "test", "lint"} <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def readme_code():
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    return block
+
+
+def test_readme_code_is_five_lines():
+    assert len([line for line in readme_code().splitlines() if line]) <= 5
+
+
+def test_readme_code_runs(capsys):
+    names = {}
+    exec(compile(readme_code(), "README.md", "exec"), names)
+    assert names["results"][0].text.strip()
+    assert names["results"].stats.total.mean_acceptance_length > 1
+    assert names["results"][0].text in capsys.readouterr().out
+
+
+def test_readme_flags_exist():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"experiments\.generate(.*)", text)
+    used = {flag for line in commands for flag in re.findall(r"--(\w+)", line)}
+    fields = set(experiment_config.GenerateConfig.__dataclass_fields__)
+    assert used and used <= fields | {"output_dir", "resume", "config"}
+
+
+@pytest.mark.parametrize("name", experiment_config.config_names())
+def test_every_config_loads_and_says_its_claim(name):
+    config = experiment_config.load_config(name)
+    assert isinstance(config, experiment_config.GenerateConfig)
+    assert prompts.load_prompts(config.prompts, chat=config.chat)
+    header = ast.get_docstring(
+        ast.parse((ROOT / "experiments" / "configs" / f"{name}.py").read_text())
+    )
+    for word in ("Claim:", "Command:", "Machine:", "Expected:"):
+        assert word in header
+
+
+def test_no_config_of_another_name():
+    with pytest.raises(ValueError, match="config must be one of .*'demo'"):
+        experiment_config.load_config("dmeo")
+
+
+def find_python(path, **variables):
+    command = ["/bin/sh", str(ROOT / "tools" / "find_python.sh")]
+    environment = {"PATH": str(path), "HOME": str(path), **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def fake_python(path, *, status):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\nexit {status}\n")
+    path.chmod(0o755)
+
+
+def test_find_python_passes_over_shims_that_fail(tmp_path):
+    fake_python(tmp_path / "python3.13", status=127)
+    fake_python(tmp_path / "python3", status=0)
+    assert find_python(tmp_path).stdout.strip() == str(tmp_path / "python3")
+
+
+def test_find_python_looks_into_pyenv(tmp_path):
+    fake_python(tmp_path / "python3", status=1)
+    inside = tmp_path / ".pyenv" / "versions" / "3.14.1" / "bin" / "python"
+    fake_python(inside, status=0)
+    assert find_python(tmp_path).stdout.strip() == str(inside)
+    moved = tmp_path / "elsewhere" / "versions" / "3.12.0" / "bin" / "python"
+    fake_python(moved, status=0)
+    found = find_python(tmp_path, PYENV_ROOT=str(tmp_path / "elsewhere"))
+    assert found.stdout.strip() == str(moved)
+
+
+def test_find_python_fails_in_one_line(tmp_path):
+    result = find_python(tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: no Python >= 3.12")
