@@ -228,6 +228,14 @@ ATTENTION_CASES = (
     ),
     AttentionCase(name="draft_410", groups=((114, 1),), kv_lengths=(410,) * 114),
     AttentionCase(name="draft_1638", groups=((114, 1),), kv_lengths=(1638,) * 114),
+    # The table of a long context beside short drafts: 1 MiB of page ids.
+    AttentionCase(
+        name="draft_wide_table",
+        groups=((128, 1),),
+        kv_lengths=(410,) * 128,
+        extra_columns=2041,
+        tags=frozenset({"tpu"}),
+    ),
     AttentionCase(
         name="mixed",
         groups=((114, 1), (14, 9)),

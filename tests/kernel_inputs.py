@@ -160,17 +160,13 @@ def assert_attention_close(
 
 
 def lose_page(inputs: AttentionInputs, lane: int) -> AttentionInputs:
-    """The last page of a lane is taken for another page of the pool."""
-    table = inputs.page_table.copy()
-    page_size = inputs.kv_pages.shape[2]
-    column = (inputs.kv_lengths[lane].max() - 1) // page_size
-    finite = np.isfinite(inputs.kv_pages.astype(np.float32)).all((1, 2, 3))
-    others = np.flatnonzero(finite & (np.arange(len(finite)) != table[lane, column]))
-    kv_pages = inputs.kv_pages
-    if others.size == 0:  # every other page has unused rows: take a blank one
-        kv_pages = np.concatenate([kv_pages, np.zeros_like(kv_pages[:1])])
-        others = np.array([len(kv_pages) - 1])
-    table[lane, column] = others[0]
+    """The last page of a lane is taken for a page of another request."""
+    table, kv_pages = inputs.page_table.copy(), inputs.kv_pages.copy()
+    column = (inputs.kv_lengths[lane].max() - 1) // kv_pages.shape[2]
+    other = np.setdiff1d(np.arange(len(kv_pages)), table)[0]
+    rng = np.random.default_rng(lane)
+    kv_pages[other] = rng.normal(size=kv_pages.shape[1:]).astype(kv_pages.dtype)
+    table[lane, column] = other
     return inputs._replace(page_table=table, kv_pages=kv_pages)
 
 

@@ -376,12 +376,12 @@ def test_gather_by_hand():
     np.testing.assert_array_equal(got[..., 0], got[..., 1])
 
 
-def test_gather_leaves_out_rows_without_a_page():
+def test_gather_drops_rows_without_a_target_page():
     page, _, row, _ = np.indices((3, 1, 2, 2))
     pool = jnp.asarray(10.0 * page + row, jnp.float32)
-    # Row 0 has a source and no target, row 2 a target and no source, row 3 both.
-    got = gather(pool, int32([0, -1]), int32([9, 2]), int32([[0, 1, 2, 1]]), int32([4]))
-    assert got[:, 0, :, 0].tolist() == [[0, 1], [10, 11], [20, 1]]
+    # Rows 0 and 1 would go to page 9, which is none; row 2 goes to page 2.
+    got = gather(pool, int32([0]), int32([9, 2]), int32([[0, 1, 1]]), int32([3]))
+    assert got[:, 0, :, 0].tolist() == [[0, 1], [10, 11], [1, 21]]
 
 
 @small_gather

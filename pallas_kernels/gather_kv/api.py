@@ -24,8 +24,8 @@ def gather_kv(
 
     For every lane and KV head, row `indices[lane, h, n]` of the source table goes to
     row `n` of the target table for `n < counts[lane, h]`, bit for bit; nothing else
-    changes. Row `r` of a table is `kv_pages[table[lane, r // ps], h, r % ps]`. A row
-    whose source or target page is outside `[0, P)` is not copied.
+    changes. Row `r` of a table is `kv_pages[table[lane, r // ps], h, r % ps]`. Rows
+    for a target page outside `[0, P)` are dropped; selected source pages are inside.
 
     The pool is written in place when the jitted caller donates it and does not read
     the old value afterwards.

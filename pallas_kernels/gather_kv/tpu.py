@@ -11,6 +11,7 @@ half of every word.
 A page that receives fewer rows than it has is read first and keeps the others.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,9 +22,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128
 _SUBLANES = 8
-_TABLE_BYTES = 256 << 10  # both page tables in SMEM (1 MiB in all)
-_INDEX_BYTES = 256 << 10  # index lists of a grid step in SMEM, twice
-_UNROLL = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes that change speed and memory, never results. SMEM has 1 MiB in all."""
+
+    table_bytes: int = 256 << 10  # both page tables of one call
+    index_bytes: int = 256 << 10  # index lists of a grid step, twice
+    unroll: int = 8  # copies issued per loop turn
+
+
+DEFAULT_TUNING = Tuning()
 
 
 def gather_kv_tpu(
@@ -34,6 +44,7 @@ def gather_kv_tpu(
     counts: jax.Array,
     *,
     interpret: bool | pltpu.InterpretParams = False,
+    tuning: Tuning = DEFAULT_TUNING,
 ) -> jax.Array:
     """Returns what `api.gather_kv` documents; source pages must be in the pool.
 
@@ -42,10 +53,10 @@ def gather_kv_tpu(
         multiple of 8 (float32) or 16 (bfloat16), or one head's index list does not
         fit in SMEM.
     """
-    sizes = _sizes(kv_pages, source_table, target_table, indices)
+    sizes = _sizes(kv_pages, source_table, target_table, indices, tuning)
     lanes = source_table.shape[0]
     table_width = source_table.shape[1] + target_table.shape[1]
-    most = max(1, _TABLE_BYTES // (4 * table_width))
+    most = max(1, tuning.table_bytes // (4 * table_width))
     for first in range(0, lanes, most):  # the page tables must fit in SMEM
         part = slice(first, first + most)
         kv_pages = _gather_lanes(
@@ -72,9 +83,10 @@ class _Sizes(NamedTuple):
     used_width: int  # target pages that a full index list fills
     heads: int  # KV heads of one grid step
     rows_per_word: int  # 2 for bfloat16, 1 for float32
+    unroll: int
 
 
-def _sizes(kv_pages, source_table, target_table, indices) -> _Sizes:
+def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
     num_pages, num_heads, page_size, row_size = kv_pages.shape
     rows_per_word = 4 // kv_pages.dtype.itemsize
     least = _SUBLANES * rows_per_word
@@ -87,12 +99,12 @@ def _sizes(kv_pages, source_table, target_table, indices) -> _Sizes:
     cap = indices.shape[2]
     used_width = min(target_table.shape[1], -(-cap // page_size))
     list_bytes = 2 * 4 * used_width * page_size
-    if list_bytes > _INDEX_BYTES:
+    if list_bytes > tuning.index_bytes:
         raise NotImplementedError(
             f"indices has lists of {cap} rows: one list needs {list_bytes} bytes of "
-            f"SMEM, the TPU kernel has {_INDEX_BYTES}; gather in several calls"
+            f"SMEM, the TPU kernel has {tuning.index_bytes}; gather in several calls"
         )
-    most = _INDEX_BYTES // list_bytes
+    most = tuning.index_bytes // list_bytes
     return _Sizes(
         num_pages=num_pages,
         num_heads=num_heads,
@@ -105,6 +117,7 @@ def _sizes(kv_pages, source_table, target_table, indices) -> _Sizes:
             n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= most
         ),
         rows_per_word=rows_per_word,
+        unroll=tuning.unroll,
     )
 
 
@@ -120,7 +133,7 @@ def _gather_lanes(
     words = (2, s.page_size * s.rows_per_word, s.row_size)
     by_head = (1, s.heads)
     return pl.pallas_call(
-        functools.partial(_kernel, s=s, unroll=1 if interpret else _UNROLL),
+        functools.partial(_kernel, s=s, unroll=1 if interpret else s.unroll),
         out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

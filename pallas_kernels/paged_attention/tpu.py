@@ -12,6 +12,7 @@ in VMEM and are turned into probabilities once the last key is seen: exact, in t
 same pass over the pool.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -26,11 +27,21 @@ from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 
 _LANES = 128
 _SUBLANES = 8
-_BLOCK_TOKENS = 512
-_TILE_ROWS = 256  # query rows of one KV head that share a read of the keys
-_UNROLLED_ROWS = 160  # more rows fill the pipelines without unrolling
-_VMEM_BYTES = 40 << 20  # of 64 MiB (v5p, tpu7x) or 128 MiB (v5e, v6e)
-_TABLE_BYTES = 512 << 10  # page table in SMEM (1 MiB in all)
+_VMEM_HEADROOM_BYTES = 16 << 20  # what the compiler spills and pads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes that change speed and memory, never results beyond rounding."""
+
+    block_tokens: int = 512  # keys of one buffer
+    tile_rows: int = 256  # query rows of one KV head that share a read of the keys
+    unrolled_rows: int = 160  # more rows fill the pipelines without unrolling
+    vmem_bytes: int = 40 << 20  # of 64 MiB (v5p, tpu7x) or 128 MiB (v5e, v6e)
+    table_bytes: int = 512 << 10  # page table of one call in SMEM (1 MiB in all)
+
+
+DEFAULT_TUNING = Tuning()
 
 
 def paged_attention_tpu(
@@ -45,6 +56,7 @@ def paged_attention_tpu(
     mass_group: int | None = None,
     mass_rows: str = "all",
     interpret: bool | pltpu.InterpretParams = False,
+    tuning: Tuning = DEFAULT_TUNING,
 ) -> AttentionOutput:
     """Returns what `api.paged_attention` documents.
 
@@ -59,8 +71,14 @@ def paged_attention_tpu(
     for index, (num_lanes, num_queries) in enumerate(groups):
         lanes = slice(lane, lane + num_lanes)
         tokens = slice(token, token + num_lanes * num_queries)
-        sizes = _sizes(
-            kv_pages, page_table.shape[1], num_q_heads, num_queries, index == mass_group
+        sizes = plan_sizes(
+            kv_pages.shape,
+            kv_pages.dtype,
+            table_width=page_table.shape[1],
+            num_q_heads=num_q_heads,
+            num_queries=num_queries,
+            with_mass=index == mass_group,
+            tuning=tuning,
         )
         out, group_mass = _attend_group(
             q[tokens].reshape(num_lanes, num_queries, num_q_heads, head_size),
@@ -95,6 +113,7 @@ class Sizes(NamedTuple):
     num_blocks: int  # blocks that cover a whole table
     with_mass: bool
     itemsize: int
+    tuning: Tuning
 
     @property
     def block(self) -> int:
@@ -114,7 +133,7 @@ class Sizes(NamedTuple):
     @property
     def head_unroll(self) -> int:
         """Heads whose independent work the compiler may interleave."""
-        most = max(1, _UNROLLED_ROWS // self.rows)
+        most = max(1, self.tuning.unrolled_rows // self.rows)
         return max(n for n in range(1, most + 1) if self.heads % n == 0)
 
     @property
@@ -143,15 +162,24 @@ def _check_supported(kv_pages: jax.Array) -> None:
         )
 
 
-def _sizes(kv_pages, table_width, num_q_heads, num_queries, with_mass) -> Sizes:
-    """Returns the largest tile and head count per step that fit the VMEM budget."""
-    _, num_heads, page_size, row_size = kv_pages.shape
+def plan_sizes(
+    pool_shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    *,
+    table_width: int,
+    num_q_heads: int,
+    num_queries: int,
+    with_mass: bool,
+    tuning: Tuning = DEFAULT_TUNING,
+) -> Sizes:
+    """Returns the largest head count and tile per step that fit the VMEM budget."""
+    _, num_heads, page_size, row_size = pool_shape
     group_size = num_q_heads // num_heads
-    block_pages = max(1, min(table_width, _BLOCK_TOKENS // page_size))
+    block_pages = max(1, min(table_width, tuning.block_tokens // page_size))
     if with_mass:  # the logits are stored by whole 128-lane tiles
         step = _LANES // math.gcd(_LANES, page_size)
         block_pages = -(-block_pages // step) * step
-    tile = min(num_queries, max(1, _TILE_ROWS // group_size))
+    tile = min(num_queries, max(1, tuning.tile_rows // group_size))
     heads = num_heads
     while True:
         rows = -(-tile * group_size // _SUBLANES) * _SUBLANES
@@ -168,9 +196,10 @@ def _sizes(kv_pages, table_width, num_q_heads, num_queries, with_mass) -> Sizes:
             block_pages=block_pages,
             num_blocks=-(-table_width // block_pages),
             with_mass=with_mass,
-            itemsize=kv_pages.dtype.itemsize,
+            itemsize=jnp.dtype(dtype).itemsize,
+            tuning=tuning,
         )
-        if sizes.vmem_bytes <= _VMEM_BYTES:
+        if sizes.vmem_bytes <= tuning.vmem_bytes:
             return sizes
         if heads > 1:
             heads = max(n for n in range(1, heads) if num_heads % n == 0)
@@ -180,7 +209,7 @@ def _sizes(kv_pages, table_width, num_q_heads, num_queries, with_mass) -> Sizes:
             raise NotImplementedError(
                 f"page_table has {table_width} columns of {page_size} keys: one "
                 f"query's logits need {sizes.vmem_bytes} bytes of VMEM, the kernel "
-                f"has {_VMEM_BYTES}; use a narrower table or mass_group=None"
+                f"has {tuning.vmem_bytes}; use a narrower table or mass_group=None"
             )
 
 
@@ -189,7 +218,7 @@ def _attend_group(
 ):
     """Returns out [lanes, Q, N, D] and mass [lanes, H, W*ps] (or None)."""
     num_lanes = q.shape[0]
-    most = max(1, _TABLE_BYTES // (4 * sizes.table_width))
+    most = max(1, sizes.tuning.table_bytes // (4 * sizes.table_width))
     outs, masses = [], []
     for first in range(0, num_lanes, most):  # the page table must fit in SMEM
         part = slice(first, first + most)
@@ -331,7 +360,7 @@ def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
         compiler_params=pltpu.CompilerParams(
             # Steps hand each other a block in flight, so they stay in order.
             dimension_semantics=("arbitrary", "arbitrary"),
-            vmem_limit_bytes=s.vmem_bytes + (16 << 20),
+            vmem_limit_bytes=s.vmem_bytes + _VMEM_HEADROOM_BYTES,
         ),
         interpret=interpret,
         name="paged_attention",
