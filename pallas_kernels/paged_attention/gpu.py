@@ -38,6 +38,7 @@ class AttentionConfig:
     num_ctas: int = 264  # persistent CTAs, two per multiprocessor of an H100
     num_stages: int = 2  # key blocks in flight per CTA
     copy_rows: int = 32  # rows of one asynchronous copy, a divisor of 64
+    share_buffer: bool = False  # stage results where the queries were: room for stages
 
 
 class _Tiles(NamedTuple):
@@ -52,6 +53,14 @@ class _Tiles(NamedTuple):
     queries_per_tile: tuple[int, ...]
     row_tiles: int  # 64-row tiles per entry
     num_rows: int
+
+    def has_edges(self, edge_group: int | None) -> np.ndarray:
+        """Which tiles start with the first and the last valid query of a lane."""
+        tile = np.arange(len(self.lane))
+        if edge_group is None:
+            return tile < 0
+        first, last = self.group_first[edge_group : edge_group + 2]
+        return (tile >= first) & (tile < last) & (self.first_query == 0)
 
 
 @functools.cache
@@ -168,25 +177,38 @@ class _Spec:
     @property
     def options(self) -> dict:
         return dict(
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, reduction_scratch_bytes=512
+            ),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )
 
 
-def _visible(kv_lengths, q_lengths, spec):
-    """Returns how many keys every segment reads, int32 [S padded to 128]."""
+def _ends(kv_lengths, q_lengths, spec):
+    """Returns where the blocks of every segment end in the stream of all blocks.
+
+    int32 [S padded to 128]; the padding repeats the total. One fused reduction, the
+    same for all layers of a model, so a compiled step computes it once.
+    """
     tiles = spec.tiles
-    q_len = q_lengths[tiles.lane][:, None]
-    base = kv_lengths[tiles.lane] - q_len
-    first = tiles.first_query[:, None]
-    last = jnp.minimum(first + tiles.num_queries[:, None], q_len)
-    if spec.edge_group is not None:
-        start, stop = spec.tiles.group_first[spec.edge_group :][:2]
-        tile = np.arange(len(tiles.lane))
-        has_edges = (tile >= start) & (tile < stop) & (tiles.first_query == 0)
-        last = jnp.where(has_edges[:, None], q_len, last)
-    visible = jnp.maximum(jnp.where(first < q_len, base + last, 0), 0).reshape(-1)
-    return jnp.pad(visible, (0, -visible.shape[0] % 128))
+    visible = _visible_keys(
+        kv_lengths[tiles.lane],
+        q_lengths[tiles.lane][:, None],
+        tiles.first_query[:, None],
+        tiles.num_queries[:, None],
+        tiles.has_edges(spec.edge_group)[:, None],
+    )
+    blocks = _blocks(visible.reshape(1, -1))
+    index = np.arange(_round_up(spec.num_segments, 128))[:, None]
+    before = np.arange(spec.num_segments)[None, :] <= index
+    return jnp.sum(jnp.where(before, blocks, 0), axis=1)
+
+
+def _visible_keys(kv_len, q_len, first_query, num_queries, has_edges):
+    """Returns how many keys the rows of a tile see at most."""
+    last = jnp.minimum(first_query + num_queries, q_len)
+    last = jnp.where(has_edges, q_len, last)
+    return jnp.maximum(jnp.where(first_query < q_len, kv_len - q_len + last, 0), 0)
 
 
 def paged_attention_gpu(
@@ -222,21 +244,15 @@ def paged_attention_gpu(
         dtype=jnp.dtype(q.dtype),
         interpret=interpret,
     )
-    visible = _visible(kv_lengths, q_lengths, spec)
-    parts, lse, *stored = _attend(
-        spec,
-        visible,
-        kv_lengths,
-        q_lengths,
-        page_table,
-        _pack(q, q_lengths, spec),
-        kv_pages,
-    )
-    out = _merge(spec, visible, kv_lengths, q_lengths, parts, lse)
-    if mass_group is None:
+    ends = _ends(kv_lengths, q_lengths, spec)
+    lengths = (ends, kv_lengths, q_lengths)
+    packed = _pack(q, q_lengths, spec)
+    stored = _attend(spec, *lengths, page_table, packed, kv_pages)
+    out, *mass = _finish(spec, *lengths, *stored)
+    if not mass:
         return AttentionOutput(out, None)
     num_keys = page_table.shape[1] * page_size
-    mass = _mass(spec, visible, kv_lengths, q_lengths, lse, *stored)
+    mass = mass[0].reshape(*mass[0].shape[:2], -1)
     return AttentionOutput(out, mass[..., :num_keys])
 
 
@@ -254,17 +270,19 @@ def _blocks(visible):
     return lax.shift_right_logical(visible + (BLOCK - 1), 6)
 
 
-def _blocks_before(visible_ref, segment, spec):
-    """Returns the number of blocks of the segments before `segment`."""
-    (size,) = visible_ref.shape
-    blocks = _blocks(plgpu.load(visible_ref, layout=plgpu.Layout.WG_STRIDED((size,), 1)))
-    index = plgpu.broadcasted_iota(
-        jnp.int32, (size,), 0, layout=plgpu.Layout.WG_STRIDED((size,), 1)
-    )
-    return jnp.sum(jnp.where(index < segment, blocks, 0))
+def _start(ends_ref, segment):
+    before = ends_ref[jnp.maximum(segment - 1, 0)]
+    return jnp.where(segment == 0, 0, before)
 
 
-def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
+def _count_ended(ends_ref, block):
+    """Returns the number of segments that end at or before `block`."""
+    layout = plgpu.Layout.WG_STRIDED(ends_ref.shape, 1)
+    ends = plgpu.load(ends_ref, layout=layout)
+    return jnp.sum(jnp.where(ends <= block, 1, 0))
+
+
+def _attend(spec, ends, kv_lengths, q_lengths, page_table, packed, kv_pages):
     """Returns the parts [rows, D], their base-2 log sums, and what the mass needs.
 
     Part (segment s, CTA c) has the rows from row(s) + c * row_tiles * 64 on and the
@@ -278,30 +296,61 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
     mass_first, mass_last = spec.mass_segments
     has_mass = spec.mass_group is not None
     mass_rows = spec.mass_tile_rows
-    static = np.stack([tiles.lane, tiles.first_query, tiles.row, tiles.rows], axis=1)
+    static = np.stack(
+        [
+            tiles.lane,
+            tiles.first_query,
+            tiles.num_queries,
+            tiles.row,
+            tiles.rows,
+            tiles.has_edges(spec.edge_group).astype(np.int32),
+        ],
+        axis=1,
+    )
     wgmma_rows = plgpu.Layout.WGMMA.reduce(1)
 
-    def body(static_ref, visible_ref, kv_len_ref, q_len_ref, table_ref, q_ref, kv_ref,
-             part_ref, lse_ref, *rest):  # fmt: skip
-        if has_mass:
-            prob_ref, max_ref, *rest = rest
-        q_s, kv_s, o_s, l_s, p_s, q_bar, kv_bar = rest
-        cta = lax.axis_index("cta")
-        total = _blocks_before(visible_ref, num_segments, spec)
+    def entry(*refs):
+        # Sums before the buffers exist: its scratch then shares their memory.
+        cta, ends_ref = lax.axis_index("cta"), refs[1]
+        total = ends_ref[num_segments - 1]
         lo = cta * total // cfg.num_ctas
         hi = (cta + 1) * total // cfg.num_ctas
+        first_segment = _count_ended(ends_ref, lo)
+        pl.run_scoped(
+            functools.partial(body, cta, lo, hi, first_segment, *refs), *scratch
+        )
 
-        def nonempty(segment):
-            """Returns the first segment with keys from `segment` on."""
+    def body(cta, lo, hi, s0, static_ref, ends_ref, kv_len_ref, q_len_ref, table_ref,
+             q_ref, kv_ref, part_ref, lse_ref, *rest):  # fmt: skip
+        if has_mass:
+            prob_ref, max_ref, *rest = rest
+        q_s, kv_s, o_s, mass_s, weight_s, q_bar, kv_bar = rest
+        o_s = q_s if cfg.share_buffer else o_s
+
+        def next_nonempty(segment):
+            end = ends_ref[segment]
             return lax.while_loop(
-                lambda s: (s < num_segments - 1) & (visible_ref[s] == 0),
+                lambda s: (s < num_segments - 1) & (ends_ref[s] <= end),
                 lambda s: s + 1,
-                segment,
+                jnp.minimum(segment + 1, num_segments - 1),
             )
 
+        def fields(segment):
+            """Returns lane, head, q_len, kv_len and visible keys of a segment."""
+            tile, head = lax.div(segment, H), lax.rem(segment, H)
+            lane = static_ref[tile, 0]
+            q_len, kv_len = q_len_ref[lane], kv_len_ref[lane, head]
+            visible = _visible_keys(
+                kv_len,
+                q_len,
+                static_ref[tile, 1],
+                static_ref[tile, 2],
+                static_ref[tile, 5] == 1,
+            )
+            return lane, head, q_len, kv_len, visible
+
         def look_up(segment, block):
-            visible = visible_ref[segment]
-            lane = static_ref[lax.div(segment, H), 0]
+            lane, _, _, _, visible = fields(segment)
             column = jnp.minimum(block * BLOCK, jnp.maximum(visible - 1, 0)) // ps
             return _Cursor(segment, block, visible, lane, table_ref[lane, column])
 
@@ -309,8 +358,7 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
             is_last = cursor.block + 1 >= _blocks(cursor.visible)
 
             def next_segment():
-                segment = jnp.minimum(cursor.segment + 1, num_segments - 1)
-                return nonempty(segment), jnp.int32(0)
+                return next_nonempty(cursor.segment), jnp.int32(0)
 
             return look_up(
                 *lax.cond(
@@ -345,22 +393,19 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
             return advance(cursor)
 
         def issue_if(i, cursor):
-            return lax.cond(
-                lo + i < hi, lambda c: issue(i, c), lambda c: c, cursor
-            )
+            return lax.cond(lo + i < hi, lambda c: issue(i, c), lambda c: c, cursor)
 
         def copy_q(segment):
-            row = pl.multiple_of(static_ref[lax.div(segment, H), 2], 8)
+            row = pl.multiple_of(static_ref[lax.div(segment, H), 3], 8)
             head = lax.rem(segment, H)
             plgpu.copy_gmem_to_smem(q_ref.at[head, pl.ds(row, MT * TILE)], q_s, q_bar)
 
         def attend_segment(segment, start, i0, cursor):
-            tile_index, head = lax.div(segment, H), lax.rem(segment, H)
-            visible = visible_ref[segment]
-            lane, q0 = static_ref[tile_index, 0], static_ref[tile_index, 1]
-            row0, rows = static_ref[tile_index, 2], static_ref[tile_index, 3]
-            q_len = q_len_ref[lane]
-            base = kv_len_ref[lane, head] - q_len
+            tile = lax.div(segment, H)
+            lane, head, q_len, kv_len, visible = fields(segment)
+            base = kv_len - q_len
+            q0, row0, rows = (static_ref[tile, n] for n in (1, 3, 4))
+            row0 = pl.multiple_of(row0, 8)
             first = jnp.maximum(lo - start, 0)
             last = jnp.minimum(hi - start, _blocks(visible))
             plgpu.barrier_wait(q_bar)
@@ -371,8 +416,9 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
                 key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
                 query = q0 + (row + mt * TILE) // G
                 if spec.edge_group is not None:
+                    # With 1 as the last query the order is the natural one.
                     is_edge = (segment >= mass_first) & (segment < mass_last)
-                    query = jnp.where(is_edge, _edge_query(query, q_len - 1), query)
+                    query = _edge_query(query, jnp.where(is_edge, q_len - 1, 1))
                 limit = jnp.minimum(base + query + 1, visible)
                 return jnp.where(key + key0 < limit, logits, MASK_VALUE)
 
@@ -387,10 +433,10 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
                 def _store():
                     index = segment - mass_first
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    p_s[...] = p.astype(jnp.float16)
+                    mass_s[...] = p.astype(jnp.float16)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        p_s.at[pl.ds(0, count)],
+                        mass_s.at[pl.ds(0, count)],
                         prob_ref.at[index, block, pl.ds(mt * TILE, count)],
                     )
                     max_ref[index, block, pl.ds(mt * TILE, TILE)] = m
@@ -407,7 +453,9 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
                 def _zero_unused_values():  # 0 * NaN would be NaN
                     layout = plgpu.Layout.WGMMA
                     v = plgpu.load(v_s, layout=layout, optimized=False)
-                    row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, D), 0, layout=layout)
+                    row = plgpu.broadcasted_iota(
+                        jnp.int32, (BLOCK, D), 0, layout=layout
+                    )
                     v_s[...] = jnp.where(row < visible - key0, v, jnp.zeros_like(v))
                     plgpu.commit_smem()
 
@@ -434,9 +482,9 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
                     l = l * alpha + p.sum(axis=1)
                     p = p.astype(spec.dtype)
                     if spec.interpret:  # whose wgmma reads shared memory only
-                        o_s[:, pl.ds(0, BLOCK)] = p
+                        weight_s[...] = p
                         plgpu.commit_smem()
-                        p = o_s.at[:, pl.ds(0, BLOCK)]
+                        p = weight_s
 
                     def values(acc_ref):
                         plgpu.wgmma(acc_ref, p, v_s)
@@ -475,10 +523,13 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
             )
             end = start + _blocks(visible)
 
-            @pl.when(end < hi)
-            def _copy_next_q():
-                copy_q(nonempty(segment + 1))
+            def copy_next_q():
+                @pl.when(end < hi)
+                def _copy():
+                    copy_q(next_nonempty(segment))
 
+            if not cfg.share_buffer:
+                copy_next_q()
             part = row0 * H + head * rows + cta * (MT * TILE)
             for mt in range(MT):
 
@@ -486,13 +537,10 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
                 def _write(state=state[mt], mt=mt):
                     acc, m, l = state
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    l_s[...] = m + jnp.log2(l)
+                    lse_ref[segment + cta, pl.ds(mt * TILE, TILE)] = m + jnp.log2(l)
                     acc = acc * lax.broadcast_in_dim(1.0 / l, acc.shape, [0])
-                    o_s[...] = acc.astype(spec.dtype)
+                    o_s[pl.ds(0, TILE)] = acc.astype(spec.dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        l_s, lse_ref.at[segment + cta, pl.ds(mt * TILE, TILE)]
-                    )
 
                     def copy(n, _):
                         n8 = pl.multiple_of(n * 8, 8)
@@ -505,19 +553,14 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
                     count = jnp.minimum(rows - mt * TILE, TILE) // 8
                     lax.fori_loop(0, count, copy, None)
 
+            if cfg.share_buffer:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                copy_next_q()
             return end, i, cursor
 
         @pl.when(lo < hi)
         def _work():
-            def halve(_, bounds):  # blocks before bounds[0] <= lo
-                low, high = bounds
-                middle = (low + high) // 2
-                fits = _blocks_before(visible_ref, middle, spec) <= lo
-                return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
-
-            steps = max(1, num_segments).bit_length()
-            s0, _ = lax.fori_loop(0, steps, halve, (jnp.int32(0), jnp.int32(num_segments)))
-            start = _blocks_before(visible_ref, s0, spec)
+            start = _start(ends_ref, s0)
             copy_q(s0)
             cursor = look_up(s0, lo - start)
             for i in range(stages):
@@ -526,8 +569,7 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
             def step(carry):
                 segment, start, i, cursor = carry
                 start, i, cursor = attend_segment(segment, start, i, cursor)
-                segment = nonempty(jnp.minimum(segment + 1, num_segments - 1))
-                return segment, start, i, cursor
+                return next_nonempty(segment), start, i, cursor
 
             lax.while_loop(
                 lambda c: c[2] < hi - lo, step, (s0, start, jnp.int32(0), cursor)
@@ -546,27 +588,29 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
             jax.ShapeDtypeStruct((*lead, mass_rows, BLOCK), jnp.float16),
             jax.ShapeDtypeStruct((*lead, MT * TILE), f32),
         ]
+    scratch = [
+        plgpu.SMEM((MT * TILE, D), spec.dtype, transforms=_TILED),
+        plgpu.SMEM((stages, BLOCK, 2 * D), spec.dtype, transforms=_TILED),
+        None
+        if cfg.share_buffer
+        else plgpu.SMEM((TILE, D), spec.dtype, transforms=_TILED),
+        plgpu.SMEM((TILE, BLOCK), jnp.float16, transforms=_TILED) if has_mass else None,
+        plgpu.SMEM((TILE, BLOCK), spec.dtype, transforms=_TILED)
+        if spec.interpret
+        else None,
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+    ]
     return plgpu.kernel(
-        body,
+        entry,
         out_type=out_type,
         grid=(cfg.num_ctas,),
         grid_names=("cta",),
         kernel_name="paged_attention",
-        scratch_types=[
-            plgpu.SMEM((MT * TILE, D), spec.dtype, transforms=_TILED),
-            plgpu.SMEM((stages, BLOCK, 2 * D), spec.dtype, transforms=_TILED),
-            plgpu.SMEM((TILE, D), spec.dtype, transforms=_TILED),
-            plgpu.SMEM((TILE,), f32),
-            plgpu.SMEM((TILE, BLOCK), jnp.float16, transforms=_TILED)
-            if has_mass
-            else None,
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        ],
         **spec.options,
     )(
         jnp.asarray(static),
-        visible,
+        ends,
         kv_lengths,
         q_lengths,
         page_table,
@@ -575,108 +619,163 @@ def _attend(spec, visible, kv_lengths, q_lengths, page_table, packed, kv_pages):
     )
 
 
-def _parts_of(visible_ref, segment, spec):
+def _parts_of(ends_ref, segment, spec):
     """Returns the range of CTAs that own blocks of a segment (empty if it has none)."""
     C = spec.config.num_ctas
-    start = _blocks_before(visible_ref, segment, spec)
-    total = jnp.maximum(_blocks_before(visible_ref, spec.num_segments, spec), 1)
-    end = start + _blocks(visible_ref[segment])
+    start, end = _start(ends_ref, segment), ends_ref[segment]
+    total = jnp.maximum(ends_ref[spec.num_segments - 1], 1)
     first = ((start + 1) * C - 1) // total
     return first, jnp.where(end > start, (end * C - 1) // total + 1, first)
 
 
-def _merge(spec, visible, kv_lengths, q_lengths, parts, lse):
-    """Returns the output [T, N, D], each row summed over its parts."""
-    tiles = spec.tiles
-    D, H, G = spec.head_size, spec.num_heads, spec.group_size
-    tokens = []
-    lane = 0
-    for index, (num_lanes, num_queries) in enumerate(spec.groups):
-        for i in range(num_lanes):
-            per_lane = -(-num_queries // tiles.queries_per_tile[index])
-            tile = tiles.group_first[index] + i * per_lane
-            for query in range(num_queries):
-                tokens.append(
-                    (lane + i, query, tile, tiles.queries_per_tile[index],
-                     int(index == spec.edge_group), tiles.row[tile], tiles.rows[tile])
+def _full(shape, value, layout):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _finish(spec, ends, kv_lengths, q_lengths, parts, lse, *stored):
+    """Returns the output [T, N, D] and the mass [lanes, H, blocks, 64] if wanted.
+
+    One launch: the first CTAs normalise and sum the stored probabilities of 1024 keys
+    each, the others merge the parts of one token and KV head.
+    """
+    tokens = _token_table(spec)
+    num_tokens, H = len(tokens), spec.num_heads
+    out_type = [
+        jax.ShapeDtypeStruct(
+            (num_tokens, H * spec.group_size, spec.head_size), spec.dtype
+        )
+    ]
+    num_mass = 0
+    if stored:
+        num_lanes = spec.groups[spec.mass_group].num_lanes
+        num_blocks = stored[0].shape[1]
+        chunks = num_blocks // _MASS_BLOCKS
+        num_mass = num_lanes * H * chunks
+        shape = (num_lanes, H, num_blocks, BLOCK)
+        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def body(token_ref, ends_ref, kv_len_ref, q_len_ref, part_ref, lse_ref, *rest):
+        index = lax.axis_index("work")
+        lengths = (ends_ref, kv_len_ref, q_len_ref)
+
+        @pl.when(index >= num_mass)
+        def _merge():
+            token, head = lax.div(index - num_mass, H), lax.rem(index - num_mass, H)
+            out_ref = rest[2 if stored else 0]
+            _merge_token(
+                spec, token, head, token_ref, *lengths, part_ref, lse_ref, out_ref
+            )
+
+        if stored:
+            prob_ref, max_ref, _, mass_ref, lse_s = rest
+
+            @pl.when(index < num_mass)
+            def _mass():
+                chunk, segment = lax.rem(index, chunks), lax.div(index, chunks)
+                lane, head = lax.div(segment, H), lax.rem(segment, H)
+                _mass_chunk(
+                    spec, lane, head, chunk, *lengths, lse_ref, prob_ref, max_ref,
+                    mass_ref, lse_s,
                 )  # fmt: skip
+
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(num_mass + num_tokens * H,),
+        grid_names=("work",),
+        kernel_name="paged_attention_finish",
+        scratch_types=[plgpu.SMEM((spec.tiles.row_tiles * TILE,), jnp.float32)]
+        if stored
+        else [],
+        **spec.options,
+    )(jnp.asarray(tokens), ends, kv_lengths, q_lengths, parts, lse, *stored)
+
+
+def _token_table(spec):
+    """Returns lane, query, first tile, queries per tile, order, row, rows by token."""
+    tiles, tokens, lane = spec.tiles, [], 0
+    for index, (num_lanes, num_queries) in enumerate(spec.groups):
+        step = tiles.queries_per_tile[index]
+        for i in range(num_lanes):
+            tile = tiles.group_first[index] + i * -(-num_queries // step)
+            for query in range(num_queries):
+                is_edge = int(index == spec.edge_group)
+                row, rows = tiles.row[tile], tiles.rows[tile]
+                tokens.append((lane + i, query, tile, step, is_edge, row, rows))
         lane += num_lanes
-    tokens = np.asarray(tokens, np.int32)
-    width = min(D, 128)
+    return np.asarray(tokens, np.int32)
+
+
+def _merge_token(
+    spec, token, head, token_ref, ends_ref, kv_len_ref, q_len_ref, part_ref, lse_ref,
+    out_ref,
+):  # fmt: skip
+    """Writes the output of one token and KV head, summed over the parts."""
+    D, H, G = spec.head_size, spec.num_heads, spec.group_size
+    # A row of D values over all 128 threads, so that G may be any number.
     layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((1, D), (width // 4 if D > 128 else 32,), (max(1, D // 128),))),
+        plgpu.Tiling(((1, D), (32 * max(1, D // 128),), (max(1, D // 128),))),
         warp_dims=(-3,) if D >= 128 else (-3, plgpu.Replicated(128 // D)),
         lane_dims=(-2,),
         vector_dim=-1,
     )
+    rows_layout = layout.reduce(1)
+    lane, query, tile, per_tile, is_edge, row0, rows = (
+        token_ref[token, n] for n in range(7)
+    )
+    q_len = q_len_ref[lane]
+    # With 1 as the last query the order is the natural one.
+    position = _edge_position(query, jnp.where(is_edge == 1, q_len - 1, 1))
+    index = lax.div(position, per_tile)
+    row = lax.rem(position, per_tile) * G
+    segment = (tile + index) * H + head
+    sees_keys = (query < q_len) & (kv_len_ref[lane, head] - q_len + query >= 0)
+    base = (row0 + index * rows) * H + head * rows + row
 
-    def body(token_ref, visible_ref, kv_len_ref, q_len_ref, part_ref, lse_ref, out_ref):
-        token, head = lax.axis_index("token"), lax.axis_index("head")
-        lane, query, tile = (token_ref[token, n] for n in range(3))
-        per_tile, is_edge = token_ref[token, 3], token_ref[token, 4]
-        row0, rows = token_ref[token, 5], token_ref[token, 6]
-        q_len = q_len_ref[lane]
-        position = jnp.where(is_edge == 1, _edge_position(query, q_len - 1), query)
-        index = position // per_tile
-        row = lax.rem(position, per_tile) * G
-        segment = (tile + index) * H + head
-        first, last = _parts_of(visible_ref, segment, spec)
-        sees_keys = (query < q_len) & (kv_len_ref[lane, head] - q_len + query >= 0)
-        base = (row0 + index * rows) * H + head * rows + row
-        row_layout = layout.reduce(1)
+    def add(cta, carry):
+        acc, m, l = carry
+        part = part_ref.at[pl.ds(base + cta * (spec.tiles.row_tiles * TILE), G)]
+        log_sum = lse_ref.at[segment + cta, pl.ds(row, G)]
+        x = plgpu.load(part, layout=layout, optimized=False).astype(jnp.float32)
+        w = plgpu.load(log_sum, layout=rows_layout, optimized=False)
+        m_new = jnp.maximum(m, w)
+        old, new = jnp.exp2(m - m_new), jnp.exp2(w - m_new)
+        acc = acc * lax.broadcast_in_dim(old, acc.shape, [0])
+        acc += x * lax.broadcast_in_dim(new, acc.shape, [0])
+        return acc, m_new, l * old + new
 
-        def add(cta, carry):
-            acc, m, l = carry
-            part = base + cta * (tiles.row_tiles * TILE)
-            x = plgpu.load(part_ref.at[pl.ds(part, G)], layout=layout, optimized=False)
-            w = plgpu.load(
-                lse_ref.at[segment + cta, pl.ds(row, G)],
-                layout=row_layout,
-                optimized=False,
-            )
-            m_new = jnp.maximum(m, w)
-            old, new = jnp.exp2(m - m_new), jnp.exp2(w - m_new)
-            acc = acc * lax.broadcast_in_dim(old, acc.shape, [0])
-            acc += x.astype(jnp.float32) * lax.broadcast_in_dim(new, acc.shape, [0])
-            return acc, m_new, l * old + new
-
-        def full(shape, value, layout):
-            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-        acc, _, l = lax.fori_loop(
-            first,
-            jnp.where(sees_keys, last, first),
-            add,
-            (
-                full((G, D), 0.0, layout),
-                full((G,), 2 * MASK_VALUE, row_layout),
-                full((G,), 0.0, row_layout),
-            ),
-        )
-        l = jnp.where(l == 0.0, 1.0, l)
-        acc = acc * lax.broadcast_in_dim(1.0 / l, acc.shape, [0])
-        out_ref[token, pl.ds(head * G, G)] = acc.astype(spec.dtype)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((len(tokens), H * G, D), spec.dtype),
-        grid=(H, len(tokens)),
-        grid_names=("head", "token"),
-        kernel_name="paged_attention_merge",
-        **spec.options,
-    )(jnp.asarray(tokens), visible, kv_lengths, q_lengths, parts, lse)
+    init = (
+        _full((G, D), 0.0, layout),
+        _full((G,), 2 * MASK_VALUE, rows_layout),
+        _full((G,), 0.0, rows_layout),
+    )
+    first, last = _parts_of(ends_ref, jnp.minimum(segment, spec.num_segments - 1), spec)
+    last = jnp.where(sees_keys, last, first)
+    acc, _, l = lax.fori_loop(first, last, add, init)
+    l = jnp.where(l == 0.0, 1.0, l)
+    acc = acc * lax.broadcast_in_dim(1.0 / l, acc.shape, [0])
+    out_ref[token, pl.ds(head * G, G)] = acc.astype(spec.dtype)
 
 
-def _mass(spec, visible, kv_lengths, q_lengths, lse, probabilities, maxima):
-    """Returns the mass, float32 [lanes, H, blocks * 64]."""
-    tiles, H, G = spec.tiles, spec.num_heads, spec.group_size
-    num_lanes, num_queries = spec.groups[spec.mass_group]
-    first_lane = sum(g.num_lanes for g in spec.groups[: spec.mass_group])
+def _mass_chunk(
+    spec, lane, head, chunk, ends_ref, kv_len_ref, q_len_ref, lse_ref, prob_ref,
+    max_ref, mass_ref, lse_s,
+):  # fmt: skip
+    """Writes the mass of 1024 keys of one lane and KV head."""
+    H, G, tiles = spec.num_heads, spec.group_size, spec.tiles
+    num_queries = spec.groups[spec.mass_group].num_queries
     per_tile = tiles.queries_per_tile[spec.mass_group]
-    tiles_per_lane = 1 if spec.mass_rows == "edges" else -(-num_queries // per_tile)
-    stride = -(-num_queries // per_tile)
-    num_blocks = probabilities.shape[1]
-    rows_padded = tiles.row_tiles * TILE
+    tiles_per_lane = -(-num_queries // per_tile)
+    used_tiles = 1 if spec.mass_rows == "edges" else tiles_per_lane
+    global_lane = lane + sum(g.num_lanes for g in spec.groups[: spec.mass_group])
+    q_len = q_len_ref[global_lane]
+    base = kv_len_ref[global_lane, head] - q_len
+    used = q_len * G
+    if spec.mass_rows == "edges":
+        used = jnp.minimum(used, 2 * G)
+    block0 = pl.multiple_of(chunk * _MASS_BLOCKS, _MASS_BLOCKS)
+    blocks = pl.ds(block0, _MASS_BLOCKS)
+    # Each thread holds 8 neighbouring keys of one block.
     layout = plgpu.Layout.TILED(
         plgpu.Tiling(((_MASS_BLOCKS, BLOCK), (_MASS_BLOCKS // 4, BLOCK), (8,))),
         warp_dims=(-5,),
@@ -684,89 +783,56 @@ def _mass(spec, visible, kv_lengths, q_lengths, lse, probabilities, maxima):
         vector_dim=-1,
     )
 
-    def body(visible_ref, kv_len_ref, q_len_ref, lse_ref, prob_ref, max_ref, out_ref, s):
-        lane, head = lax.axis_index("lane"), lax.axis_index("head")
-        block0 = pl.multiple_of(lax.axis_index("chunk") * _MASS_BLOCKS, _MASS_BLOCKS)
-        q_len = q_len_ref[first_lane + lane]
-        base = kv_len_ref[first_lane + lane, head] - q_len
-        used = q_len * G
-        if spec.mass_rows == "edges":
-            used = jnp.minimum(used, 2 * G)
-        row_layout = layout.reduce(1)
+    def add_tile(n, acc):
+        index = (lane * tiles_per_lane + n) * H + head
+        _final_log_sums(spec, spec.mass_segments[0] + index, ends_ref, lse_ref, lse_s)
+        tile_rows = jnp.clip(used - n * per_tile * G, 0, per_tile * G)
 
-        def add_tile(n, acc):
-            index = (lane * stride + n) * H + head
-            segment = spec.mass_segments[0] + index
-            first, last = _parts_of(visible_ref, segment, spec)
-            vector = plgpu.Layout.WGMMA.reduce(1)
+        def add_rows(i, acc):
+            for k in range(_MASS_ROWS):
+                wanted = i * _MASS_ROWS + k
+                row = jnp.minimum(wanted, tile_rows - 1)
+                factor = jnp.where(wanted < tile_rows, 1.0, 0.0)
+                p = prob_ref.at[index, blocks, row]
+                m = max_ref.at[index, blocks, row]
+                p = plgpu.load(p, layout=layout, optimized=False)
+                m = plgpu.load(m, layout=layout.reduce(1), optimized=False)
+                w = jnp.exp2(m - lse_s[row]) * factor
+                p = p.astype(jnp.float32)
+                acc += p * lax.broadcast_in_dim(w, acc.shape, [0])
+            return acc
 
-            def add_part(cta, carry):
-                new = []
-                for t, (m, l) in enumerate(carry):
-                    w = plgpu.load(
-                        lse_ref.at[segment + cta, pl.ds(t * TILE, TILE)],
-                        layout=vector,
-                        optimized=False,
-                    )
-                    m_new = jnp.maximum(m, w)
-                    new.append((m_new, l * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)))
-                return tuple(new)
+        steps = (tile_rows + _MASS_ROWS - 1) // _MASS_ROWS
+        return lax.fori_loop(0, steps, add_rows, acc)
 
-            def full(value):
-                x = jnp.full((TILE,), value, jnp.float32)
-                return plgpu.layout_cast(x, vector)
-
-            init = ((full(2 * MASK_VALUE), full(0.0)),) * tiles.row_tiles
-            for t, (m, l) in enumerate(lax.fori_loop(first, last, add_part, init)):
-                s[pl.ds(t * TILE, TILE)] = m + jnp.log2(l)
-            plgpu.commit_smem()
-            tile_rows = jnp.clip(used - n * per_tile * G, 0, per_tile * G)
-
-            def add_rows(i, acc):
-                for k in range(_MASS_ROWS):
-                    wanted = i * _MASS_ROWS + k
-                    row = jnp.minimum(wanted, tile_rows - 1)
-                    factor = jnp.where(wanted < tile_rows, 1.0, 0.0)
-                    p = plgpu.load(
-                        prob_ref.at[index, pl.ds(block0, _MASS_BLOCKS), row],
-                        layout=layout,
-                        optimized=False,
-                    )
-                    m = plgpu.load(
-                        max_ref.at[index, pl.ds(block0, _MASS_BLOCKS), row],
-                        layout=row_layout,
-                        optimized=False,
-                    )
-                    w = jnp.exp2(m - s[row]) * factor
-                    p = p.astype(jnp.float32)
-                    acc += p * lax.broadcast_in_dim(w, acc.shape, [0])
-                return acc
-
-            steps = (tile_rows + _MASS_ROWS - 1) // _MASS_ROWS
-            return lax.fori_loop(0, steps, add_rows, acc)
-
-        acc = jnp.zeros((_MASS_BLOCKS, BLOCK), jnp.float32)
-        acc = plgpu.layout_cast(acc, layout)
-        for n in range(tiles_per_lane):
-            acc = lax.cond(
-                block0 * BLOCK < base, functools.partial(add_tile, n), lambda a: a, acc
-            )
-        shape = acc.shape
-        block = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-        key += (block + block0) * BLOCK
-        share = 1.0 / jnp.maximum(used, 1).astype(jnp.float32)
-        out_ref[lane, head, pl.ds(block0, _MASS_BLOCKS)] = jnp.where(
-            key < base, acc * share, 0.0
+    acc = _full((_MASS_BLOCKS, BLOCK), 0.0, layout)
+    for n in range(used_tiles):
+        acc = lax.cond(
+            block0 * BLOCK < base, functools.partial(add_tile, n), lambda a: a, acc
         )
+    block = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=layout)
+    key = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=layout)
+    key += (block + block0) * BLOCK
+    share = 1.0 / jnp.maximum(used, 1).astype(jnp.float32)
+    mass_ref[lane, head, blocks] = jnp.where(key < base, acc * share, 0.0)
 
-    mass = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((num_lanes, H, num_blocks, BLOCK), jnp.float32),
-        grid=(num_lanes, H, num_blocks // _MASS_BLOCKS),
-        grid_names=("lane", "head", "chunk"),
-        kernel_name="paged_attention_mass",
-        scratch_types=[plgpu.SMEM((rows_padded,), jnp.float32)],
-        **spec.options,
-    )(visible, kv_lengths, q_lengths, lse, probabilities, maxima)
-    return mass.reshape(num_lanes, H, num_blocks * BLOCK)
+
+def _final_log_sums(spec, segment, ends_ref, lse_ref, lse_s):
+    """Writes the base-2 log sums of the rows of a segment over all its parts."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    def add_part(cta, carry):
+        new = []
+        for t, (m, l) in enumerate(carry):
+            w = lse_ref.at[segment + cta, pl.ds(t * TILE, TILE)]
+            w = plgpu.load(w, layout=layout, optimized=False)
+            m_new = jnp.maximum(m, w)
+            new.append((m_new, l * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)))
+        return tuple(new)
+
+    init = (_full((TILE,), 2 * MASK_VALUE, layout), _full((TILE,), 0.0, layout))
+    first, last = _parts_of(ends_ref, segment, spec)
+    sums = lax.fori_loop(first, last, add_part, (init,) * spec.tiles.row_tiles)
+    for t, (m, l) in enumerate(sums):
+        lse_s[pl.ds(t * TILE, TILE)] = m + jnp.log2(l)
+    plgpu.commit_smem()
