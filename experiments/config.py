@@ -35,7 +35,7 @@ class GenerateConfig:
     top_k: int = _option(0, "Tokens kept by top-k; 0 keeps all.")
     top_p: float = _option(1.0, "Probability kept by top-p.")
     min_p: float = _option(0.0, "Share of the top probability a token needs.")
-    max_tokens: int = _option(512, "New tokens per prompt at most.")
+    max_tokens: int = _option(384, "New tokens per prompt at most.")
     ignore_eos: bool = _option(False, "Go on past the model's end of text.")
     seed: int = _option(0, "Prompt i samples with seed + i.")
 

@@ -130,7 +130,7 @@ def describe_environment() -> dict:
     devices = jax.devices()
     return {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
