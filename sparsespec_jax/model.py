@@ -15,9 +15,9 @@ A step mixes tokens of many requests, so the model sees tokens [T] and positions
     final_norm              scale [hidden]
     lm_head                 kernel [hidden, V]           (untied only)
 
-Projections of one input are fused at load time: XLA would otherwise either run
-narrow matmuls or join the weights anew in every step. The fused output axes keep
-KV heads and inner units apart, so either can be sharded over devices.
+Projections of one input are fused when loading, so a step runs few wide matmuls
+whatever the compiler would have merged. The fused output axes keep KV heads and inner
+units apart, so either can be sharded over devices.
 """
 
 from __future__ import annotations
