@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 
 _LANES = 128
 _SUBLANES = 8
-_VMEM_HEADROOM_BYTES = 16 << 20  # what the compiler spills and pads
+VMEM_HEADROOM_BYTES = 16 << 20  # what the compiler spills and pads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,7 +360,7 @@ def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
         compiler_params=pltpu.CompilerParams(
             # Steps hand each other a block in flight, so they stay in order.
             dimension_semantics=("arbitrary", "arbitrary"),
-            vmem_limit_bytes=s.vmem_bytes + _VMEM_HEADROOM_BYTES,
+            vmem_limit_bytes=s.vmem_bytes + VMEM_HEADROOM_BYTES,
         ),
         interpret=interpret,
         name="paged_attention",
