@@ -39,15 +39,15 @@ def load(name):
     return load_hf(GOLDENS / name, dtype=jnp.float32)
 
 
-def compute_logits(config, params, tokens, positions, attend=causal_attend):
+@functools.partial(jax.jit, static_argnames=("config", "attend"))
+def run_model(config, params, tokens, positions, *, attend):
     caches = (None,) * config.num_layers
+    hidden, _ = forward(config, params, tokens, positions, attend, caches)
+    return logits(config, params, hidden)
 
-    @jax.jit
-    def run(params, tokens, positions):
-        hidden, _ = forward(config, params, tokens, positions, attend, caches)
-        return logits(config, params, hidden)
 
-    return np.asarray(run(params, jnp.asarray(tokens), jnp.asarray(positions)))
+def compute_logits(config, params, tokens, positions, attend=causal_attend):
+    return np.asarray(run_model(config, params, tokens, positions, attend=attend))
 
 
 def golden(name):
