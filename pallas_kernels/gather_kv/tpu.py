@@ -85,6 +85,11 @@ class _Sizes(NamedTuple):
     rows_per_word: int  # 2 for bfloat16, 1 for float32
     unroll: int
 
+    @property
+    def words_per_page(self) -> int:
+        """Rows of words that hold one KV head of a page."""
+        return self.page_size // self.rows_per_word
+
 
 def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
     num_pages, num_heads, page_size, row_size = kv_pages.shape
@@ -124,28 +129,29 @@ def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
 def _gather_lanes(
     kv_pages, source_table, target_table, indices, counts, s: _Sizes, interpret
 ):
-    lanes = source_table.shape[0]
+    lanes, parts = source_table.shape[0], s.num_heads // s.heads
     rows = s.used_width * s.page_size
     padding = max(0, rows - indices.shape[2])
     indices = jnp.pad(indices[:, :, :rows], ((0, 0), (0, 0), (0, padding)))
     # The low or the high half of a word, by target page: [lanes, H, pages, rows].
     half = (indices % s.rows_per_word).reshape(lanes, s.num_heads, -1, s.page_size)
+    # Rows of a page lie side by side in the flat pool; its tiles are the same.
+    flat_pool = kv_pages.reshape(-1, s.row_size)
     words = (2, s.page_size * s.rows_per_word, s.row_size)
-    by_head = (1, s.heads)
-    return pl.pallas_call(
+    flat_pool = pl.pallas_call(
         functools.partial(_kernel, s=s, unroll=1 if interpret else s.unroll),
-        out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
+        out_shape=jax.ShapeDtypeStruct(flat_pool.shape, flat_pool.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(lanes, s.num_heads // s.heads),
+            grid=(lanes, parts),
             in_specs=[
                 pl.BlockSpec(
-                    (*by_head, rows),
-                    lambda i, j, *_: (i, j, 0),
+                    (1, 1, s.heads * rows),
+                    lambda i, j, *_: (i * parts + j, 0, 0),
                     memory_space=pltpu.SMEM,
                 ),
                 pl.BlockSpec(
-                    (*by_head, s.used_width, s.page_size),
+                    (1, s.heads, s.used_width, s.page_size),
                     lambda i, j, *_: (i, j, 0, 0),
                 ),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -167,31 +173,33 @@ def _gather_lanes(
         interpret=interpret,
         name="gather_kv",
     )(
-        source_table.reshape(-1),
+        (source_table * (s.num_heads * s.words_per_page)).reshape(-1),
         target_table.reshape(-1),
         counts.reshape(-1),
-        indices,
+        indices.reshape(lanes * parts, 1, -1),
         half,
-        kv_pages,
+        flat_pool,
     )
+    return flat_pool.reshape(kv_pages.shape)
 
 
 class _Unit(NamedTuple):
     """One KV head of one target page."""
 
     index: jax.Array  # within the grid step
+    slot: jax.Array  # buffer
     num_rows: jax.Array  # rows to copy; 0 where there is no target page
-    page: jax.Array  # of the pool
-    head: jax.Array  # of the pool
+    first_row: jax.Array  # of the target, in the flat pool
+    head: jax.Array
 
 
 def _kernel(
-    source_ref,  # int32 [lanes * W], SMEM
+    source_ref,  # int32 [lanes * W], first word row of a page in the pool, SMEM
     target_ref,  # int32 [lanes * Wd], SMEM
     counts_ref,  # int32 [lanes * H], SMEM
-    indices_ref,  # int32 [1, heads, rows], SMEM
+    indices_ref,  # int32 [1, 1, heads * pages * page_size], SMEM
     half_ref,  # int32 [1, heads, pages, page_size]
-    pool_ref,  # [P, H, page_size, 2D], HBM
+    pool_ref,  # [P * H * page_size, 2D], HBM
     out_ref,  # the same memory as pool_ref
     words_ref,  # [2, page_size * rows_per_word, 2D]
     page_ref,  # [2, page_size, 2D]
@@ -210,62 +218,82 @@ def _kernel(
         count = counts_ref[lane * s.num_heads + head] - column * s.page_size
         is_page = (page >= 0) & (page < s.num_pages)
         return _Unit(
-            index, jnp.where(is_page, jnp.clip(count, 0, s.page_size), 0), page, head
+            index=index,
+            slot=index % 2,
+            num_rows=jnp.where(is_page, jnp.clip(count, 0, s.page_size), 0),
+            first_row=(page * s.num_heads + head) * s.page_size,
+            head=head,
         )
 
     def word(index):  # the rows that share a row of words
         start = pl.multiple_of(index * s.rows_per_word, s.rows_per_word)
         return pl.ds(start, s.rows_per_word)
 
-    def copy_in(u, n):  # row n of a unit
-        row = indices_ref[
-            0, u.index // s.used_width, u.index % s.used_width * s.page_size + n
-        ]
-        page = source_ref[lane * s.source_width + row // s.page_size]
-        return pltpu.make_async_copy(
-            pool_ref.at[page, u.head, word(row % s.page_size // s.rows_per_word)],
-            words_ref.at[u.index % 2, word(n)],
-            sems.at[0, u.index % 2],
-        )
+    def start_rows(u):
+        first_index = u.index * s.page_size
+        first_column = lane * s.source_width
+        first_word = u.head * s.words_per_page
 
-    def copy_old(u):
-        slot = u.index % 2
-        source = pool_ref.at[u.page, u.head]
-        return pltpu.make_async_copy(source, page_ref.at[slot], sems.at[1, slot])
+        def start_row(n, _):
+            column, row = _divide(indices_ref[0, 0, first_index + n], s.page_size)
+            in_page, _ = _divide(row, s.rows_per_word)
+            source = source_ref[first_column + column] + first_word + in_page
+            pltpu.make_async_copy(
+                pool_ref.at[word(source)],
+                words_ref.at[u.slot, word(n)],
+                sems.at[0, u.slot],
+            ).start()
 
-    def copy_out(u):
-        slot = u.index % 2
-        target = out_ref.at[u.page, u.head]
-        return pltpu.make_async_copy(page_ref.at[slot], target, sems.at[2, slot])
-
-    def for_each_row(u, act):
         @pl.when(u.num_rows == s.page_size)
         def _():
-            jax.lax.fori_loop(0, s.page_size, act, None, unroll=unroll)
+            jax.lax.fori_loop(0, s.page_size, start_row, None, unroll=unroll)
 
         @pl.when(u.num_rows < s.page_size)
         def _():
-            jax.lax.fori_loop(0, u.num_rows, act, None)
+            jax.lax.fori_loop(0, u.num_rows, start_row, None)
+
+    def wait_rows(u):
+        def wait(ref):  # for as many bytes as `ref` has
+            pltpu.make_async_copy(ref, ref, sems.at[0, u.slot]).wait()
+
+        @pl.when(u.num_rows == s.page_size)
+        def _():
+            wait(words_ref.at[u.slot])
+
+        @pl.when(u.num_rows < s.page_size)
+        def _():
+            def wait_row(n, _):
+                wait(words_ref.at[u.slot, word(n)])
+
+            jax.lax.fori_loop(0, u.num_rows, wait_row, None)
+
+    def rows_of(ref, u):
+        return ref.at[pl.ds(pl.multiple_of(u.first_row, s.page_size), s.page_size)]
+
+    def copy_old(u):
+        old, new = rows_of(pool_ref, u), page_ref.at[u.slot]
+        return pltpu.make_async_copy(old, new, sems.at[1, u.slot])
+
+    def copy_out(u):
+        new, old = page_ref.at[u.slot], rows_of(out_ref, u)
+        return pltpu.make_async_copy(new, old, sems.at[2, u.slot])
 
     def is_partial(u):
         return (u.num_rows > 0) & (u.num_rows < s.page_size)
 
     def start(u):
-        for_each_row(u, lambda n, _: copy_in(u, n).start())
+        start_rows(u)
         pl.when(is_partial(u))(lambda: copy_old(u).start())
 
     def finish(u):
-        for_each_row(u, lambda n, _: copy_in(u, n).wait())
+        wait_rows(u)
         pl.when(is_partial(u))(lambda: copy_old(u).wait())
 
         @pl.when(u.num_rows > 0)
         def _():
-            half = half_ref[
-                0, u.index // s.used_width, pl.ds(u.index % s.used_width, 1)
-            ]
-            _assemble(
-                words_ref.at[u.index % 2], page_ref.at[u.index % 2], half, u.num_rows
-            )
+            column = pl.ds(u.index % s.used_width, 1)
+            half = half_ref[0, u.index // s.used_width, column]
+            _assemble(words_ref.at[u.slot], page_ref.at[u.slot], half, u.num_rows)
             copy_out(u).start()
 
     def wait_out(u):
@@ -286,6 +314,13 @@ def _kernel(
 
     jax.lax.fori_loop(0, num_units, work, None)
     wait_out(unit(num_units - 1))
+
+
+def _divide(number, size: int):
+    """Returns quotient and remainder of a number that is not negative."""
+    if size & (size - 1) == 0:  # the scalar unit has no division
+        return number >> (size.bit_length() - 1), number & (size - 1)
+    return jax.lax.div(number, size), jax.lax.rem(number, size)
 
 
 def _assemble(words_ref, page_ref, half, num_rows):
