@@ -1,7 +1,8 @@
 """Named shapes of every kernel. Tests, benchmarks and tuning use the same ones.
 
-Tags: "small" runs in an interpreter within seconds; "h100" and "tpu" are shapes of
-real loads for that platform, to compile or to time.
+Tags: "small" runs in an interpreter within seconds, "shared" too (one index list for
+all heads); "h100" and "tpu" are shapes of real loads for that platform, to compile or
+to time.
 
 Frozen: a recorded measurement names its case, so a case never changes its meaning.
 Add a case under a new name instead.
@@ -100,6 +101,7 @@ class GatherCase:
     cap: int
     counts: tuple[int, ...] | None = None  # one per lane; None: cap
     head_step: int = 0  # KV head h has h * head_step rows less
+    is_shared: bool = False  # one list for all heads
     num_heads: int = 8
     head_size: int = 128
     page_size: int = 64
@@ -107,15 +109,21 @@ class GatherCase:
     tags: frozenset[str] = LARGE
 
     @property
+    def num_lists(self) -> int:
+        """Index lists of a lane."""
+        return 1 if self.is_shared else self.num_heads
+
+    @property
     def num_copied_bytes(self) -> int:
         """Bytes that a call reads, and again that it writes."""
         row_bytes = 2 * self.head_size * (2 if self.dtype == "bfloat16" else 4)
+        row_bytes *= self.num_heads // self.num_lists
         return int(self.count_array().sum()) * row_bytes
 
     def count_array(self) -> np.ndarray:
-        """Returns counts, int32 [lanes, H]."""
+        """Returns counts, int32 [lanes, lists]."""
         counts = np.asarray(self.counts or (self.cap,) * self.num_lanes)[:, None]
-        fewer = counts - self.head_step * np.arange(self.num_heads)
+        fewer = counts - self.head_step * np.arange(self.num_lists)
         return np.maximum(fewer, 0).astype(np.int32)
 
 
@@ -404,6 +412,25 @@ GATHER_CASES = (
         counts=(70, 64),
         num_heads=2,
         tags=SMALL,
+    ),
+    GatherCase(
+        name="shared_rows",
+        num_lanes=2,
+        context=64,
+        cap=33,
+        counts=(33, 16),
+        is_shared=True,
+        num_heads=3,
+        page_size=16,
+        tags=frozenset({"shared"}),
+    ),
+    GatherCase(
+        name="gather_layer",
+        num_lanes=14,
+        context=32768,
+        cap=1638,
+        is_shared=True,
+        tags=frozenset({"tpu"}),
     ),
     GatherCase(name="gather_512b", num_lanes=14, context=32768, cap=1638),
     GatherCase(name="gather_410", num_lanes=14, context=8192, cap=410),

@@ -159,7 +159,7 @@ def test_gather_compiles_in_place(case, target):
         (num_pages, case.num_heads, case.page_size, 2 * case.head_size),
         jnp.dtype(case.dtype),
     )
-    indices = int32(case.num_lanes, case.num_heads, case.cap)
+    indices = int32(case.num_lanes, case.num_lists, case.cap)
     compiled = compile_for(
         target,
         functools.partial(gather_kv, impl="tpu"),
@@ -167,7 +167,7 @@ def test_gather_compiles_in_place(case, target):
         int32(case.num_lanes, source_width),
         int32(case.num_lanes, target_width),
         indices,
-        int32(case.num_lanes, case.num_heads),
+        int32(case.num_lanes, case.num_lists),
         donate_argnums=0,
     )
     assert compiled.alias_bytes == num_bytes(pool)

@@ -7,6 +7,7 @@ from pallas_kernels.common import (
     check_dtype,
     check_pool,
     check_shape,
+    default_impl,
     load_implementation,
 )
 
@@ -35,9 +36,10 @@ def gather_kv(
       source_table: int32 [lanes, W].
       target_table: int32 [lanes, Wd]. A page that receives rows appears once in all
         target tables and in no source table.
-      indices: int32 [lanes, H, cap], rows below W * ps, ascending (the kernels
-        exploit the order; every order gives the same result).
-      counts: int32 [lanes, H], 0..min(cap, Wd * ps).
+      indices: int32 [lanes, H, cap], rows below W * ps; or [lanes, 1, cap], one list
+        for all heads (a selection per layer), whose rows of all heads the TPU kernel
+        fetches by one copy.
+      counts: int32 [lanes, H] or [lanes, 1], like indices; 0..min(cap, Wd * ps).
       impl: one of `pallas_kernels.IMPLS`; None means `default_impl()`.
 
     Raises:
@@ -49,8 +51,10 @@ def gather_kv(
     check_shape("source_table", source_table, (None, None), "[lanes, W]")
     lanes = source_table.shape[0]
     check_shape("target_table", target_table, (lanes, None), "[lanes, Wd]")
-    check_shape("indices", indices, (lanes, num_heads, None), "[lanes, H, cap]")
-    check_shape("counts", counts, (lanes, num_heads), "[lanes, H]")
+    num_lists = 1 if indices.shape[1:2] == (1,) else num_heads
+    meaning = "[lanes, H, cap], or [lanes, 1, cap] for all heads"
+    check_shape("indices", indices, (lanes, num_lists, None), meaning)
+    check_shape("counts", counts, (lanes, num_lists), "[lanes, H or 1], like indices")
     for name, array in (
         ("source_table", source_table),
         ("target_table", target_table),
@@ -60,5 +64,9 @@ def gather_kv(
         check_dtype(name, array, jnp.int32)
         if 0 in array.shape:
             raise ValueError(f"{name} has shape {array.shape}: no axis may be empty")
+    impl = default_impl() if impl is None else impl
     function = load_implementation("pallas_kernels.gather_kv", "gather_kv", impl)
+    if impl.startswith("gpu"):  # which takes one list per head
+        indices = jnp.broadcast_to(indices, (lanes, num_heads, indices.shape[2]))
+        counts = jnp.broadcast_to(counts, (lanes, num_heads))
     return function(kv_pages, source_table, target_table, indices, counts)

@@ -81,14 +81,15 @@ class _Sizes(NamedTuple):
     source_width: int  # pages
     target_width: int  # pages
     used_width: int  # target pages that a full index list fills
-    heads: int  # KV heads of one grid step
+    shared: int  # KV heads that one list serves: 1, or all of them
+    lists: int  # index lists of one grid step
     rows_per_word: int  # 2 for bfloat16, 1 for float32
     unroll: int
 
     @property
-    def words_per_page(self) -> int:
-        """Rows of words that hold one KV head of a page."""
-        return self.page_size // self.rows_per_word
+    def num_lists(self) -> int:
+        """Index lists of a lane."""
+        return self.num_heads // self.shared
 
 
 def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
@@ -101,7 +102,7 @@ def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
             f"the TPU kernel needs a multiple of {least} rows of a multiple of "
             f"{_LANES} elements (2 * D); use impl='reference' or larger pages"
         )
-    cap = indices.shape[2]
+    num_lists, cap = indices.shape[1:]
     used_width = min(target_table.shape[1], -(-cap // page_size))
     list_bytes = 2 * 4 * used_width * page_size
     if list_bytes > tuning.index_bytes:
@@ -118,8 +119,9 @@ def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
         source_width=source_table.shape[1],
         target_width=target_table.shape[1],
         used_width=used_width,
-        heads=max(
-            n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= most
+        shared=num_heads // num_lists,
+        lists=max(
+            n for n in range(1, num_lists + 1) if num_lists % n == 0 and n <= most
         ),
         rows_per_word=rows_per_word,
         unroll=tuning.unroll,
@@ -129,29 +131,30 @@ def _sizes(kv_pages, source_table, target_table, indices, tuning) -> _Sizes:
 def _gather_lanes(
     kv_pages, source_table, target_table, indices, counts, s: _Sizes, interpret
 ):
-    lanes, parts = source_table.shape[0], s.num_heads // s.heads
+    lanes, parts = source_table.shape[0], s.num_lists // s.lists
     rows = s.used_width * s.page_size
     padding = max(0, rows - indices.shape[2])
     indices = jnp.pad(indices[:, :, :rows], ((0, 0), (0, 0), (0, padding)))
-    # The low or the high half of a word, by target page: [lanes, H, pages, rows].
-    half = (indices % s.rows_per_word).reshape(lanes, s.num_heads, -1, s.page_size)
-    # Rows of a page lie side by side in the flat pool; its tiles are the same.
-    flat_pool = kv_pages.reshape(-1, s.row_size)
-    words = (2, s.page_size * s.rows_per_word, s.row_size)
-    flat_pool = pl.pallas_call(
+    # The low or the high half of a word, by target page: [lanes, lists, pages, rows].
+    half = (indices % s.rows_per_word).reshape(lanes, s.num_lists, -1, s.page_size)
+    # What one list serves lies side by side in the pool: a block of its heads' rows.
+    block = (s.shared, s.page_size, s.row_size)
+    blocks = kv_pages.reshape(-1, *block)
+    words = (2, s.shared, s.page_size * s.rows_per_word, s.row_size)
+    blocks = pl.pallas_call(
         functools.partial(_kernel, s=s, unroll=1 if interpret else s.unroll),
-        out_shape=jax.ShapeDtypeStruct(flat_pool.shape, flat_pool.dtype),
+        out_shape=jax.ShapeDtypeStruct(blocks.shape, blocks.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(lanes, parts),
             in_specs=[
                 pl.BlockSpec(
-                    (1, 1, s.heads * rows),
+                    (1, 1, s.lists * rows),
                     lambda i, j, *_: (i * parts + j, 0, 0),
                     memory_space=pltpu.SMEM,
                 ),
                 pl.BlockSpec(
-                    (1, s.heads, s.used_width, s.page_size),
+                    (1, s.lists, s.used_width, s.page_size),
                     lambda i, j, *_: (i, j, 0, 0),
                 ),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -159,7 +162,7 @@ def _gather_lanes(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM(words, kv_pages.dtype),
-                pltpu.VMEM((2, s.page_size, s.row_size), kv_pages.dtype),
+                pltpu.VMEM((2, *block), kv_pages.dtype),
                 pltpu.SemaphoreType.DMA((3, 2)),
             ],
         ),
@@ -173,56 +176,56 @@ def _gather_lanes(
         interpret=interpret,
         name="gather_kv",
     )(
-        (source_table * (s.num_heads * s.words_per_page)).reshape(-1),
+        (source_table * s.num_lists).reshape(-1),
         target_table.reshape(-1),
         counts.reshape(-1),
         indices.reshape(lanes * parts, 1, -1),
         half,
-        flat_pool,
+        blocks,
     )
-    return flat_pool.reshape(kv_pages.shape)
+    return blocks.reshape(kv_pages.shape)
 
 
 class _Unit(NamedTuple):
-    """One KV head of one target page."""
+    """The part of one target page that one list fills."""
 
     index: jax.Array  # within the grid step
     slot: jax.Array  # buffer
     num_rows: jax.Array  # rows to copy; 0 where there is no target page
-    first_row: jax.Array  # of the target, in the flat pool
-    head: jax.Array
+    target: jax.Array  # block of the pool
+    number: jax.Array  # of the list, within the lane
 
 
 def _kernel(
-    source_ref,  # int32 [lanes * W], first word row of a page in the pool, SMEM
+    source_ref,  # int32 [lanes * W], first block of a page, SMEM
     target_ref,  # int32 [lanes * Wd], SMEM
-    counts_ref,  # int32 [lanes * H], SMEM
-    indices_ref,  # int32 [1, 1, heads * pages * page_size], SMEM
-    half_ref,  # int32 [1, heads, pages, page_size]
-    pool_ref,  # [P * H * page_size, 2D], HBM
+    counts_ref,  # int32 [lanes * H / shared], SMEM
+    indices_ref,  # int32 [1, 1, lists * pages * page_size], SMEM
+    half_ref,  # int32 [1, lists, pages, page_size]
+    pool_ref,  # [P * H / shared, shared, page_size, 2D], HBM
     out_ref,  # the same memory as pool_ref
-    words_ref,  # [2, page_size * rows_per_word, 2D]
-    page_ref,  # [2, page_size, 2D]
+    words_ref,  # [2, shared, page_size * rows_per_word, 2D]
+    page_ref,  # [2, shared, page_size, 2D]
     sems,  # [3, 2]: rows in, old page in, page out
     *,
     s: _Sizes,
     unroll,
 ):
     lane, part = pl.program_id(0), pl.program_id(1)
-    num_units = s.heads * s.used_width
+    num_units = s.lists * s.used_width
 
     def unit(index):
-        head = part * s.heads + index // s.used_width
+        number = part * s.lists + index // s.used_width
         column = index % s.used_width
         page = target_ref[lane * s.target_width + column]
-        count = counts_ref[lane * s.num_heads + head] - column * s.page_size
+        count = counts_ref[lane * s.num_lists + number] - column * s.page_size
         is_page = (page >= 0) & (page < s.num_pages)
         return _Unit(
             index=index,
             slot=index % 2,
             num_rows=jnp.where(is_page, jnp.clip(count, 0, s.page_size), 0),
-            first_row=(page * s.num_heads + head) * s.page_size,
-            head=head,
+            target=page * s.num_lists + number,
+            number=number,
         )
 
     def word(index):  # the rows that share a row of words
@@ -232,15 +235,14 @@ def _kernel(
     def start_rows(u):
         first_index = u.index * s.page_size
         first_column = lane * s.source_width
-        first_word = u.head * s.words_per_page
 
         def start_row(n, _):
             column, row = _divide(indices_ref[0, 0, first_index + n], s.page_size)
             in_page, _ = _divide(row, s.rows_per_word)
-            source = source_ref[first_column + column] + first_word + in_page
+            block = source_ref[first_column + column] + u.number
             pltpu.make_async_copy(
-                pool_ref.at[word(source)],
-                words_ref.at[u.slot, word(n)],
+                pool_ref.at[block, :, word(in_page)],
+                words_ref.at[u.slot, :, word(n)],
                 sems.at[0, u.slot],
             ).start()
 
@@ -263,19 +265,16 @@ def _kernel(
         @pl.when(u.num_rows < s.page_size)
         def _():
             def wait_row(n, _):
-                wait(words_ref.at[u.slot, word(n)])
+                wait(words_ref.at[u.slot, :, word(n)])
 
             jax.lax.fori_loop(0, u.num_rows, wait_row, None)
 
-    def rows_of(ref, u):
-        return ref.at[pl.ds(pl.multiple_of(u.first_row, s.page_size), s.page_size)]
-
     def copy_old(u):
-        old, new = rows_of(pool_ref, u), page_ref.at[u.slot]
+        old, new = pool_ref.at[u.target], page_ref.at[u.slot]
         return pltpu.make_async_copy(old, new, sems.at[1, u.slot])
 
     def copy_out(u):
-        new, old = page_ref.at[u.slot], rows_of(out_ref, u)
+        new, old = page_ref.at[u.slot], out_ref.at[u.target]
         return pltpu.make_async_copy(new, old, sems.at[2, u.slot])
 
     def is_partial(u):
@@ -293,7 +292,9 @@ def _kernel(
         def _():
             column = pl.ds(u.index % s.used_width, 1)
             half = half_ref[0, u.index // s.used_width, column]
-            _assemble(words_ref.at[u.slot], page_ref.at[u.slot], half, u.num_rows)
+            for j in range(s.shared):
+                words, page = words_ref.at[u.slot, j], page_ref.at[u.slot, j]
+                _assemble(words, page, half, u.num_rows)
             copy_out(u).start()
 
     def wait_out(u):
