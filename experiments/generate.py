@@ -68,7 +68,9 @@ def decode_missing(engine, prompts, config, *, mode, directory):
         return
     for index in missing:
         engine.add_request(prompts[index], config.sampling(index), prompt_index=index)
-    bar = tqdm(total=len(missing) * config.max_tokens, desc=mode, unit="tok", mininterval=1)
+    bar = tqdm(
+        total=len(missing) * config.max_tokens, desc=mode, unit="tok", mininterval=1
+    )
     with bar:
         engine.warm_up()
         start, num_steps = time.perf_counter(), 0
