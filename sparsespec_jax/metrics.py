@@ -56,7 +56,6 @@ class RequestMetrics:
     # ^ [k + 1]: verify steps that accepted exactly i drafts
     kv_tokens_read: KvTokens = field(default_factory=KvTokens)
     plain_kv_tokens: int = 0  # what plain decoding would read for the same output
-    queue_time_s: float = 0.0  # submission to first prefill step
     time_to_first_token_s: float = 0.0  # from submission
     total_time_s: float = 0.0  # submission to last token
 

@@ -381,5 +381,13 @@ def test_a_planted_difference_fails_the_command(tmp_path, resumed):
     assert "1439 of 1440 tokens identical" in done.stdout
 
 
-def test_config_names_are_modules():
-    assert {"demo", "smoke"} <= set(config_lib.config_names())
+@pytest.mark.slow
+def test_the_smoke_config_decodes_the_default_model(tmp_path):
+    arguments = command("--config", "smoke", "--output_dir", str(tmp_path / "run"))
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "48 of 48 tokens identical" in done.stdout.splitlines()[-3]
+
+
+def test_the_default_config_is_the_demo():
+    assert config_lib.load_config("demo") == GenerateConfig()
