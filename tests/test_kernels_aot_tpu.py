@@ -21,7 +21,7 @@ from pallas_kernels.cases import (
     tagged,
 )
 from pallas_kernels.gather_kv import gather_kv
-from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.paged_attention import LaneGroup, paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
 from pallas_kernels.select_tokens import select_tokens
 
@@ -116,7 +116,7 @@ def test_float32_attention_compiles(target):
 def test_attention_fits_the_smallest_vmem(case):
     _, pool, table, *_ = attention_args(case)
     for index, (_, num_queries) in enumerate(case.groups):
-        sizes = attention_tpu.plan_sizes(
+        sizes = tpu_sizes.plan_sizes(
             pool.shape,
             pool.dtype,
             table_width=table.shape[1],
@@ -124,7 +124,7 @@ def test_attention_fits_the_smallest_vmem(case):
             num_queries=num_queries,
             with_mass=index == case.mass_group,
         )
-        limit = sizes.vmem_bytes + attention_tpu.VMEM_HEADROOM_BYTES
+        limit = sizes.vmem_bytes + tpu_sizes.VMEM_HEADROOM_BYTES
         assert limit <= PHYSICAL_VMEM_BYTES
 
 
@@ -223,7 +223,7 @@ def test_the_gates_see_too_much_vmem():
         attention_tpu.paged_attention_tpu,
         groups=tuple(LaneGroup(*group) for group in case.groups),
         mass_group=0,
-        tuning=attention_tpu.Tuning(vmem_bytes=400 << 20),
+        tuning=tpu_sizes.Tuning(vmem_bytes=400 << 20),
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
         compile_for("v5p", fn, *attention_args(case))

@@ -26,7 +26,7 @@ from pallas_kernels.cases import (
 )
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv import tpu as gather_tpu
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.select_tokens import tpu as select_tpu
@@ -104,9 +104,9 @@ def test_attention_does_not_depend_on_its_tuning(name):
     case_name, sizes = TUNED[name]
     case = by_name(ATTENTION_CASES, case_name)
     inputs, options = ki.attention_inputs(case), ki.attention_options(case)
-    tuning = attention_tpu.Tuning(**sizes)
+    tuning = tpu_sizes.Tuning(**sizes)
     planned = [
-        attention_tpu.plan_sizes(
+        tpu_sizes.plan_sizes(
             inputs.kv_pages.shape,
             inputs.kv_pages.dtype,
             table_width=case.table_width,
@@ -148,7 +148,7 @@ def test_attention_says_what_it_cannot_serve():
             impl="tpu",
         )
     with pytest.raises(NotImplementedError, match="narrower table"):
-        attention_tpu.plan_sizes(
+        tpu_sizes.plan_sizes(
             (64, 1, 64, 256),
             jnp.bfloat16,
             table_width=1 << 20,

@@ -168,7 +168,7 @@ def _gather_lanes(
         ),
         input_output_aliases={5: 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", "parallel"),
             # A check costs more than issuing the copy of a row; the row indices are
             # in range by contract.
             disable_bounds_checks=True,

@@ -12,9 +12,7 @@ in VMEM and are turned into probabilities once the last key is seen: exact, in t
 same pass over the pool.
 """
 
-import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -24,24 +22,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
-
-_LANES = 128
-_SUBLANES = 8
-VMEM_HEADROOM_BYTES = 16 << 20  # what the compiler spills and pads
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """Sizes that change speed and memory, never results beyond rounding."""
-
-    block_tokens: int = 512  # keys of one buffer
-    tile_rows: int = 256  # query rows of one KV head that share a read of the keys
-    unrolled_rows: int = 160  # more rows fill the pipelines without unrolling
-    vmem_bytes: int = 40 << 20  # of 64 MiB (v5p, tpu7x) or 128 MiB (v5e, v6e)
-    table_bytes: int = 512 << 10  # page table of one call in SMEM (1 MiB in all)
-
-
-DEFAULT_TUNING = Tuning()
+from pallas_kernels.paged_attention.tpu_sizes import (
+    DEFAULT_TUNING,
+    LANES,
+    VMEM_HEADROOM_BYTES,
+    Sizes,
+    Tuning,
+    check_supported,
+    plan_sizes,
+)
 
 
 def paged_attention_tpu(
@@ -64,7 +53,7 @@ def paged_attention_tpu(
       NotImplementedError: 2*D is not a multiple of 128, or the page size is not a
         multiple of 8 (float32) or 16 (bfloat16).
     """
-    _check_supported(kv_pages)
+    check_supported(kv_pages)
     num_q_heads, head_size = q.shape[1:]
     scale = head_size**-0.5 if scale is None else scale
     outs, mass, lane, token = [], None, 0, 0
@@ -95,122 +84,6 @@ def paged_attention_tpu(
         mass = group_mass if index == mass_group else mass
         lane, token = lanes.stop, tokens.stop
     return AttentionOutput(outs[0] if len(outs) == 1 else jnp.concatenate(outs), mass)
-
-
-class Sizes(NamedTuple):
-    """Static sizes of one lane group's kernel."""
-
-    num_heads: int  # KV heads
-    group_size: int  # query heads per KV head
-    head_size: int
-    page_size: int
-    table_width: int  # pages
-    heads: int  # KV heads of one grid step
-    tile: int  # queries of one grid step
-    num_tiles: int  # tiles of a lane
-    rows: int  # tile * group_size, rounded up to whole sublanes
-    block_pages: int
-    num_blocks: int  # blocks that cover a whole table
-    with_mass: bool
-    itemsize: int
-    tuning: Tuning
-
-    @property
-    def block(self) -> int:
-        """Keys of a block."""
-        return self.block_pages * self.page_size
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether K and V share one 128-lane tile, so that rows are used whole."""
-        return self.head_size % _LANES != 0
-
-    @property
-    def q_width(self) -> int:
-        """Width of a query row: [q, 0] meets a whole [K, V] row."""
-        return self.head_size * (2 if self.whole_rows else 1)
-
-    @property
-    def head_unroll(self) -> int:
-        """Heads whose independent work the compiler may interleave."""
-        most = max(1, self.tuning.unrolled_rows // self.rows)
-        return max(n for n in range(1, most + 1) if self.heads % n == 0)
-
-    @property
-    def vmem_bytes(self) -> int:
-        """VMEM of scratch, and of inputs and outputs twice."""
-        keys = 2 * self.heads * self.block * 2 * self.head_size * self.itemsize
-        width = max(self.q_width, _LANES)
-        state = self.heads * self.rows * (width + 2 * _LANES) * 4
-        q_and_out = 4 * self.heads * self.rows * width * self.itemsize
-        mass = 0
-        if self.with_mass:
-            columns = self.num_blocks * self.block
-            padded_heads = -(-self.num_heads // _SUBLANES) * _SUBLANES
-            mass = (self.heads * self.rows + 2 * padded_heads) * columns * 4
-        return keys + state + q_and_out + mass
-
-
-def _check_supported(kv_pages: jax.Array) -> None:
-    page_size, row_size = kv_pages.shape[2:]
-    sublanes = _SUBLANES * 4 // kv_pages.dtype.itemsize
-    if row_size % _LANES or page_size % sublanes:
-        raise NotImplementedError(
-            f"kv_pages has pages of {page_size} rows of {row_size} {kv_pages.dtype}; "
-            f"the TPU kernel needs a multiple of {sublanes} rows of a multiple of "
-            f"{_LANES} elements (2 * D); use impl='reference' or larger pages"
-        )
-
-
-def plan_sizes(
-    pool_shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    *,
-    table_width: int,
-    num_q_heads: int,
-    num_queries: int,
-    with_mass: bool,
-    tuning: Tuning = DEFAULT_TUNING,
-) -> Sizes:
-    """Returns the largest head count and tile per step that fit the VMEM budget."""
-    _, num_heads, page_size, row_size = pool_shape
-    group_size = num_q_heads // num_heads
-    block_pages = max(1, min(table_width, tuning.block_tokens // page_size))
-    if with_mass:  # the logits are stored by whole 128-lane tiles
-        step = _LANES // math.gcd(_LANES, page_size)
-        block_pages = -(-block_pages // step) * step
-    tile = min(num_queries, max(1, tuning.tile_rows // group_size))
-    heads = num_heads
-    while True:
-        rows = -(-tile * group_size // _SUBLANES) * _SUBLANES
-        sizes = Sizes(
-            num_heads=num_heads,
-            group_size=group_size,
-            head_size=row_size // 2,
-            page_size=page_size,
-            table_width=table_width,
-            heads=heads,
-            tile=tile,
-            num_tiles=-(-num_queries // tile),
-            rows=rows,
-            block_pages=block_pages,
-            num_blocks=-(-table_width // block_pages),
-            with_mass=with_mass,
-            itemsize=jnp.dtype(dtype).itemsize,
-            tuning=tuning,
-        )
-        if sizes.vmem_bytes <= tuning.vmem_bytes:
-            return sizes
-        if heads > 1:
-            heads = max(n for n in range(1, heads) if num_heads % n == 0)
-        elif tile > 1:
-            tile = -(-tile // 2)
-        else:
-            raise NotImplementedError(
-                f"page_table has {table_width} columns of {page_size} keys: one "
-                f"query's logits need {sizes.vmem_bytes} bytes of VMEM, the kernel "
-                f"has {tuning.vmem_bytes}; use a narrower table or mass_group=None"
-            )
 
 
 def _attend_group(
@@ -312,9 +185,15 @@ def _step_scalars(page_table, kv_lengths, q_lengths, s: Sizes, mass_rows) -> _Sc
 def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
     steps = q.shape[0]
     columns = s.num_blocks * s.block
+    # Two cores that act as one device (v5p) take half of the steps each.
+    cores = 2 if steps % 2 == 0 else 1
+    core_steps = steps // cores
 
     def rows(width):
-        return pl.BlockSpec((1, s.heads, s.rows, width), lambda i, j, *_: (i, j, 0, 0))
+        return pl.BlockSpec(
+            (1, s.heads, s.rows, width),
+            lambda core, i, j, *_: (core * core_steps + i, j, 0, 0),
+        )
 
     out_shape = [
         jax.ShapeDtypeStruct((steps, s.num_heads, s.rows, s.head_size), q.dtype)
@@ -325,8 +204,8 @@ def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
             (2, s.heads, s.block_pages, s.page_size, 2 * s.head_size), kv_pages.dtype
         ),
         pltpu.VMEM((s.heads, s.rows, s.q_width), jnp.float32),
-        pltpu.VMEM((s.heads, s.rows, _LANES), jnp.float32),
-        pltpu.VMEM((s.heads, s.rows, _LANES), jnp.float32),
+        pltpu.VMEM((s.heads, s.rows, LANES), jnp.float32),
+        pltpu.VMEM((s.heads, s.rows, LANES), jnp.float32),
         pltpu.SMEM((1,), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
     ]
@@ -335,7 +214,10 @@ def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
             jax.ShapeDtypeStruct((steps, s.num_heads, columns), jnp.float32)
         )
         out_specs.append(
-            pl.BlockSpec((1, s.num_heads, columns), lambda i, j, *_: (i, 0, 0))
+            pl.BlockSpec(
+                (1, s.num_heads, columns),
+                lambda core, i, j, *_: (core * core_steps + i, 0, 0),
+            )
         )
         scratch.append(
             pltpu.VMEM((s.heads, s.num_blocks, s.rows, s.block), jnp.float32)
@@ -352,14 +234,14 @@ def _call(q, kv_pages, scalars, s: Sizes, scale, mass_rows, interpret):
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(steps, s.num_heads // s.heads),
+            grid=(cores, core_steps, s.num_heads // s.heads),
             in_specs=[rows(s.q_width), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=out_specs,
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
             # Steps hand each other a block in flight, so they stay in order.
-            dimension_semantics=("arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=s.vmem_bytes + VMEM_HEADROOM_BYTES,
         ),
         interpret=interpret,
@@ -376,12 +258,15 @@ def _kernel(*refs, s: Sizes, scale, only_edges, unroll):
     q_ref, kv_ref, out_ref, *refs = refs
     mass_ref = refs.pop(0) if s.with_mass else None
     buffer, acc_ref, max_ref, sum_ref, slot_ref, sems, *logits_ref = refs
-    step, part = pl.program_id(0), pl.program_id(1)
+    core_step, part = pl.program_id(1), pl.program_id(2)
+    step = pl.program_id(0) * pl.num_programs(1) + core_step
     num_parts = s.num_heads // s.heads
     turn = step * num_parts + part
+    is_first_turn = (core_step == 0) & (part == 0)
+    is_last_turn = (core_step + 1 == pl.num_programs(1)) & (part + 1 == num_parts)
     pages = _PageStream(scalars, kv_ref, buffer, sems, s)
 
-    @pl.when(turn == 0)
+    @pl.when(is_first_turn)
     def _():
         slot_ref[0] = 0
         pages.start(turn, 0, 0)
@@ -400,7 +285,7 @@ def _kernel(*refs, s: Sizes, scale, only_edges, unroll):
         def _():
             pages.start(turn, i + 1, 1 - slot)
 
-        @pl.when(is_last & (turn + 1 < pl.num_programs(0) * num_parts))
+        @pl.when(is_last & jnp.logical_not(is_last_turn))
         def _():
             pages.start(turn + 1, 0, 1 - slot)
 
@@ -569,7 +454,7 @@ def _store_mass(
     factor = jnp.where(used, weight / jnp.where(used, row_sum, 1.0), 0.0)
 
     def block(i, _):
-        start = pl.multiple_of(i * s.block, _LANES)
+        start = pl.multiple_of(i * s.block, LANES)
 
         @pl.when(i < num_blocks)
         def _():

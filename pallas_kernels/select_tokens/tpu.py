@@ -90,7 +90,7 @@ def select_tokens_tpu(
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",),
+            dimension_semantics=("parallel",),
             vmem_limit_bytes=vmem_bytes + (16 << 20),
         ),
         interpret=interpret,
@@ -127,11 +127,6 @@ def _kernel(
     length, count = lengths_ref[lane], counts_ref[lane]
     num_blocks = keys_ref.shape[0]
     used_blocks = pl.cdiv(length, _LANES)
-
-    @pl.when(lane == 0)
-    def _():
-        _fill_strictly_lower(below_ref)
-
     first_recent = length - jnp.minimum(num_recent, count)
 
     def write_keys(b, _):
@@ -145,6 +140,7 @@ def _kernel(
         )
 
     jax.lax.fori_loop(0, num_blocks, write_keys, None)
+    _fill_strictly_lower(below_ref)
     threshold_ref[...] = _last_place(keys_ref, count, used_blocks)
     out_ref[...] = jnp.zeros_like(out_ref)
 
