@@ -79,6 +79,9 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         )
         counts = cache.draft_counts
         if drafting:
+            # Attention must be done with the pool before the draft caches are
+            # filled: without this order XLA copies the pool, twice per layer.
+            kv_pages, out = jax.lax.optimization_barrier((kv_pages, out))
             view = SelectionView(
                 mass=mass,
                 lengths=lanes.verify.starts,
