@@ -23,7 +23,11 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class KvTokens:
-    """KV tokens moved for one request or many, by what moved them."""
+    """KV tokens moved for one request or many, by what moved them.
+
+    Attention mass and selection are no KV and not counted; nor are the reads of steps
+    that were under way when the host learned that a request had ended.
+    """
 
     draft: int = 0  # read by draft steps
     verify: int = 0  # read by verifications; in plain decoding by every step
