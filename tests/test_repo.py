@@ -1,6 +1,7 @@
 """The repository's own rules: imports, sizes, packaging, README and configs."""
 
 import ast
+import json
 import pathlib
 import re
 import subprocess
@@ -154,6 +155,27 @@ def test_readme_flags_exist():
     used = {flag for line in commands for flag in re.findall(r"--(\w+)", line)}
     fields = set(experiment_config.GenerateConfig.__dataclass_fields__)
     assert used and used <= fields | {"output_dir", "resume", "config"}
+
+
+def test_readme_figures_are_those_of_their_files():
+    text = (ROOT / "README.md").read_text()
+    measured = text.split("## What is measured")[1].split("\n## ")[0]
+    rows = [line for line in measured.splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        (link,) = re.findall(r"\]\((experiments/results/[^)]+)\)", row)
+        assert (ROOT / link).is_file()
+    summary = json.loads(
+        (ROOT / "experiments/results/demo_cpu/summary.json").read_text()
+    )
+    total = summary["speculative"]["total"]
+    equal = summary["comparison"]
+    figures = (
+        f"{equal['num_identical']} of {equal['num_tokens']} tokens",
+        f"{total['mean_acceptance_length']:.2f} of {total['max_draft_tokens'] + 1}",
+        f"{total['kv_read_ratio']:.3f}",
+    )
+    found = [row.split("|")[2].strip() for row in rows if "demo_cpu" in row]
+    assert tuple(found) == figures
 
 
 @pytest.mark.parametrize("name", experiment_config.config_names())
