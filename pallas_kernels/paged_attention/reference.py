@@ -39,7 +39,8 @@ def paged_attention_reference(
         lanes = slice(lane, lane + num_lanes)
         tokens = slice(token, token + num_lanes * num_queries)
         grouped = (num_lanes, num_queries, num_heads, num_q_heads // num_heads)
-        out, probabilities = _attend_group(
+        attend = _attend_and_weigh if index == mass_group else _attend
+        out, probabilities = attend(
             q[tokens].reshape(*grouped, head_size),
             kv_pages,
             page_table[lanes],
@@ -54,63 +55,118 @@ def paged_attention_reference(
     return AttentionOutput(jnp.concatenate(outs), mass)
 
 
-def _attend_group(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
+class _Keys:
+    """K and V of a lane group, read in chunks of `size` keys."""
+
+    def __init__(self, kv_pages, page_table, kv_lengths):
+        page_size, table_width = kv_pages.shape[2], page_table.shape[1]
+        self.chunk_pages = min(table_width, max(1, _CHUNK_TOKENS // page_size))
+        self.size = self.chunk_pages * page_size
+        width = math.ceil(table_width / self.chunk_pages) * self.chunk_pages
+        self.padded = width * page_size
+        self.num_keys = table_width * page_size
+        self.num_chunks = (jnp.max(kv_lengths) + self.size - 1) // self.size
+        self._table = jnp.pad(page_table, ((0, 0), (0, width - table_width)))
+        self._pages = kv_pages
+        self._lengths = kv_lengths
+
+    def read(self, i):
+        """K and V of chunk i, float32 [lanes, pages, H, ps, D]."""
+        pages = jax.lax.dynamic_slice_in_dim(
+            self._table, i * self.chunk_pages, self.chunk_pages, 1
+        )
+        # Columns past a length may hold anything: read some page, mask it later.
+        rows = self._pages.at[pages].get(mode="clip").astype(jnp.float32)
+        k, v = jnp.split(rows, 2, axis=-1)
+        position = i * self.size + jnp.arange(self.size)
+        position = position.reshape(1, self.chunk_pages, 1, -1)
+        used = position < self._lengths[:, None, :, None]  # [lanes, pages, H, ps]
+        return k, jnp.where(used[..., None], v, 0.0)  # 0 * NaN would be NaN
+
+
+def _rows_by_head(q):
+    """[lanes, Q, H, G, D] to [lanes, H, Q * G, D]: one matrix per KV head."""
+    lanes, num_queries, num_heads, group_size, head_size = q.shape
+    q = q.astype(jnp.float32).transpose(0, 2, 1, 3, 4)
+    return q.reshape(lanes, num_heads, num_queries * group_size, head_size)
+
+
+def _by_query(rows, num_queries):
+    """The inverse of `_rows_by_head`."""
+    lanes, num_heads, _, head_size = rows.shape
+    rows = rows.reshape(lanes, num_heads, num_queries, -1, head_size)
+    return rows.transpose(0, 2, 1, 3, 4)
+
+
+def _attend(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
+    """Returns (out [lanes, Q, H, G, D], None), by a running softmax over chunks."""
+    num_queries, group_size = q.shape[1], q.shape[3]
+    keys = _Keys(kv_pages, page_table, kv_lengths)
+    rows = _rows_by_head(q)
+
+    def add(i, carry):
+        highest, total, out = carry
+        k, v = keys.read(i)
+        logits = jnp.einsum("lhrd,lwhpd->lhrwp", rows, k, **_EXACT) * scale
+        logits = logits.reshape(*rows.shape[:3], keys.size)
+        visible = _visible(
+            kv_lengths, q_lengths, num_queries, i * keys.size + jnp.arange(keys.size)
+        )
+        visible = jnp.repeat(visible, group_size, axis=2)
+        logits = jnp.where(visible, logits, -jnp.inf)
+        new_highest = jnp.maximum(highest, logits.max(-1))
+        safe = jnp.where(jnp.isfinite(new_highest), new_highest, 0.0)
+        weights = jnp.exp(logits - safe[..., None])
+        shrink = jnp.exp(highest - safe)
+        p = weights.reshape(*weights.shape[:3], keys.chunk_pages, -1)
+        new = jnp.einsum("lhrwp,lwhpd->lhrd", p, v, **_EXACT)
+        return (
+            new_highest,
+            total * shrink + weights.sum(-1),
+            out * shrink[..., None] + new,
+        )
+
+    lowest = jnp.full(rows.shape[:3], -jnp.inf)
+    start = (lowest, jnp.zeros_like(lowest), jnp.zeros_like(rows))
+    _, total, out = jax.lax.fori_loop(0, keys.num_chunks, add, start)
+    out = out / jnp.where(total == 0.0, 1.0, total)[..., None]
+    return _by_query(out, num_queries), None
+
+
+def _attend_and_weigh(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
     """Returns out [lanes, Q, H, G, D] and probabilities [lanes, H, Q, G, W*ps]."""
-    num_lanes, num_queries, num_heads, group_size, head_size = q.shape
-    page_size = kv_pages.shape[2]
-    table_width = page_table.shape[1]
-    chunk_pages = min(table_width, max(1, _CHUNK_TOKENS // page_size))
-    padded_width = math.ceil(table_width / chunk_pages) * chunk_pages
-    page_table = jnp.pad(page_table, ((0, 0), (0, padded_width - table_width)))
-    chunk = chunk_pages * page_size
-    num_chunks = (jnp.max(kv_lengths) + chunk - 1) // chunk
-
-    def rows(i, half):  # one chunk of K or V: float32 [lanes, pages, H, ps, D]
-        first = i * chunk_pages
-        pages = jax.lax.dynamic_slice_in_dim(page_table, first, chunk_pages, 1)
-        # Columns past a length may hold anything: read some page, mask it below.
-        taken = kv_pages.at[pages].get(mode="clip")
-        return jax.lax.split(taken, (head_size, head_size), 4)[half].astype(jnp.float32)
-
-    # [lanes, H, Q * G, D]: the rows of one KV head are one matrix.
-    rows_of_q = (num_lanes, num_heads, num_queries * group_size, head_size)
-    q = q.astype(jnp.float32).transpose(0, 2, 1, 3, 4).reshape(rows_of_q)
+    num_queries, group_size = q.shape[1], q.shape[3]
+    keys = _Keys(kv_pages, page_table, kv_lengths)
+    rows = _rows_by_head(q)
 
     def add_logits(i, logits):
-        new = jnp.einsum("lhrd,lwhpd->lhrwp", q, rows(i, 0), **_EXACT) * scale
-        new = new.reshape(*logits.shape[:3], chunk)
-        return jax.lax.dynamic_update_slice_in_dim(logits, new, i * chunk, 3)
+        new = jnp.einsum("lhrd,lwhpd->lhrwp", rows, keys.read(i)[0], **_EXACT) * scale
+        new = new.reshape(*logits.shape[:3], keys.size)
+        return jax.lax.dynamic_update_slice_in_dim(logits, new, i * keys.size, 3)
 
-    logits = jnp.zeros((*rows_of_q[:3], padded_width * page_size), jnp.float32)
-    logits = jax.lax.fori_loop(0, num_chunks, add_logits, logits)
-    logits = logits.reshape(num_lanes, num_heads, num_queries, group_size, -1)
-    visible = _visible(kv_lengths, q_lengths, num_queries, logits.shape[-1])
+    logits = jnp.zeros((*rows.shape[:3], keys.padded), jnp.float32)
+    logits = jax.lax.fori_loop(0, keys.num_chunks, add_logits, logits)
+    logits = logits.reshape(*rows.shape[:2], num_queries, group_size, -1)
+    visible = _visible(kv_lengths, q_lengths, num_queries, jnp.arange(keys.padded))
     probabilities = _masked_softmax(logits, visible[:, :, :, None])
-    flat = probabilities.reshape(*rows_of_q[:3], -1)
+    flat = probabilities.reshape(*rows.shape[:3], -1)
 
     def add_values(i, out):
-        position = i * chunk + jnp.arange(chunk).reshape(chunk_pages, 1, page_size)
-        used = position < kv_lengths[:, None, :, None]  # [lanes, pages, H, ps]
-        v = jnp.where(used[..., None], rows(i, 1), 0.0)  # 0 * NaN would be NaN
-        p = jax.lax.dynamic_slice_in_dim(flat, i * chunk, chunk, 3)
-        p = p.reshape(*p.shape[:3], chunk_pages, page_size)
-        return out + jnp.einsum("lhrwp,lwhpd->lhrd", p, v, **_EXACT)
+        p = jax.lax.dynamic_slice_in_dim(flat, i * keys.size, keys.size, 3)
+        p = p.reshape(*p.shape[:3], keys.chunk_pages, -1)
+        return out + jnp.einsum("lhrwp,lwhpd->lhrd", p, keys.read(i)[1], **_EXACT)
 
-    out = jax.lax.fori_loop(0, num_chunks, add_values, jnp.zeros_like(q))
-    out = out.reshape(num_lanes, num_heads, num_queries, group_size, head_size)
-    return (
-        out.transpose(0, 2, 1, 3, 4),
-        probabilities[..., : table_width * page_size],
-    )
+    out = jax.lax.fori_loop(0, keys.num_chunks, add_values, jnp.zeros_like(rows))
+    return _by_query(out, num_queries), probabilities[..., : keys.num_keys]
 
 
 _EXACT = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _visible(kv_lengths, q_lengths, num_queries, num_keys):
-    """Returns bool [lanes, H, Q, keys]: which query sees which key."""
+def _visible(kv_lengths, q_lengths, num_queries, key):
+    """Returns bool [lanes, H, Q, keys]: which query sees which key of `key`."""
     query = jnp.arange(num_queries)[None, None, :, None]
-    key = jnp.arange(num_keys)
+    key = key[None, None, None, :]
     q_lengths = q_lengths[:, None, None, None]
     last = kv_lengths[:, :, None, None] - q_lengths + query
     return (query < q_lengths) & (key <= last)
@@ -128,11 +184,11 @@ def _masked_softmax(logits, visible):
 def _mass(probabilities, kv_lengths, q_lengths, mass_rows):
     """Returns the mean probability of each candidate key, [lanes, H, W*ps]."""
     num_queries, group_size, num_keys = probabilities.shape[2:]
-    query = jnp.arange(num_queries)
+    query = jnp.arange(num_queries)[None]
     used = query < q_lengths[:, None]
     if mass_rows == "edges":
         used &= (query == 0) | (query == q_lengths[:, None] - 1)
     weights = used / jnp.maximum(used.sum(1, keepdims=True) * group_size, 1)
     mass = jnp.einsum("lhqgk,lq->lhk", probabilities, weights, **_EXACT)
     candidates = (kv_lengths - q_lengths[:, None])[:, :, None]
-    return jnp.where(jnp.arange(num_keys) < candidates, mass, 0.0)
+    return jnp.where(jnp.arange(num_keys)[None, None] < candidates, mass, 0.0)
