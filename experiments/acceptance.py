@@ -126,8 +126,8 @@ def summarise(results, lengths):
     }
 
 
-def measure(model, contexts, ratios):
-    """All rows of the table: (rows, number of contexts that loop, all identical)."""
+def measure(model, contexts, ratios, write):
+    """All rows of the table; `write(rows, num_looping)` is called after each one."""
     plain = continue_contexts(make_engine(model, "pillar", 0, 1.0), contexts)
     tokens = [r.token_ids for r in plain]
     keep = [i for i, ids in enumerate(tokens) if not contexts_lib.is_looping(ids)]
@@ -149,6 +149,7 @@ def measure(model, contexts, ratios):
                 **summarise([results[i] for i in keep], lengths),
             }
             rows.append(row)
+            write(rows, len(contexts) - len(keep))
             mean = row["mean_accepted_draft_tokens"]
             print(
                 f"{policy:8s} s={ratio:<5g} accepted {mean['mean']:.2f} "
@@ -156,7 +157,7 @@ def measure(model, contexts, ratios):
                 f"{same} of {len(contexts)} contexts identical to plain decoding",
                 flush=True,
             )
-    return rows, len(contexts) - len(keep)
+    return rows
 
 
 def main(argv):
@@ -178,23 +179,26 @@ def main(argv):
     print(
         f"{len(contexts)} contexts in {time.perf_counter() - start:.0f} s", flush=True
     )
-    rows, num_looping = measure(model, contexts, ratios)
     environment = record.describe_environment()
     if _COMMIT.value:
         environment["commit"] = _COMMIT.value
-    output = {
-        "environment": environment,
-        "flags": {
-            f.name: f.value
-            for f in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        },
-        "num_contexts": len(contexts),
-        "num_looping_excluded": num_looping,
-        "rows": rows,
-    }
-    path = pathlib.Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
+
+    def write(rows, num_looping):
+        output = {
+            "environment": environment,
+            "flags": {
+                f.name: f.value
+                for f in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+            },
+            "num_contexts": len(contexts),
+            "num_looping_excluded": num_looping,
+            "rows": rows,
+        }
+        path = pathlib.Path(_OUTPUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
+
+    rows = measure(model, contexts, ratios, write)
     lossless = _ACCEPTOR.value == "shared_noise" and _DTYPE.value == "float32"
     if lossless and any(r["identical_contexts"] < len(contexts) for r in rows):
         sys.exit("tokens differ from plain decoding")
