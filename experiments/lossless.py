@@ -89,6 +89,32 @@ def compare(results, plain):
     }
 
 
+def configurations():
+    """Pairs (page size, lag), ordered so that the first ones cover every value."""
+    pairs = [
+        ((i + j) % 2, page_size, lag)
+        for j, lag in enumerate(_LAGS.value)
+        for i, page_size in enumerate(_PAGES.value)
+    ]
+    return [pair[1:] for pair in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def write(environment, temperatures, rows):
+    """Write the results file; called after every row, so a kill loses none."""
+    output = {
+        "environment": environment,
+        "flags": {
+            f.name: f.value
+            for f in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+        },
+        "temperatures": temperatures,
+        "rows": rows,
+    }
+    path = pathlib.Path(_OUTPUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
+
+
 def main(argv):
     """Decode plainly once, speculatively in every configuration, and compare."""
     del argv
@@ -111,10 +137,13 @@ def main(argv):
             zip(prompts, temperatures, strict=True)
         )
     ]
+    environment = record.describe_environment()
+    if _COMMIT.value:
+        environment["commit"] = _COMMIT.value
     plain, seconds = decode_all(model, requests, k=0, lag=1, page_size=16)
     print(f"plain decoding: {seconds:.0f} s", flush=True)
     rows = []
-    for page_size, lag in itertools.product(_PAGES.value, _LAGS.value):
+    for page_size, lag in configurations():
         results, seconds = decode_all(
             model, requests, k=_K.value, lag=int(lag), page_size=int(page_size)
         )
@@ -128,20 +157,7 @@ def main(argv):
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
-    output = {
-        "environment": record.describe_environment(),
-        "flags": {
-            f.name: f.value
-            for f in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        },
-        "temperatures": temperatures,
-        "rows": rows,
-    }
-    if _COMMIT.value:
-        output["environment"]["commit"] = _COMMIT.value
-    path = pathlib.Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
+        write(environment, temperatures, rows)
     if any(row["num_differing_tokens"] for row in rows):
         sys.exit("tokens differ from plain decoding")
 
