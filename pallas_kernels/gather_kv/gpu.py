@@ -22,7 +22,7 @@ _MAX_COLUMNS = 256  # elements of one row that one copy moves
 class GatherConfig:
     """Tunables of one launch."""
 
-    max_rows: int = 64  # rows of one CTA, at most a page
+    max_rows: int = 16  # rows of one CTA, at most a page
 
 
 def gather_kv_gpu(
@@ -125,6 +125,8 @@ def gather_kv_gpu(
             plgpu.SMEM((rows, columns), kv_pages.dtype),
             plgpu.Barrier(num_arrivals=rows * (columns // width)),
         ],
+        # No thread reads what it wrote: only copies touch the rows.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(source_table, target_table, indices, counts, pool_ref)
     return jax.freeze(pool_ref)

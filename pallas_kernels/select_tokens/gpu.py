@@ -1,9 +1,9 @@
 """Exact top-k selection for Hopper GPUs, in Pallas Mosaic GPU.
 
 One CTA per (lane, KV head). Its warpgroups hold the row as ordered 32-bit keys and
-find the smallest chosen key by bisection over the bits, then (only where keys tie
-there) the last chosen position by bisection over positions. Every thread owns
-consecutive positions, so a prefix sum of its count gives the rank of its first one.
+find the smallest chosen key by bisection over the bits. Every thread owns consecutive
+positions, so prefix sums over threads give the rank of its first chosen position and
+the number of equal keys before it (of which the lowest positions are chosen).
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, nvvm, scf, vector
+from jax._src.lib.mlir.dialects import arith, gpu, memref, nvvm, scf, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.select_tokens.api import SelectedTokens
@@ -33,21 +34,23 @@ class SelectConfig:
 
     @property
     def slab(self) -> int:
-        """Candidates that the registers of a CTA hold at once."""
+        """Candidates that the registers of a CTA hold at once, at most 32768."""
         return self.num_warpgroups * _THREADS * self.per_thread
 
 
-def default_config(num_candidates: int) -> SelectConfig:
-    """Returns the smallest configuration that holds a row in registers, if one does."""
-    for config in (
-        SelectConfig(num_warpgroups=1, per_thread=4),
-        SelectConfig(num_warpgroups=2, per_thread=8),
-        SelectConfig(num_warpgroups=4, per_thread=16),
-        SelectConfig(num_warpgroups=8, per_thread=16),
-    ):
-        if config.slab >= num_candidates:
-            return config
-    return SelectConfig(num_warpgroups=8, per_thread=32)
+# Measured on one H100, see docs/kernels.md. Keys: the most candidates they serve.
+TUNED = {
+    512: SelectConfig(num_warpgroups=1, per_thread=4),
+    2048: SelectConfig(num_warpgroups=2, per_thread=8),
+    8192: SelectConfig(num_warpgroups=4, per_thread=16),
+    32768: SelectConfig(num_warpgroups=4, per_thread=64),
+}
+
+
+def choose_config(num_candidates: int) -> SelectConfig:
+    """Returns the tuned configuration; longer rows are read again for every bit."""
+    fitting = [size for size in TUNED if size >= num_candidates]
+    return TUNED[min(fitting, default=max(TUNED))]
 
 
 def select_tokens_gpu(
@@ -65,28 +68,21 @@ def select_tokens_gpu(
     lanes, num_heads, num_candidates = scores.shape
     if per_layer:
         scores = functools.reduce(jnp.add, jnp.unstack(scores, axis=1))[:, None]
-    config = config or default_config(num_candidates)
+    config = config or choose_config(num_candidates)
     padded = -(-num_candidates // config.slab) * config.slab
     if padded != num_candidates:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padded - num_candidates)))
     scores = scores.reshape(*scores.shape[:2], -1, config.per_thread)
-    counts = jnp.minimum(jnp.minimum(budgets, lengths), cap)
-    limits = jnp.stack([lengths, counts], axis=1)
-    indices = _select(
-        limits,
-        scores,
-        cap=cap,
-        num_recent=num_recent,
-        config=config,
-        interpret=interpret,
-    )
+    select = functools.partial(_select, cap=cap, num_recent=num_recent, config=config)
+    indices, counts = select(scores, lengths, budgets, interpret=interpret)
     return SelectedTokens(
         jnp.broadcast_to(indices, (lanes, num_heads, cap)),
-        jnp.broadcast_to(counts[:, None], (lanes, num_heads)),
+        jnp.broadcast_to(counts, (lanes, num_heads)),
     )
 
 
-def _select(limits, scores, *, cap, num_recent, config, interpret):
+def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
+    """Returns indices [lanes, rows, cap] and counts [lanes, rows]."""
     lanes, rows, _, per_thread = scores.shape
     W = config.num_warpgroups
     num_slabs = scores.shape[2] // (W * _THREADS)
@@ -100,10 +96,14 @@ def _select(limits, scores, *, cap, num_recent, config, interpret):
     by_thread = layout.reduce(1)
     shape = (_THREADS, per_thread)
 
-    def body(limit_ref, score_ref, out_ref, count_s, scan_s, bar):
+    def body(
+        score_ref, length_ref, budget_ref, out_ref, count_ref, sums_s, scan_s, bar
+    ):
         lane, row = lax.axis_index("lane"), lax.axis_index("row")
         wg = lax.axis_index("wg")
-        length, wanted = limit_ref[lane, 0], limit_ref[lane, 1]
+        length = length_ref[lane]
+        wanted = jnp.minimum(jnp.minimum(budget_ref[lane], length), cap)
+        count_ref[lane, row] = wanted
         recent = length - jnp.minimum(num_recent, wanted)
 
         def positions(slab):
@@ -127,110 +127,162 @@ def _select(limits, scores, *, cap, num_recent, config, interpret):
 
         kept = load_keys(jnp.int32(0)) if num_slabs == 1 else None
 
-        def count_all(turn, is_counted):
-            """Returns how many candidates of the whole row satisfy a predicate."""
+        def count_from(turn, smallest):
+            """Returns how many candidates of the row have at least a key."""
 
             def count_slab(slab, total):
                 key = load_keys(slab) if kept is None else kept
-                hits = is_counted(key, positions(slab))
-                return total + jnp.sum(jnp.where(hits, 1, 0).sum(axis=1))
+                return total + jnp.where(key >= smallest, 1, 0).sum(axis=1)
 
+            total = plgpu.layout_cast(jnp.zeros((_THREADS,), jnp.int32), by_thread)
             if kept is None:
-                total = lax.fori_loop(0, num_slabs, count_slab, jnp.int32(0))
+                total = lax.fori_loop(0, num_slabs, count_slab, total)
             else:
-                total = count_slab(jnp.int32(0), jnp.int32(0))
-            if W == 1:
-                return total
-            # Two sets in turn: a slow warpgroup may still read the last one.
-            turn = lax.rem(turn, 2)
-            count_s[turn, wg] = total
-            plgpu.barrier_arrive(bar)
-            plgpu.barrier_wait(bar)
-            return sum(count_s[turn, w] for w in range(W))
+                total = count_slab(jnp.int32(0), total)
+            # Two sets in turn: a slow warp may still read the last one.
+            sums = sums_s.at[lax.rem(turn, 2)]
+            _write_warp_sums(sums, wg, total, by_thread, interpret)
+            _synchronize(bar, interpret)
+            return _add_warp_sums(sums, W, interpret)
 
-        def halve_keys(carry):
+        def halve(carry):
             bit, low, at_low = carry
-            # Setting a bit of the offset from the smallest key raises the key.
             middle = low + lax.shift_left(jnp.int32(1), 31 - bit)
-            hits = count_all(bit, lambda key, _: key >= middle)
+            hits = count_from(bit, middle)
             enough = hits >= wanted
             low = jnp.where(enough, middle, low)
             return bit + 1, low, jnp.where(enough, hits, at_low)
 
         # The largest key that at least `wanted` candidates reach.
-        bit, low, at_low = lax.while_loop(
-            lambda c: (c[0] < 32) & (c[2] != wanted),
-            halve_keys,
+        bit, low, _ = lax.while_loop(
+            lambda carry: (carry[0] < 32) & (carry[2] != wanted),
+            halve,
             (jnp.int32(0), jnp.int32(_SMALLEST), jnp.int32(_LARGEST)),
         )
 
-        def last_position():
-            """Returns the end of the positions whose candidates equal to `low` stay."""
-
-            def halve(carry):
-                turn, end, bit = carry
-                middle = end + bit
-                hits = count_all(
-                    turn,
-                    lambda key, position: (
-                        (key > low) | ((key == low) & (position < middle))
-                    ),
-                )
-                return turn + 1, jnp.where(hits <= wanted, middle, end), bit // 2
-
-            top = 1 << (num_slabs * config.slab - 1).bit_length()
-            return lax.while_loop(
-                lambda c: c[2] > 0, halve, (bit, jnp.int32(0), jnp.int32(top))
-            )[1]
-
-        end = lax.cond(at_low == wanted, lambda: jnp.int32(_LARGEST), last_position)
-        end = jnp.where(wanted == 0, 0, end)
-        low = jnp.where(wanted == 0, _LARGEST, low)
-
-        def write_slab(slab, base):
-            key = load_keys(slab) if kept is None else kept
-            position = positions(slab)
-            chosen = (key > low) | ((key == low) & (position < end))
-            chosen = jnp.where(chosen, 1, 0)
-            count = chosen.sum(axis=1)
-            scan = _warp_scan(count, by_thread, interpret)
-            plgpu.barrier_arrive(bar)  # the sums of the slab before have been read
-            plgpu.barrier_wait(bar)
+        def before_thread(scan):
+            """Returns sums over earlier threads of the CTA, and over all of them."""
+            _synchronize(bar, interpret)  # the sums before have been read
             scan_s[wg] = scan
-            plgpu.barrier_arrive(bar)
-            plgpu.barrier_wait(bar)
-            rank = scan - count
+            _synchronize(bar, interpret)
             thread = plgpu.broadcasted_iota(jnp.int32, (_THREADS,), 0, layout=by_thread)
             total = jnp.int32(0)
             for w in range(W):
                 for warp in range(_THREADS // 32):
                     warp_total = scan_s[w, 32 * warp + 31]
                     total += warp_total
-                    later = jnp.where(thread >= 32 * (warp + 1), warp_total, 0)
-                    same = jnp.where(wg == w, 1, 0)
-                    after = jnp.where(wg > w, warp_total, 0)
-                    rank += later * same + after
-            _append(out_ref.at[lane, row], rank + base, chosen, position, layout,
-                    by_thread, interpret)  # fmt: skip
-            return base + total
+                    is_later = jnp.where(thread >= 32 * (warp + 1), 1, 0)
+                    is_same = jnp.where(wg == w, 1, 0)
+                    scan += warp_total * (is_later * is_same + jnp.where(wg > w, 1, 0))
+            return scan, total
 
-        lax.fori_loop(0, num_slabs, write_slab, jnp.int32(0))
+        def write_slab(slab, carry):
+            larger, equal = carry  # candidates of the slabs before
+            key = load_keys(slab) if kept is None else kept
+            is_larger = jnp.where(key > low, 1 << 16, 0)
+            kind = is_larger + jnp.where(key == low, 1, 0)
+            # Both counts in one word: a slab has at most 2**15 candidates.
+            count = kind.sum(axis=1)
+            scan, total = before_thread(_warp_scan(count, by_thread, interpret))
+            scan -= count
+            larger_before = larger + lax.shift_right_logical(scan, 16)
+            equal_before = equal + (scan & 0xFFFF)
+            thread = plgpu.broadcasted_iota(jnp.int32, (_THREADS,), 0, layout=by_thread)
+            first = ((slab * W + wg) * _THREADS + thread) * per_thread
+            row_ref = out_ref.at[lane, row]
+            refs = (row_ref, larger_before, equal_before, first, kind)
+            _append(*refs, wanted - num_larger, layout, by_thread, interpret)
+            total_larger = lax.shift_right_logical(total, 16)
+            return larger + total_larger, equal + (total & 0xFFFF)
+
+        # Rank of a chosen position: larger keys before it and chosen equal ones.
+        num_larger = jnp.where(low == _LARGEST, 0, count_from(bit, low + 1))
+        lax.fori_loop(0, num_slabs, write_slab, (jnp.int32(0), jnp.int32(0)))
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((lanes, rows, cap), jnp.int32),
+        out_type=(
+            jax.ShapeDtypeStruct((lanes, rows, cap), jnp.int32),
+            jax.ShapeDtypeStruct((lanes, rows), jnp.int32),
+        ),
         grid=(lanes, rows),
         grid_names=("lane", "row"),
         num_threads=W,
         thread_name="wg",
         kernel_name="select_tokens",
         scratch_types=[
-            plgpu.SMEM((2, max(W, 4)), jnp.int32),
+            plgpu.SMEM((2, 32), jnp.int32),
             plgpu.SMEM((W, _THREADS), jnp.int32),
             plgpu.Barrier(num_arrivals=W),
         ],
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(limits, scores)
+    )(scores, lengths, budgets)
+
+
+# What follows has no Pallas form: it names single threads. The interpreter runs the
+# same steps on whole arrays instead.
+
+
+def _synchronize(bar, interpret):
+    """Waits for all warpgroups."""
+    if interpret:
+        plgpu.barrier_arrive(bar)
+        plgpu.barrier_wait(bar)
+        return
+
+    @plgpu.inline_mgpu()
+    def synchronize(ctx):
+        del ctx
+        gpu.barrier()
+
+    synchronize()
+
+
+def _write_warp_sums(sums, wg, value, by_thread, interpret):
+    """Writes the sum of a value per thread over every warp of this warpgroup."""
+    if interpret:
+        for warp in range(4):
+            sums[wg * 4 + warp] = jnp.sum(value[32 * warp : 32 * warp + 32])
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), by_thread))
+    def write(ctx, sums, value):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        total = utils.redux(
+            _element(value.registers.flat[0], 0),
+            mgpu.c(0xFFFFFFFF, i32),
+            utils.ReductionKind.ADD,
+        )
+        warp = arith.shrui(mgpu.thread_idx(), mgpu.c(5, i32))
+        memref.store(total, sums, [arith.index_cast(ir.IndexType.get(), warp)])
+
+    write(sums, value)
+
+
+def _add_warp_sums(sums, num_warpgroups, interpret):
+    """Returns the total of the sums of all warps."""
+    num_warps = 4 * num_warpgroups
+    if interpret:
+        return sum(sums[warp] for warp in range(num_warps))
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(
+            (), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())
+        ),
+    )
+    def add(ctx, sums):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        lane = arith.andi(mgpu.thread_idx(), mgpu.c(31, i32))
+        value = memref.load(sums, [arith.index_cast(ir.IndexType.get(), lane)])
+        is_warp = arith.cmpi(arith.CmpIPredicate.ult, lane, mgpu.c(num_warps, i32))
+        value = arith.select(is_warp, value, mgpu.c(0, i32))
+        total = utils.redux(value, mgpu.c(0xFFFFFFFF, i32), utils.ReductionKind.ADD)
+        return mgpu.FragmentedArray.splat(total, (), is_signed=True)
+
+    return add(sums)
 
 
 def _warp_scan(count, by_thread, interpret):
@@ -265,40 +317,69 @@ def _warp_scan(count, by_thread, interpret):
     return scan(count)
 
 
-def _append(out_ref, rank, chosen, position, layout, by_thread, interpret):
-    """Writes the chosen positions of every thread behind each other from its rank."""
+def _append(
+    out_ref, larger, equal, first, kind, num_equal, layout, by_thread, interpret
+):
+    """Writes the chosen positions of every thread at their ranks.
+
+    Args:
+      out_ref: int32 [cap].
+      larger: larger keys before the first position of every thread.
+      equal: equal keys before it, of which the first `num_equal` are chosen.
+      first: that position.
+      kind: 1 << 16 where the key is larger, 1 where it is equal, else 0.
+      num_equal: number of equal keys that are chosen.
+      layout: of `kind`.
+      by_thread: layout of the arrays with one value per thread.
+      interpret: run on whole arrays.
+    """
     if interpret:
-        rank = (rank[:, None] + jnp.cumsum(chosen, axis=1) - chosen).reshape(-1)
-        chosen, position = chosen.reshape(-1), position.reshape(-1)
+        is_larger, is_equal = kind >> 16, kind & 1
+        larger = larger[:, None] + jnp.cumsum(is_larger, axis=1) - is_larger
+        equal = equal[:, None] + jnp.cumsum(is_equal, axis=1) - is_equal
+        rank = (larger + jnp.minimum(equal, num_equal)).reshape(-1)
+        chosen = ((is_larger | (is_equal & (equal < num_equal))) != 0).reshape(-1)
+        position = (first[:, None] + jnp.arange(kind.shape[1])[None, :]).reshape(-1)
 
         def write(i, _):
-            @pl.when(chosen[i] != 0)
+            @pl.when(chosen[i])
             def _write():
                 out_ref[rank[i]] = position[i]
 
         lax.fori_loop(0, chosen.shape[0], write, None)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), by_thread, layout, layout))
-    def append(ctx, out, rank, chosen, position):
+    rank = larger + jnp.minimum(equal, num_equal)
+    left = num_equal - jnp.minimum(equal, num_equal)  # equal keys still to choose
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), by_thread, by_thread, by_thread, layout)
+    )
+    def append(ctx, out, rank, left, first, kind):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        at = _element(rank.registers.flat[0], 0)
-        for bits, where in zip(
-            chosen.registers.flat, position.registers.flat, strict=True
-        ):
-            for i in range(ir.VectorType(bits.type).shape[0]):
-                is_chosen = _element(bits, i)
-                store = scf.IfOp(
-                    arith.cmpi(arith.CmpIPredicate.ne, is_chosen, mgpu.c(0, i32))
-                )
+        zero, one = mgpu.c(0, i32), mgpu.c(1, i32)
+        at, left, position = (
+            _element(x.registers.flat[0], 0) for x in (rank, left, first)
+        )
+        for register in kind.registers.flat:
+            for i in range(ir.VectorType(register.type).shape[0]):
+                what = _element(register, i)
+                is_equal = arith.cmpi(arith.CmpIPredicate.eq, what, one)
+                is_larger = arith.cmpi(arith.CmpIPredicate.ugt, what, one)
+                is_left = arith.cmpi(arith.CmpIPredicate.sgt, left, zero)
+                is_taken = arith.andi(is_equal, is_left)
+                is_chosen = arith.ori(is_larger, is_taken)
+                store = scf.IfOp(is_chosen)
                 with ir.InsertionPoint(store.then_block):
                     index = arith.index_cast(ir.IndexType.get(), at)
-                    memref.store(_element(where, i), out, [index])
+                    memref.store(position, out, [index])
                     scf.yield_([])
-                at = arith.addi(at, is_chosen)
+                at = arith.addi(at, arith.select(is_chosen, one, zero))
+                left = arith.subi(left, arith.select(is_taken, one, zero))
+                position = arith.addi(position, one)
 
-    append(out_ref, rank, chosen, position)
+    append(out_ref, rank, left, first, kind)
 
 
 def _element(register, i):

@@ -1,0 +1,351 @@
+"""Times the kernels on this device against its read and copy rates, and rivals.
+
+    python -m pallas_kernels.bench --output experiments/results/kernels_h100.json
+
+One compiled program runs the same call for several layers of a step: queries, scores,
+pools or tables differ from layer to layer, lengths do not. Its time is divided by the
+layers; the median over repeats is reported. Inputs exceed the L2 cache. Errors are
+against the float32 references, with needles and NaN in every unused row.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.cases import (
+    ATTENTION_CASES,
+    GATHER_CASES,
+    SELECT_CASES,
+    AttentionCase,
+    by_name,
+)
+from pallas_kernels.common import default_impl
+from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.select_tokens import select_tokens
+
+_LAYERS = 8
+_REPEATS = 7
+_POOL_BYTES = 1.5e9  # of one pool; layers take turns in it
+_NEEDLE_LOGIT = 12.0
+
+
+def _attention_cases() -> dict[str, AttentionCase]:
+    cases = {}
+    for name in ("verify_8k", "verify_32k"):
+        case = by_name(ATTENTION_CASES, name)
+        cases[name] = dataclasses.replace(case, mass_group=None)
+        for rows in ("edges", "all"):
+            new = dataclasses.replace(case, mass_group=0, mass_rows=rows)
+            cases[f"{name}_{rows}"] = new
+    for name in ("draft_410", "draft_1638", "mixed", "verify_8k_d64"):
+        case = by_name(ATTENTION_CASES, name)
+        cases[name] = dataclasses.replace(case, mass_group=None)
+    return cases
+
+
+ATTENTION = _attention_cases()
+SELECT = ("select_8k", "select_32k")
+GATHER = ("gather_512b",)
+NAMES = (*ATTENTION, *SELECT, *GATHER)
+
+
+def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
+    """Returns the median time of one call of `fn` in a program that makes many."""
+    one = jax.jit(fn)
+
+    @jax.jit
+    def program(layers, shared):
+        return [one(*args, *shared) for args in layers]
+
+    jax.block_until_ready(program(layers, shared))
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        for _ in range(4):
+            results = program(layers, shared)
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - start) / 4 / len(layers))
+    return float(np.median(times)) * 1e6
+
+
+def measure_rates() -> tuple[float, float]:
+    """Returns the rates of a large read and of a large copy, bytes per second."""
+    x = jnp.ones((2**19, 4096), jnp.bfloat16)
+    read = time_us(lambda x: x.astype(jnp.float32).sum(1), [(x,)])
+    copy = time_us(lambda x: x + 1, [(x,)])
+    return x.nbytes / read * 1e6, 2 * x.nbytes / copy * 1e6
+
+
+# ------------------------------------------------------------------ attention
+
+
+def attention_layers(case: AttentionCase, seed: int = 0) -> tuple[list, tuple]:
+    """Returns queries and table of every layer; pool and lengths of all of them."""
+    rng = np.random.default_rng(seed)
+    kv_lengths, q_lengths = case.kv_length_array(), case.q_length_array()
+    used = -(-kv_lengths.max(1) // case.page_size)
+    turns = int(max(1, min(4, _POOL_BYTES // case.num_kv_bytes)))
+    pages = rng.permutation(turns * used.sum()).astype(np.int32)
+    tables = np.full((turns, case.num_lanes, case.table_width), -1, np.int32)
+    for turn, lane in np.ndindex(turns, case.num_lanes):
+        tables[turn, lane, : used[lane]], pages = np.split(pages, [used[lane]])[:2]
+    shape = (turns * used.sum(), case.num_heads, case.page_size, 2 * case.head_size)
+    key = jax.random.key(seed)
+    pool = jax.random.normal(key, shape, jnp.bfloat16)
+    last, end = tables[:, np.arange(len(used)), used - 1], kv_lengths.max(1)
+    unused = np.arange(case.page_size) >= (end - (used - 1) * case.page_size)[:, None]
+    unused = jnp.asarray(np.broadcast_to(unused, (turns, *unused.shape)))
+    pool = pool.at[last].set(
+        jnp.where(unused[:, :, None, :, None], jnp.nan, pool[last]).astype(pool.dtype)
+    )
+    layers = []
+    for layer in range(_LAYERS):
+        table = tables[layer % turns]
+        q = _queries(case, jax.random.fold_in(key, layer), pool, table)
+        layers.append((q, jnp.asarray(table)))
+    return layers, (pool, jnp.asarray(kv_lengths), jnp.asarray(q_lengths))
+
+
+def _queries(case, key, pool, table):
+    """Returns random queries; every third token is aligned with a key at an edge."""
+    lanes = [
+        (lane_row, queries)
+        for num_lanes, queries in case.groups
+        for lane_row in [None] * num_lanes
+    ]
+    lane = np.repeat(np.arange(case.num_lanes), [queries for _, queries in lanes])
+    query = np.concatenate([np.arange(queries) for _, queries in lanes])
+    length, q_len = np.asarray(case.kv_lengths)[lane], case.q_length_array()[lane]
+    own = length - q_len + query
+    page_start = own // case.page_size * case.page_size
+    edges = np.stack([own, np.minimum(own + 1, length - 1), page_start, page_start - 1])
+    shape = (case.num_tokens, case.num_heads, case.group_size)
+    token, head, member = np.indices(shape)
+    which = (token + head + member) % 4
+    position = np.maximum(edges[which, token], 0)
+    page = table[lane[token], position // case.page_size]
+    k = pool[page, head, position % case.page_size, : case.head_size]
+    k = k.astype(jnp.float32)
+    norm = jnp.sum(k * k, axis=-1, keepdims=True)
+    needle = k * (_NEEDLE_LOGIT * math.sqrt(case.head_size) / norm)
+    q = jax.random.normal(key, (*shape, case.head_size), jnp.float32)
+    q = jnp.where(jnp.asarray(token % 3 == 0)[..., None], needle, q)
+    return q.reshape(case.num_tokens, -1, case.head_size).astype(jnp.bfloat16)
+
+
+def bench_attention(case: AttentionCase, impl: str, read_rate: float) -> dict:
+    """Returns time, rate and errors of one attention case, and cuDNN's time."""
+    layers, shared = attention_layers(case)
+    options = dict(
+        groups=tuple(LaneGroup(*group) for group in case.groups),
+        mass_group=case.mass_group,
+        mass_rows=case.mass_rows,
+    )
+
+    def attend(q, table, pool, kv_lengths, q_lengths, impl=impl):
+        args = (q, pool, table, kv_lengths, q_lengths)
+        return paged_attention(*args, **options, impl=impl)
+
+    us = time_us(attend, layers, shared)
+    got = jax.jit(attend)(*layers[0], *shared)
+    expected = attend(*layers[0], *shared, impl="reference")
+    result = dict(
+        us=us,
+        bytes=case.num_kv_bytes,
+        tb_per_s=case.num_kv_bytes / us / 1e6,
+        fraction_of_read=case.num_kv_bytes / us * 1e6 / read_rate,
+        out_error=relative_error(got.out, expected.out),
+    )
+    if case.mass_group is not None:
+        result["mass_error"] = relative_error(got.mass, expected.mass)
+    elif len(case.groups) == 1:
+        del layers, shared, got, expected
+        result["cudnn_us"] = _time_cudnn(case)
+    return result
+
+
+def relative_error(actual, expected) -> float:
+    """Returns |actual - expected| / |expected| over all elements."""
+    actual = jnp.asarray(actual, jnp.float32)
+    expected = jnp.asarray(expected, jnp.float32)
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+
+
+def _time_cudnn(case: AttentionCase) -> float:
+    """Returns the time of cuDNN attention over contiguous keys and values."""
+    lanes, queries = case.groups[0]
+    q_shape = (lanes, queries, case.num_heads * case.group_size, case.head_size)
+    kv_shape = (lanes, case.kv_lengths[0], case.num_heads, case.head_size)
+    kv_bytes = 4 * math.prod(kv_shape)
+    layers = []
+    for layer in range(max(1, min(4, int(_POOL_BYTES // kv_bytes)))):
+        keys = jax.random.split(jax.random.key(layer), 3)
+        shapes = (q_shape, kv_shape, kv_shape)
+        pairs = zip(keys, shapes, strict=True)
+        layers.append(tuple(jax.random.normal(k, s, jnp.bfloat16) for k, s in pairs))
+    attend = functools.partial(
+        jax.nn.dot_product_attention, implementation="cudnn", scale=0.1
+    )
+    return time_us(attend, layers * (_LAYERS // len(layers)))
+
+
+# ------------------------------------------------------------ selection, gather
+
+
+def bench_select(name: str, impl: str) -> dict:
+    """Returns time and exactness of one selection case, and the time of top_k."""
+    case = by_name(SELECT_CASES, name)
+    shape = (len(case.lengths), case.num_heads, case.num_candidates)
+    lengths = jnp.asarray(case.lengths, jnp.int32)
+    budgets = jnp.asarray(case.budgets, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 2 * _LAYERS)
+    scores = [jax.nn.softmax(3 * jax.random.normal(key, shape)) for key in keys]
+    options = dict(cap=case.cap, num_recent=case.num_recent, per_layer=case.per_layer)
+    select = functools.partial(select_tokens, **options, impl=impl)
+    us = time_us(select, [(score, lengths, budgets) for score in scores])
+    tied = jnp.round(scores[0] * case.num_candidates)  # few values: ties everywhere
+    same = []
+    for score in (scores[0], scores[1], tied):
+        got = jax.jit(select)(score, lengths, budgets)
+        expected = select_tokens(score, lengths, budgets, **options, impl="reference")
+        same.append(
+            all(bool((a == b).all()) for a, b in zip(got, expected, strict=True))
+        )
+    rows = [(score.reshape(-1, case.num_candidates),) for score in scores]
+    return dict(
+        us=us,
+        tied_us=time_us(select, [(tied, lengths, budgets)] * (2 * _LAYERS)),
+        exact=all(same),
+        top_k_us=time_us(lambda x: jax.lax.top_k(x, case.cap), rows),
+    )
+
+
+def bench_gather(name: str, impl: str, copy_rate: float) -> dict:
+    """Returns time, rate and exactness of one gather case, and XLA's time."""
+    case = by_name(GATHER_CASES, name)
+    rng = np.random.default_rng(0)
+    ps, lanes, heads = case.page_size, case.num_lanes, case.num_heads
+    widths = (-(-case.context // ps), -(-case.cap // ps))
+    pages = rng.permutation(lanes * sum(widths)).astype(np.int32)
+    source, target = np.split(pages, [lanes * widths[0]])
+    source, target = source.reshape(lanes, -1), target.reshape(lanes, -1)
+    shape = (len(pages), heads, ps, 2 * case.head_size)
+    pool = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    indices = np.empty((lanes, heads, case.cap), np.int32)
+    for index in np.ndindex(lanes, heads):
+        indices[index] = np.sort(rng.choice(case.context, case.cap, replace=False))
+    args = jax.device_put((source, target, indices, case.count_array()))
+    expected = gather_kv(pool, *args, impl="reference")
+    gather = functools.partial(gather_kv, impl=impl)
+    same = bool((jax.jit(gather)(pool, *args) == expected).all())
+    del expected
+
+    def gather_layers(pool):
+        for _ in range(_LAYERS):
+            pool = gather(pool, *args)
+        return pool
+
+    us = _time_donated(gather_layers, pool + 0) / _LAYERS
+    flat = source[np.arange(lanes)[:, None, None], indices // ps]
+    flat = (flat * heads + np.arange(heads)[:, None]) * ps + indices % ps
+    rows = pool.reshape(-1, shape[-1])
+    turned = [(rows, jnp.roll(jnp.asarray(flat), i, 0)) for i in range(_LAYERS)]
+    xla = time_us(lambda rows, index: rows[index], turned)
+    moved = 2 * case.num_copied_bytes
+    return dict(
+        us=us,
+        bytes=moved,
+        tb_per_s=moved / us / 1e6,
+        fraction_of_copy=moved / us * 1e6 / copy_rate,
+        exact=same,
+        xla_gather_us=xla,
+    )
+
+
+def _time_donated(fn, x) -> float:
+    program = jax.jit(fn, donate_argnums=0)
+    x = jax.block_until_ready(program(x))
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        for _ in range(4):
+            x = program(x)
+        jax.block_until_ready(x)
+        times.append((time.perf_counter() - start) / 4)
+    return float(np.median(times)) * 1e6
+
+
+# ---------------------------------------------------------------------- report
+
+
+def run(names: list[str], impl: str, commit: str) -> dict:
+    """Returns the report of the named cases; prints one line per case."""
+    read_rate, copy_rate = measure_rates()
+    report = dict(
+        device=jax.devices()[0].device_kind,
+        commit=commit,
+        impl=impl,
+        versions=dict(jax=jax.__version__, numpy=np.__version__),
+        date=time.strftime("%Y-%m-%d"),
+        method=__doc__.split("\n\n")[2].replace("\n", " "),
+        layers=_LAYERS,
+        read_tb_per_s=read_rate / 1e12,
+        copy_tb_per_s=copy_rate / 1e12,
+        cases={},
+    )
+    print(f"read {read_rate / 1e12:.3f} TB/s, copy {copy_rate / 1e12:.3f} TB/s")
+    for name in names:
+        if name in ATTENTION:
+            result = bench_attention(ATTENTION[name], impl, read_rate)
+        elif name in SELECT:
+            result = bench_select(name, impl)
+        else:
+            result = bench_gather(name, impl, copy_rate)
+        report["cases"][name] = result
+        values = (f"{k} {_short(v)}" for k, v in result.items())
+        print(f"{name:17s}", ", ".join(values), flush=True)
+    _compare(report["cases"])
+    return report
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _compare(cases: dict) -> None:
+    """Adds ratios between cases to their results."""
+    for name, result in cases.items():
+        plain = cases.get(name.rsplit("_", 1)[0])
+        if "mass_error" in result and plain:
+            result["ratio_to_plain"] = result["us"] / plain["us"]
+    if {"mixed", "verify_8k", "draft_410"} <= cases.keys():
+        parts = cases["verify_8k"]["us"] + cases["draft_410"]["us"]
+        cases["mixed"]["ratio_to_sum"] = cases["mixed"]["us"] / parts
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--impl", default=None, help="default: of this platform")
+    parser.add_argument("--cases", nargs="*", choices=NAMES, default=NAMES)
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--commit", default="unknown", help="recorded in the file")
+    options = parser.parse_args()
+    impl = options.impl or default_impl()
+    report = run(list(options.cases), impl, options.commit)
+    if options.output:
+        with open(options.output, "w") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

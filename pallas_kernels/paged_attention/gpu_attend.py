@@ -1,0 +1,421 @@
+"""The persistent attention launch for Hopper GPUs.
+
+Every CTA walks an equal, contiguous share of the stream of all 64-key blocks. The part
+of a segment that it computes is written normalised, with the log of its sum.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.paged_attention.gpu_layout import (
+    BLOCK,
+    TILE,
+    Spec,
+    Tile,
+    edge_query,
+    full,
+    num_blocks,
+    part_row,
+    round_up,
+    segment_start,
+    visible_keys,
+)
+
+_WGMMA = plgpu.Layout.WGMMA
+_WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+# Probabilities are kept relative to 2**-14 of the running maximum: float16 then
+# holds 11 bits of everything down to 4e-9 of the maximum.
+_HEADROOM = 14.0
+
+
+class _Segment(NamedTuple):
+    """One (row tile, KV head) pair."""
+
+    index: jax.Array
+    head: jax.Array
+    tile: Tile
+    q_len: jax.Array
+    base: jax.Array  # keys that every query sees
+    visible: jax.Array  # keys that some query of the tile sees
+
+
+class _Cursor(NamedTuple):
+    """The next block to copy."""
+
+    segment: jax.Array
+    block: jax.Array  # inside the segment
+    visible: jax.Array  # keys of the segment
+    lane: jax.Array
+    page: jax.Array  # looked up ahead; used where a block lies in one page
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Attend:
+    """The references of one CTA and what it does with them."""
+
+    spec: Spec
+    cta: jax.Array
+    low: jax.Array  # share of the stream of blocks, half-open
+    high: jax.Array
+    ends: Any  # int32 [segments]
+    kv_lengths: Any  # int32 [lanes, H]
+    q_lengths: Any  # int32 [lanes]
+    table: Any  # int32 [lanes, W]
+    queries: Any  # [H, rows, D]
+    pages: Any  # [P, H, page_size, 2 * D]
+    parts: Any  # out: [rows, D]
+    log_sums: Any  # out: float32 [segments + CTAs, tile rows], base 2
+    probabilities: Any  # out: float16 [segments, blocks, rows, 64], or None
+    maxima: Any  # out: float32 [segments, blocks, tile rows], or None
+    q_s: Any
+    kv_s: Any
+    out_s: Any
+    mass_s: Any
+    weight_s: Any
+    q_bar: Any
+    kv_bar: Any
+
+    # ------------------------------------------------------------- work list
+
+    def segment(self, index) -> _Segment:
+        """Returns what belongs to a segment index."""
+        tile = self.spec.tile(lax.div(index, self.spec.num_heads))
+        head = lax.rem(index, self.spec.num_heads)
+        q_len, kv_len = self.q_lengths[tile.lane], self.kv_lengths[tile.lane, head]
+        visible = visible_keys(
+            kv_len, q_len, tile.first_query, tile.num_queries, tile.has_edges
+        )
+        return _Segment(index, head, tile, q_len, kv_len - q_len, visible)
+
+    def next_segment(self, index):
+        """Returns the first segment behind `index` that has keys."""
+        end, last = self.ends[index], self.spec.num_segments - 1
+        return lax.while_loop(
+            lambda s: (s < last) & (self.ends[s] <= end),
+            lambda s: s + 1,
+            jnp.minimum(index + 1, last),
+        )
+
+    def cursor(self, index, block) -> _Cursor:
+        """Returns the cursor at a block, its page looked up."""
+        segment = self.segment(index)
+        key = jnp.minimum(block * BLOCK, jnp.maximum(segment.visible - 1, 0))
+        page = self.table[segment.tile.lane, lax.div(key, self.spec.page_size)]
+        return _Cursor(index, block, segment.visible, segment.tile.lane, page)
+
+    def advance(self, cursor: _Cursor) -> _Cursor:
+        """Returns the cursor at the next block."""
+        at = lax.cond(
+            cursor.block + 1 >= num_blocks(cursor.visible),
+            lambda: (self.next_segment(cursor.segment), jnp.int32(0)),
+            lambda: (cursor.segment, cursor.block + 1),
+        )
+        return self.cursor(*at)
+
+    # ----------------------------------------------------------------- copies
+
+    def copy_block(self, i, cursor: _Cursor) -> _Cursor:
+        """Starts the copies of the i-th block of this CTA; returns the next cursor."""
+        page_size = self.spec.page_size
+        copy_rows = min(self.spec.config.copy_rows, page_size)
+        slot = lax.rem(i, self.spec.config.num_stages)
+        head = lax.rem(cursor.segment, self.spec.num_heads)
+        for first in range(0, BLOCK, copy_rows):
+            key = cursor.block * BLOCK + first
+
+            @pl.when(key < cursor.visible)
+            def _copy(first=first, key=key):
+                page = cursor.page
+                if page_size < BLOCK:
+                    page = self.table[cursor.lane, lax.div(key, page_size)]
+                row = pl.multiple_of(lax.rem(key, page_size), copy_rows)
+                plgpu.copy_gmem_to_smem(
+                    self.pages.at[page, head, pl.ds(row, copy_rows)],
+                    self.kv_s.at[slot, pl.ds(first, copy_rows)],
+                    self.kv_bar.at[slot],
+                )
+
+            @pl.when(key >= cursor.visible)
+            def _skip():
+                plgpu.barrier_arrive(self.kv_bar.at[slot])
+
+        return self.advance(cursor)
+
+    def copy_block_if_mine(self, i, cursor: _Cursor) -> _Cursor:
+        """Does `copy_block` unless block i belongs to the next CTA."""
+        return lax.cond(
+            self.low + i < self.high,
+            functools.partial(self.copy_block, i),
+            lambda cursor: cursor,
+            cursor,
+        )
+
+    def copy_queries(self, index):
+        """Starts the copy of the queries of a segment."""
+        tile = self.spec.tile(lax.div(index, self.spec.num_heads))
+        head = lax.rem(index, self.spec.num_heads)
+        row = pl.multiple_of(tile.row, 8)
+        source = self.queries.at[head, pl.ds(row, self.spec.tile_rows)]
+        plgpu.copy_gmem_to_smem(source, self.q_s, self.q_bar)
+
+    # ------------------------------------------------------------------ maths
+
+    def mask(self, logits, segment: _Segment, first_row, first_key):
+        """Returns logits with the keys hidden that a row must not see."""
+        row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
+        key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
+        position = (row + first_row) // self.spec.group_size
+        query = segment.tile.first_query + position
+        if self.spec.edge_group is not None:
+            first, last = self.spec.mass_segments
+            is_edge = (segment.index >= first) & (segment.index < last)
+            # With 1 as the last query the order is the natural one.
+            query = edge_query(query, jnp.where(is_edge, segment.q_len - 1, 1))
+        limit = jnp.minimum(segment.base + query + 1, segment.visible)
+        return jnp.where(key + first_key < limit, logits, MASK_VALUE)
+
+    def zero_unused_values(self, segment: _Segment, values_s, first_key):
+        """Clears value rows past the length: 0 * NaN would be NaN."""
+
+        @pl.when(first_key + BLOCK > segment.visible)
+        def _clear():
+            values = plgpu.load(values_s, layout=_WGMMA, optimized=False)
+            row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_WGMMA)
+            is_used = row < segment.visible - first_key
+            values_s[...] = jnp.where(is_used, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+
+    def store_probabilities(self, p, m, segment: _Segment, block, first_row):
+        """Keeps what the mass needs of one tile and block."""
+        count = min(self.spec.mass_tile_rows - first_row, TILE)
+        first, last = self.spec.mass_segments
+
+        @pl.when(
+            (segment.index >= first)
+            & (segment.index < last)
+            & (block * BLOCK < segment.base)
+        )
+        def _store():
+            index = segment.index - first
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.mass_s[...] = p.astype(jnp.float16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(
+                self.mass_s.at[pl.ds(0, count)],
+                self.probabilities.at[index, block, pl.ds(first_row, count)],
+            )
+            self.maxima[index, block, pl.ds(first_row, TILE)] = m
+
+    def attend_tile(self, segment: _Segment, block, slot, first_row, last_block, state):
+        """Returns (sum of values, maximum, sum) of 64 rows with one more block."""
+        spec = self.spec
+        acc, m, total = state
+        keys_s = self.kv_s.at[slot, :, pl.ds(0, spec.head_size)]
+        values_s = self.kv_s.at[slot, :, pl.ds(spec.head_size, spec.head_size)]
+
+        def multiply_keys(acc_ref):
+            plgpu.wgmma(acc_ref, self.q_s.at[pl.ds(first_row, TILE)], keys_s.T)
+            return acc_ref[...]
+
+        s = pl.run_scoped(multiply_keys, plgpu.ACC((TILE, BLOCK), jnp.float32))
+        if not spec.config.share_buffer and spec.row_tiles == 1:
+            self.copy_next_queries(segment, block == last_block)
+        s = s * spec.scale
+        first_key = block * BLOCK
+        s = lax.cond(
+            first_key + BLOCK > segment.base + segment.tile.first_query + 1,
+            lambda s: self.mask(s, segment, first_row, first_key),
+            lambda s: s,
+            s,
+        )
+        m_new = jnp.maximum(m, s.max(axis=1) - _HEADROOM)
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
+        if first_row < spec.mass_tile_rows:
+            self.store_probabilities(p, m_new, segment, block, first_row)
+        total = total * alpha + p.sum(axis=1)
+        weights = p.astype(spec.dtype)
+        if self.weight_s is not None:  # the interpreter multiplies shared memory only
+            self.weight_s[...] = weights
+            plgpu.commit_smem()
+            weights = self.weight_s
+
+        def multiply_values(acc_ref):
+            plgpu.wgmma(acc_ref, weights, values_s)
+            return acc_ref[...]
+
+        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+        shape = (TILE, spec.head_size)
+        acc += pl.run_scoped(multiply_values, plgpu.ACC(shape, jnp.float32))
+        return acc, m_new, total
+
+    def copy_next_queries(self, segment: _Segment, is_due):
+        """Starts the copy of the next segment's queries, if this CTA has one."""
+
+        @pl.when(is_due & (self.ends[segment.index] < self.high))
+        def _copy():
+            self.copy_queries(self.next_segment(segment.index))
+
+    def attend_segment(self, index, start, i, cursor: _Cursor):
+        """Computes this CTA's part of a segment; returns the next i and cursor."""
+        spec, segment = self.spec, self.segment(index)
+        first = jnp.maximum(self.low - start, 0)
+        last = jnp.minimum(self.high - start, num_blocks(segment.visible))
+        plgpu.barrier_wait(self.q_bar)
+
+        def attend_block(block, carry):
+            i, cursor, states = carry
+            slot = lax.rem(i, spec.config.num_stages)
+            plgpu.barrier_wait(self.kv_bar.at[slot])
+            values_s = self.kv_s.at[slot, :, pl.ds(spec.head_size, spec.head_size)]
+            self.zero_unused_values(segment, values_s, block * BLOCK)
+            new = []
+            for tile, state in enumerate(states):
+                attend = functools.partial(
+                    self.attend_tile, segment, block, slot, tile * TILE, last - 1
+                )
+                if tile > 0:
+                    is_used = segment.tile.rows > tile * TILE
+                    state = lax.cond(is_used, attend, lambda state: state, state)
+                else:
+                    state = attend(state)
+                new.append(state)
+            i_next = i + spec.config.num_stages
+            return i + 1, self.copy_block_if_mine(i_next, cursor), tuple(new)
+
+        state = (
+            full((TILE, spec.head_size), 0.0, _WGMMA),
+            full((TILE,), MASK_VALUE, _WGMMA_ROWS),
+            full((TILE,), 0.0, _WGMMA_ROWS),
+        )
+        states = (state,) * spec.row_tiles
+        i, cursor, states = lax.fori_loop(
+            first, last, attend_block, (i, cursor, states)
+        )
+        if not spec.config.share_buffer and spec.row_tiles > 1:
+            self.copy_next_queries(segment, True)
+        for tile, state in enumerate(states):
+
+            @pl.when(segment.tile.rows > tile * TILE)
+            def _write(tile=tile, state=state):
+                self.write_part(segment, tile * TILE, *state)
+
+        if spec.config.share_buffer:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.copy_next_queries(segment, True)
+        return i, cursor
+
+    def write_part(self, segment: _Segment, first_row, acc, m, total):
+        """Writes the normalised sum of values of 64 rows and the log of the sum."""
+        index, tile = segment.index, segment.tile
+        log_sums = self.log_sums.at[index + self.cta, pl.ds(first_row, TILE)]
+        log_sums[...] = m + jnp.log2(total)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
+        self.out_s[pl.ds(0, TILE)] = acc.astype(self.spec.dtype)
+        plgpu.commit_smem()
+        part = part_row(self.spec, tile.row, tile.rows, segment.head, self.cta)
+
+        def copy(n, _):
+            row = pl.multiple_of(n * 8, 8)
+            to = pl.multiple_of(part + first_row + row, 8)
+            source = self.out_s.at[pl.ds(row, 8)]
+            plgpu.copy_smem_to_gmem(source, self.parts.at[pl.ds(to, 8)])
+
+        count = jnp.minimum(tile.rows - first_row, TILE)
+        lax.fori_loop(0, lax.div(count, 8), copy, None)
+
+    def run(self, first_segment):
+        """Computes all blocks of this CTA."""
+        start = segment_start(self.ends, first_segment)
+        cursor = self.cursor(first_segment, self.low - start)
+        for i in range(self.spec.config.num_stages):
+            cursor = self.copy_block_if_mine(jnp.int32(i), cursor)
+            if i == 0:
+                self.copy_queries(first_segment)
+
+        def step(carry):
+            index, start, i, cursor = carry
+            i, cursor = self.attend_segment(index, start, i, cursor)
+            return self.next_segment(index), self.ends[index], i, cursor
+
+        lax.while_loop(
+            lambda carry: carry[2] < self.high - self.low,
+            step,
+            (first_segment, start, jnp.int32(0), cursor),
+        )
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, packed, kv_pages):
+    """Returns parts, log sums and, where mass is wanted, probabilities and maxima.
+
+    The part of (segment s, CTA c) has its rows at `part_row` and its log sums at s + c.
+    """
+    has_mass, C = spec.mass_group is not None, spec.config.num_ctas
+    rows, D = spec.tile_rows, spec.head_size
+    num_rows = spec.num_rows * spec.num_heads + C * rows
+    outputs = [
+        jax.ShapeDtypeStruct((num_rows, D), spec.dtype),
+        jax.ShapeDtypeStruct((spec.num_segments + C, rows), jnp.float32),
+    ]
+    if has_mass:
+        first, last = spec.mass_segments
+        lead = (last - first, spec.mass_blocks)
+        stored = (*lead, spec.mass_tile_rows, BLOCK)
+        outputs.append(jax.ShapeDtypeStruct(stored, jnp.float16))
+        outputs.append(jax.ShapeDtypeStruct((*lead, round_up(rows, TILE)), jnp.float32))
+
+    def entry(*refs):
+        cta, ends = lax.axis_index("cta"), refs[0]
+        total = ends[spec.num_segments - 1]
+        low = lax.div(cta * total, C)
+        high = lax.div((cta + 1) * total, C)
+        layout = plgpu.Layout.WG_STRIDED(ends.shape, 1)
+        has_ended = plgpu.load(ends, layout=layout) <= low
+        first_segment = jnp.sum(jnp.where(has_ended, 1, 0))
+        inputs, outputs, scratch = refs[:6], list(refs[6:-7]), list(refs[-7:])
+        outputs += [None] * (4 - len(outputs))
+        if spec.config.share_buffer:
+            scratch[2] = scratch[0]
+        names = [field.name for field in dataclasses.fields(_Attend)][4:]
+        fields = dict(zip(names, (*inputs, *outputs, *scratch), strict=True))
+
+        @pl.when(low < high)
+        def _run():
+            _Attend(spec=spec, cta=cta, low=low, high=high, **fields).run(first_segment)
+
+    return plgpu.kernel(
+        entry,
+        out_type=outputs,
+        grid=(C,),
+        grid_names=("cta",),
+        kernel_name="paged_attention",
+        scratch_types=_scratch(spec, has_mass),
+        **spec.options,
+    )(ends, kv_lengths, q_lengths, page_table, packed, kv_pages)
+
+
+def _scratch(spec: Spec, has_mass: bool) -> list:
+    """Returns the shared memory of one CTA, in the order of the fields of `_Attend`."""
+    D, config = spec.head_size, spec.config
+    copies = BLOCK // min(config.copy_rows, spec.page_size, BLOCK)
+    smem = functools.partial(plgpu.SMEM, transforms=_TILED)
+    return [
+        smem((spec.tile_rows, D), spec.dtype),
+        smem((config.num_stages, BLOCK, 2 * D), spec.dtype),
+        None if config.share_buffer else smem((TILE, D), spec.dtype),
+        smem((TILE, BLOCK), jnp.float16) if has_mass else None,
+        smem((TILE, BLOCK), spec.dtype) if spec.interpret else None,
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=config.num_stages),
+    ]

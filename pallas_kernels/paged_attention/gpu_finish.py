@@ -1,0 +1,268 @@
+"""The finishing launch of paged attention for Hopper GPUs.
+
+Merges the parts of every token and KV head, and turns stored probabilities into mass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.paged_attention.gpu_layout import (
+    BLOCK,
+    MASS_BLOCKS,
+    TILE,
+    Spec,
+    edge_position,
+    full,
+    part_row,
+    parts_of,
+)
+
+_PARTS = 2  # parts loaded at once
+_ROWS = 2  # rows of probabilities loaded ahead: 64 registers, one wave of CTAs
+
+
+def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
+    """Returns the output [T, N, D] and, if wanted, the mass [lanes, H, blocks, 64].
+
+    The first CTAs sum the stored probabilities of 1024 keys each, the others merge the
+    parts of one token and KV head.
+    """
+    H, last = spec.num_heads, spec.groups[-1]
+    num_tokens = last.first_token + last.num_lanes * last.num_queries
+    shape = (num_tokens, H * spec.group_size, spec.head_size)
+    outputs = [jax.ShapeDtypeStruct(shape, spec.dtype)]
+    num_mass, chunks = 0, spec.mass_blocks // MASS_BLOCKS
+    if stored:
+        num_lanes = spec.groups[spec.mass_group].num_lanes
+        num_mass = num_lanes * H * chunks
+        shape = (num_lanes, H, spec.mass_blocks, BLOCK)
+        outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def body(ends, kv_lengths, q_lengths, parts, log_sums, *rest):
+        work = lax.axis_index("work")
+        lengths = (ends, kv_lengths, q_lengths)
+
+        @pl.when(work >= num_mass)
+        def _merge():
+            token, head = lax.div(work - num_mass, H), lax.rem(work - num_mass, H)
+            out = rest[2] if stored else rest[0]
+            _merge_token(spec, token, head, *lengths, parts, log_sums, out)
+
+        if stored:
+            probabilities, maxima, _, mass, final = rest
+
+            @pl.when(work < num_mass)
+            def _mass():
+                chunk, segment = lax.rem(work, chunks), lax.div(work, chunks)
+                where = (lax.div(segment, H), lax.rem(segment, H), chunk)
+                refs = (log_sums, probabilities, maxima, mass, final)
+                _mass_chunk(spec, *where, *lengths, *refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        grid=(num_mass + num_tokens * H,),
+        grid_names=("work",),
+        kernel_name="paged_attention_finish",
+        scratch_types=[plgpu.SMEM((spec.tile_rows,), jnp.float32)] if stored else [],
+        **spec.options,
+    )(ends, kv_lengths, q_lengths, parts, log_sums, *stored)
+
+
+def _find_token(spec: Spec, token):
+    """Returns lane, query, first tile, its row and rows, its queries, has edges."""
+    fields = None
+    for number, group in enumerate(spec.groups):
+        local = token - group.first_token
+        lane, query = (
+            lax.div(local, group.num_queries),
+            lax.rem(local, group.num_queries),
+        )
+        tile = lane * group.tiles_per_lane
+        of_group = (
+            group.first_lane + lane,
+            query,
+            group.first_tile + tile,
+            group.first_row + tile * group.rows,
+            jnp.int32(group.rows),
+            jnp.int32(group.step),
+            jnp.int32(number == spec.edge_group),
+        )
+        if fields is None:
+            fields = of_group
+        else:
+            pairs = zip(of_group, fields, strict=True)
+            fields = tuple(jnp.where(local >= 0, new, old) for new, old in pairs)
+    return fields
+
+
+def _merge_token(
+    spec: Spec, token, head, ends, kv_lengths, q_lengths, parts, log_sums, out
+):
+    """Writes the output of one token and KV head, summed over its parts."""
+    D, H, G = spec.head_size, spec.num_heads, spec.group_size
+    # A row of D values lies across all 128 threads, so that G may be any number.
+    vector = max(1, D // 128)
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((1, D), (32 * vector,), (vector,))),
+        warp_dims=(-3,) if D >= 128 else (-3, plgpu.Replicated(128 // D)),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+    lane, query, tile, tile_row, tile_rows, step, is_edge = _find_token(spec, token)
+    q_len, kv_len = q_lengths[lane], kv_lengths[lane, head]
+    # With 1 as the last query the order is the natural one.
+    position = edge_position(query, jnp.where(is_edge == 1, q_len - 1, 1))
+    number, row = lax.div(position, step), lax.rem(position, step) * G
+    segment = (tile + number) * H + head
+    segment = jnp.clip(segment, 0, spec.num_segments - 1)
+    first, last = parts_of(ends, segment, spec)
+    sees_keys = (query < q_len) & (kv_len - q_len + query >= 0)
+    last = jnp.where(sees_keys, last, first)
+    tile_row += number * tile_rows
+
+    def load(cta):
+        """Returns rows and log sums of a part; nothing past the last one."""
+        index = jnp.minimum(cta, last - 1)
+        base = part_row(spec, tile_row, tile_rows, head, index) + row
+        x = plgpu.load(parts.at[pl.ds(base, G)], layout=layout, optimized=False)
+        w = log_sums.at[segment + index, pl.ds(row, G)]
+        w = plgpu.load(w, layout=layout.reduce(1), optimized=False)
+        return x.astype(jnp.float32), w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
+
+    def add(i, carry):
+        acc, m, total = carry
+        loaded = [load(first + i * _PARTS + k) for k in range(_PARTS)]
+        for x, w in loaded:
+            m_new = jnp.maximum(m, w)
+            old, new = jnp.exp2(m - m_new), jnp.exp2(w - m_new)
+            acc = acc * lax.broadcast_in_dim(old, acc.shape, [0])
+            acc += x * lax.broadcast_in_dim(new, acc.shape, [0])
+            m, total = m_new, total * old + new
+        return acc, m, total
+
+    init = (
+        full((G, D), 0.0, layout),
+        full((G,), 1.5 * MASK_VALUE, layout.reduce(1)),
+        full((G,), 0.0, layout.reduce(1)),
+    )
+    steps = lax.div(last - first + (_PARTS - 1), _PARTS)
+    acc, _, total = lax.fori_loop(0, steps, add, init)
+    total = jnp.where(total == 0.0, 1.0, total)
+    acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
+    out[token, pl.ds(head * G, G)] = acc.astype(spec.dtype)
+
+
+def _mass_chunk(
+    spec: Spec,
+    lane,
+    head,
+    chunk,
+    ends,
+    kv_lengths,
+    q_lengths,
+    log_sums,
+    probabilities,
+    maxima,
+    mass,
+    final,
+):
+    """Writes the mass of 1024 keys of one lane and KV head."""
+    H, G, group = spec.num_heads, spec.group_size, spec.groups[spec.mass_group]
+    is_edges = spec.mass_rows == "edges"
+    lane_index = group.first_lane + lane
+    q_len = q_lengths[lane_index]
+    base = kv_lengths[lane_index, head] - q_len
+    used = jnp.minimum(q_len, 2 if is_edges else group.num_queries) * G
+    first_block = pl.multiple_of(chunk * MASS_BLOCKS, MASS_BLOCKS)
+    blocks = pl.ds(first_block, MASS_BLOCKS)
+    # Every thread holds 8 neighbouring keys of one block.
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((MASS_BLOCKS, BLOCK), (MASS_BLOCKS // 4, BLOCK), (8,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+    def add_tile(number, acc):
+        index = (lane * group.tiles_per_lane + number) * H + head
+        rows = jnp.clip(used - number * group.step * G, 0, group.step * G)
+
+        def load(first):
+            loaded = []
+            for wanted in range(_ROWS):
+                row = jnp.clip(first + wanted, 0, rows - 1)
+                p = probabilities.at[index, blocks, row]
+                m = maxima.at[index, blocks, row]
+                p = plgpu.load(p, layout=layout, optimized=False)
+                m = plgpu.load(m, layout=layout.reduce(1), optimized=False)
+                loaded.append((p, m))
+            return loaded
+
+        def add_rows(i, carry):
+            acc, loaded = carry
+            ahead = load((i + 1) * _ROWS)
+            for k, (p, m) in enumerate(loaded):
+                row = i * _ROWS + k
+                w = jnp.exp2(m - final[jnp.minimum(row, rows - 1)])
+                w = w * jnp.where(row < rows, 1.0, 0.0)
+                acc += p.astype(jnp.float32) * lax.broadcast_in_dim(w, acc.shape, [0])
+            return acc, ahead
+
+        def add_all(acc):
+            loaded = load(0)
+            segment = spec.mass_segments[0] + index
+            _final_log_sums(spec, segment, ends, log_sums, final)
+            steps = lax.div(rows + (_ROWS - 1), _ROWS)
+            return lax.fori_loop(0, steps, add_rows, (acc, loaded))[0]
+
+        return lax.cond(rows > 0, add_all, lambda acc: acc, acc)
+
+    acc = full((MASS_BLOCKS, BLOCK), 0.0, layout)
+    for number in range(1 if is_edges else group.tiles_per_lane):
+        acc = lax.cond(
+            first_block * BLOCK < base,
+            functools.partial(add_tile, number),
+            lambda acc: acc,
+            acc,
+        )
+    block = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=layout)
+    key = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=layout)
+    key += (block + first_block) * BLOCK
+    share = 1.0 / jnp.maximum(used, 1).astype(jnp.float32)
+    mass[lane, head, blocks] = jnp.where(key < base, acc * share, 0.0)
+
+
+def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
+    """Writes the log sums of the rows of a segment over all its parts."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    first, last = parts_of(ends, segment, spec)
+
+    def load(cta, tile):
+        w = log_sums.at[segment + jnp.minimum(cta, last - 1), pl.ds(tile * TILE, TILE)]
+        w = plgpu.load(w, layout=layout, optimized=False)
+        return w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
+
+    def add(i, carry):
+        new = []
+        for tile, (m, total) in enumerate(carry):
+            loaded = [load(first + i * _PARTS + k, tile) for k in range(_PARTS)]
+            for w in loaded:
+                m_new = jnp.maximum(m, w)
+                total = total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)
+                m = m_new
+            new.append((m, total))
+        return tuple(new)
+
+    init = (full((TILE,), 1.5 * MASK_VALUE, layout), full((TILE,), 0.0, layout))
+    steps = lax.div(last - first + (_PARTS - 1), _PARTS)
+    sums = lax.fori_loop(0, steps, add, (init,) * spec.row_tiles)
+    for tile, (m, total) in enumerate(sums):
+        final[pl.ds(tile * TILE, TILE)] = m + jnp.log2(total)
+    plgpu.commit_smem()

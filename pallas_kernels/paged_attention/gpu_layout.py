@@ -1,0 +1,292 @@
+"""Static layout and launch plan of the Hopper attention kernels."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.api import LaneGroup
+
+BLOCK = 64  # keys of one step
+TILE = 64  # query rows of one matrix instruction
+MASS_BLOCKS = 16  # key blocks of one CTA that writes mass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Tunables of one launch."""
+
+    num_ctas: int = 264  # persistent CTAs, two per multiprocessor of an H100
+    num_stages: int = 2  # key blocks in flight per CTA
+    copy_rows: int = 32  # rows of one asynchronous copy, a divisor of 64
+    share_buffer: bool = False  # stage results where the queries were: room for stages
+
+    def __post_init__(self):
+        if self.num_ctas < 1 or self.num_stages < 1:
+            raise ValueError(f"{self}: CTAs and stages must be positive")
+        if self.copy_rows not in (8, 16, 32, 64):
+            raise ValueError(f"copy_rows is {self.copy_rows}; use 8, 16, 32 or 64")
+
+
+class GroupTiles(NamedTuple):
+    """How the lanes of one group are cut into row tiles. All static."""
+
+    first_lane: int
+    first_token: int
+    first_tile: int
+    first_row: int  # in the packed queries
+    num_lanes: int
+    num_queries: int
+    step: int  # queries of one tile
+    rows: int  # packed rows of one tile, a multiple of 8
+
+    @property
+    def tiles_per_lane(self) -> int:
+        """Tiles of one lane."""
+        return -(-self.num_queries // self.step)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all lanes."""
+        return self.num_lanes * self.tiles_per_lane
+
+
+class Tile(NamedTuple):
+    """One row tile: the queries of a lane, or as many of them as one CTA holds."""
+
+    lane: jax.Array
+    first_query: jax.Array
+    num_queries: jax.Array
+    row: jax.Array  # first row in the packed queries
+    rows: jax.Array
+    has_edges: jax.Array  # starts with the first and the last valid query
+
+
+@functools.cache
+def group_tiles(
+    groups: tuple[LaneGroup, ...], group_size: int, row_tiles: int
+) -> tuple[GroupTiles, ...]:
+    """Returns how every group is cut into tiles of `row_tiles` * 64 rows."""
+    cuts, lane, token, tile, row = [], 0, 0, 0, 0
+    for num_lanes, num_queries in groups:
+        step = min(num_queries, row_tiles * TILE // group_size)
+        rows = round_up(step * group_size, 8)
+        cut = GroupTiles(lane, token, tile, row, num_lanes, num_queries, step, rows)
+        cuts.append(cut)
+        lane, token = lane + num_lanes, token + num_lanes * num_queries
+        tile, row = tile + cut.num_tiles, row + cut.num_tiles * rows
+    return tuple(cuts)
+
+
+def round_up(x: int, multiple: int) -> int:
+    """Returns the smallest multiple that is not below `x`."""
+    return -(-x // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Spec:
+    """Everything static about one call."""
+
+    groups: tuple[GroupTiles, ...]
+    row_tiles: int  # matrix instructions per tile: 1, or 2 if a lane needs more
+    num_heads: int
+    group_size: int
+    head_size: int
+    page_size: int
+    table_width: int
+    scale: float  # of the logits, in base 2
+    mass_group: int | None
+    mass_rows: str
+    config: AttentionConfig
+    dtype: jnp.dtype
+    interpret: plgpu.InterpretGPUParams | None
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of all groups."""
+        return self.groups[-1].first_lane + self.groups[-1].num_lanes
+
+    @property
+    def num_tiles(self) -> int:
+        """Row tiles of all groups."""
+        return self.groups[-1].first_tile + self.groups[-1].num_tiles
+
+    @property
+    def num_rows(self) -> int:
+        """Packed rows of all groups."""
+        return (
+            self.groups[-1].first_row + self.groups[-1].num_tiles * self.groups[-1].rows
+        )
+
+    @property
+    def num_segments(self) -> int:
+        """Segments, i.e. (row tile, KV head) pairs; the head varies fastest."""
+        return self.num_tiles * self.num_heads
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a CTA computes per segment."""
+        return self.row_tiles * TILE
+
+    @property
+    def edge_group(self) -> int | None:
+        """The group whose rows start with its first and last valid query."""
+        return self.mass_group if self.mass_rows == "edges" else None
+
+    @property
+    def mass_segments(self) -> tuple[int, int]:
+        """Half-open range of the segments that store probabilities."""
+        if self.mass_group is None:
+            return 0, 0
+        group = self.groups[self.mass_group]
+        first = group.first_tile * self.num_heads
+        return first, first + group.num_tiles * self.num_heads
+
+    @property
+    def mass_tile_rows(self) -> int:
+        """Rows of probabilities stored per segment and block, a multiple of 8."""
+        if self.mass_group is None:
+            return 0
+        per_tile = self.groups[self.mass_group].step
+        if self.mass_rows == "edges":
+            per_tile = min(2, per_tile)
+        return round_up(per_tile * self.group_size, 8)
+
+    def tile(self, index) -> Tile:
+        """Returns the tile at an index (scalar or array), by arithmetic alone."""
+        fields = None
+        for number, group in enumerate(self.groups):
+            local = index - group.first_tile
+            if group.tiles_per_lane == 1:
+                lane, first = local, local * 0
+            else:
+                lane = local // group.tiles_per_lane
+                first = local % group.tiles_per_lane * group.step
+            of_group = (
+                group.first_lane + lane,
+                first,
+                jnp.minimum(group.num_queries - first, group.step),
+                group.first_row + local * group.rows,
+                local * 0 + group.rows,
+                (first == 0) & (number == self.edge_group),
+            )
+            if fields is None:
+                fields = of_group
+                continue
+            later = local >= 0
+            fields = tuple(
+                jnp.where(later, new, old)
+                for new, old in zip(of_group, fields, strict=True)
+            )
+        return Tile(*fields)
+
+    @property
+    def mass_blocks(self) -> int:
+        """Key blocks of the mass per lane and head."""
+        blocks = -(-self.table_width * self.page_size // BLOCK)
+        return round_up(blocks, MASS_BLOCKS)
+
+    @property
+    def options(self) -> dict:
+        """Options of every launch."""
+        params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512)
+        return dict(compiler_params=params, interpret=self.interpret)
+
+
+def edge_query(position, last):
+    """Returns the query at a row position: first, last valid, then the others."""
+    other = jnp.where(position - 1 < last, position - 1, position)
+    return jnp.where(position == 0, 0, jnp.where(position == 1, last, other))
+
+
+def edge_position(query, last):
+    """Returns the row position of a query: the inverse of `edge_query`."""
+    other = jnp.where(query < last, query + 1, query)
+    return jnp.where(query == 0, 0, jnp.where(query == last, 1, other))
+
+
+def pack_queries(q: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
+    """Returns the rows of all tiles behind each other, [H, rows + padding, D]."""
+    H, G, D = spec.num_heads, spec.group_size, spec.head_size
+    packed = []
+    for index, group in enumerate(spec.groups):
+        count = group.num_lanes * group.num_queries
+        x = jax.lax.slice_in_dim(q, group.first_token, group.first_token + count)
+        x = x.reshape(group.num_lanes, group.num_queries, -1)
+        if index == spec.edge_group:
+            lanes = slice(group.first_lane, group.first_lane + group.num_lanes)
+            order = jnp.arange(group.num_queries)[None, :]
+            order = edge_query(order, q_lengths[lanes, None] - 1)
+            order = jnp.clip(order, 0, group.num_queries - 1)
+            x = jnp.take_along_axis(x, order[:, :, None], axis=1)
+        pad = group.tiles_per_lane * group.step - group.num_queries
+        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
+        x = x.reshape(-1, group.step, H, G, D).transpose(2, 0, 1, 3, 4)
+        x = x.reshape(H, -1, group.step * G, D)
+        pad = group.rows - group.step * G
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)))
+        packed.append(x.reshape(H, -1, D))
+    packed.append(jnp.zeros((H, spec.tile_rows, D), q.dtype))
+    return jnp.concatenate(packed, axis=1)
+
+
+def segment_ends(kv_lengths: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
+    """Returns where the blocks of every segment end in the stream of all blocks.
+
+    int32 [segments padded to 128]; the padding repeats the total. One fused reduction,
+    the same for all layers of a model, so a compiled step computes it once.
+    """
+    if spec.num_tiles == spec.num_lanes:
+        visible = jnp.where(q_lengths[:, None] > 0, kv_lengths, 0)
+    else:
+        tile = spec.tile(np.arange(spec.num_tiles, dtype=np.int32))
+        fields = (q_lengths[tile.lane], *tile[1:3], tile.has_edges)
+        visible = visible_keys(kv_lengths[tile.lane], *(x[:, None] for x in fields))
+    index = np.arange(round_up(spec.num_segments, 128))[:, None, None]
+    before = np.arange(spec.num_segments).reshape(1, *visible.shape) <= index
+    return jnp.sum(jnp.where(before, num_blocks(visible)[None], 0), axis=(1, 2))
+
+
+def visible_keys(kv_len, q_len, first_query, num_queries, has_edges):
+    """Returns how many keys the rows of a tile see at most."""
+    last = jnp.minimum(first_query + num_queries, q_len)
+    last = jnp.where(has_edges, q_len, last)
+    return jnp.maximum(jnp.where(first_query < q_len, kv_len - q_len + last, 0), 0)
+
+
+def num_blocks(keys):
+    """Returns the blocks of a number of keys."""
+    return lax.shift_right_logical(keys + (BLOCK - 1), BLOCK.bit_length() - 1)
+
+
+def segment_start(ends_ref, segment):
+    """Returns where the blocks of a segment start in the stream."""
+    before = ends_ref[jnp.maximum(segment - 1, 0)]
+    return jnp.where(segment == 0, 0, before)
+
+
+def parts_of(ends_ref, segment, spec: Spec):
+    """Returns the range of CTAs that own blocks of a segment; empty if it has none."""
+    C = spec.config.num_ctas
+    start, end = segment_start(ends_ref, segment), ends_ref[segment]
+    total = jnp.maximum(ends_ref[spec.num_segments - 1], 1)
+    first = ((start + 1) * C - 1) // total
+    return first, jnp.where(end > start, (end * C - 1) // total + 1, first)
+
+
+def part_row(spec: Spec, tile_row, tile_rows, head, cta):
+    """Returns the first row of the part that a CTA computes of a segment.
+
+    Along the stream of blocks the segment or the CTA grows, so parts never overlap.
+    """
+    return tile_row * spec.num_heads + head * tile_rows + cta * spec.tile_rows
+
+
+def full(shape, value, layout):
+    """Returns a float32 constant held in a register layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
