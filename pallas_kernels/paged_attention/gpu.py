@@ -75,7 +75,7 @@ def paged_attention_gpu(
 # Measured on one H100, see docs/kernels.md. Keys: head size, row tiles.
 TUNED = {
     (128, 1): AttentionConfig(num_stages=2),
-    (128, 2): AttentionConfig(num_stages=2, share_buffer=True),
+    (128, 2): AttentionConfig(num_stages=2),
     (64, 1): AttentionConfig(num_stages=3, copy_rows=64),
     (64, 2): AttentionConfig(num_stages=4, share_buffer=True),
 }
