@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cases import ATTENTION_CASES, GATHER_CASES, SELECT_CASES, tagged
-from pallas_kernels.common import default_impl
+from pallas_kernels.common import default_impl, load_implementation
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.select_tokens import select_tokens
@@ -256,6 +256,27 @@ def test_attention_rejects_what_does_not_fit():
 
 def test_the_default_on_cpu_is_the_reference():
     assert default_impl() == "reference"
+
+
+def test_a_platform_without_a_kernel_is_not_replaced_by_another():
+    with pytest.raises(NotImplementedError, match="targets has no 'tpu'"):
+        load_implementation("pallas_kernels", "targets", "tpu")
+
+
+def test_queries_before_the_first_key_see_nothing():
+    # Two keys, three queries: they sit at -1, 0 and 1, and see 0, 1 and 2 keys.
+    pool, table = pool_of([0.0, 0.0], [4.0, 8.0])
+    got = attend(
+        jnp.ones((3, 1, 1)),
+        pool,
+        table,
+        int32([2]),
+        int32(3),
+        groups=(LaneGroup(1, 3),),
+        mass_group=0,
+    )
+    np.testing.assert_allclose(got.out[:, 0, 0], [0.0, 4.0, 6.0], rtol=1e-6)
+    assert not np.asarray(got.mass).any()
 
 
 # ------------------------------------------------------------------ selection

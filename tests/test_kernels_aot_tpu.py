@@ -204,6 +204,11 @@ def test_a_layer_leaves_the_pool_in_place(target):
 # --------------------------------------------------------- the gates can be missed
 
 
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="target is 'v3'"):
+        compile_for("v3", jnp.sin, Array((8,), jnp.float32))
+
+
 def test_the_gates_see_a_copied_pool():
     case = by_name(ATTENTION_CASES, "draft_1638")
     q, pool, *rest = attention_args(case)
