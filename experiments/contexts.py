@@ -44,7 +44,7 @@ def prompts(count):
 
 
 def free_runs(model, *, count, length, num_slots, page_size, impl, seed):
-    """Token ids of `count` texts of `length` tokens, prompt included, drawn at T = 1."""
+    """Token ids of `count` texts of `length` tokens, prompts included, at T = 1."""
     encoded = [model.tokenizer.encode_chat(prompt) for prompt in prompts(count)]
     engine = Engine(
         model,

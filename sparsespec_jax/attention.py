@@ -97,6 +97,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
             kv_pages = _fill_draft_cache(
                 kv_pages, rows, indices, selected, lanes, shape, impl
             )
+            selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
             counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
         return out, LayerCache(kv_pages, counts)
 
@@ -187,7 +188,10 @@ def _write_span(kv_pages, full_table, slots, starts, counts, rows):
 
 
 def _fill_draft_cache(kv_pages, rows, indices, selected, lanes, shape, impl):
-    """Copy the selected rows, then the rows just verified, into the draft pages."""
+    """Copy the selected rows, then the rows just verified, into the draft pages.
+
+    indices [E, H, cap] and selected [E, H], or one list for all heads ([E, 1, ...]).
+    """
     verify = lanes.verify
     heads = rows.shape[1]
     source = lanes.full_table.at[verify.slots].get(mode="clip")
@@ -197,6 +201,7 @@ def _fill_draft_cache(kv_pages, rows, indices, selected, lanes, shape, impl):
     last = first + shape.verify_lanes * shape.num_queries
     tail = rows[first:last].reshape(shape.verify_lanes, shape.num_queries, heads, -1)
     row = jnp.arange(shape.num_queries)[None]
+    selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
     place = selected[:, None, :] + row[..., None]
     is_row = row < verify.num_rows[:, None]
     place = jnp.where(is_row[..., None], place, -1)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from sparsespec_jax.model import Params, param_shapes
 from sparsespec_jax.model_config import ModelConfig, config_from_json, config_to_json
@@ -173,6 +172,8 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
     Raises:
         ValueError: directory holds something already.
     """
+    import orbax.checkpoint as ocp  # a second to import, needed by few runs
+
     directory = Path(directory).absolute()
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; give a new or empty directory")
@@ -186,6 +187,8 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
 
 
 def _restore(directory: Path, *, dtype) -> tuple[ModelConfig, Params]:
+    import orbax.checkpoint as ocp
+
     marker = directory / _MARKER
     try:
         config = config_from_json(marker.read_text(encoding="utf-8"))

@@ -108,9 +108,9 @@ def _prepare(model, prompts, sampling, speculation, engine):
     )
     for prompt, params in zip(tokens, sampling, strict=True):
         runner.check_request(prompt, params)
+    runner.warm_up(filters=any(params.filters for params in sampling))
     for index, (prompt, params) in enumerate(zip(tokens, sampling, strict=True)):
         runner.add_request(prompt, params, prompt_index=index)
-    runner.warm_up()
     return runner
 
 

@@ -63,7 +63,7 @@ class Engine:
         self.params_version = 0
         self.speculation = speculation or SpeculationConfig()
         self.config = engine or EngineConfig()
-        self.impl = self.config.impl or default_impl()
+        self.impl = _resolve_impl(self.config.impl)
         self.policy = resolve_policy(self.speculation.policy)
         self.max_length = self._resolve_max_length()
         self.shape = self._make_shape()
@@ -216,8 +216,12 @@ class Engine:
             self._read_outcome(results, events)
         return results, events
 
-    def warm_up(self):
-        """Compile every variant of the step that the known requests can need."""
+    def warm_up(self, *, filters=False):
+        """Compile both variants of the step, so that nothing compiles afterwards.
+
+        `filters` says whether requests to come use top-k, top-p or min-p.
+        """
+        self._filters |= filters
         for prefill in (False, True):
             plan = self.shape.new_plan(prefill=prefill)
             self._run(plan).block_until_ready()
@@ -341,8 +345,15 @@ class Engine:
             num_steps=self.num_steps,
             wall_time_s=wall_time_s,
             kv_bytes_per_token=self.kv_bytes_per_token,
-            weight_bytes=sum(x.nbytes for x in jax.tree.leaves(self.params)),
+            weight_bytes=self._weight_bytes(),
         )
+
+    def _weight_bytes(self):
+        """Weights that one step reads; of an untied embedding it gathers rows only."""
+        total = sum(x.nbytes for x in jax.tree.leaves(self.params))
+        if self.model.config.tie_embeddings:
+            return total
+        return total - self.params["embed"]["weight"].nbytes
 
     def _resolve_max_length(self):
         limit = self.model.config.max_length
@@ -373,6 +384,18 @@ class Engine:
             prefill_lanes=config.prefill_lanes,
             prefill_chunk=config.prefill_chunk,
         )
+
+
+def _resolve_impl(impl):
+    """The kernels to run; ValueError if this platform cannot run them."""
+    available = default_impl()
+    if impl in ("gpu", "tpu") and impl != available:
+        raise ValueError(
+            f"impl={impl!r} needs a {impl.upper()}, this process has "
+            f"{jax.default_backend()!r}: use impl=None, 'reference' or "
+            f"'{impl}_interpret'"
+        )
+    return impl or available
 
 
 def _largest_budget(speculation, max_length):

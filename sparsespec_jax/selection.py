@@ -43,7 +43,8 @@ class Policy:
     """A drafting policy.
 
     `select(view, options)` returns (indices int32 [E, H, cap], counts int32 [E, H]):
-    distinct positions below `view.lengths`, at most `view.budgets` of them.
+    distinct positions below `view.lengths`, at most `view.budgets` of them. One set
+    for all heads may be given as [E, 1, cap] and [E, 1], which copies longer rows.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Policy:
 
 def top_mass(view, options):
     """PillarAttn (arXiv 2512.01278, section 4.1): the keys of largest mass."""
-    return select_tokens(
+    indices, counts = select_tokens(
         view.mass,
         view.lengths,
         view.budgets,
@@ -62,6 +63,7 @@ def top_mass(view, options):
         per_layer=options.per_layer,
         impl=options.impl,
     )
+    return (indices[:, :1], counts[:, :1]) if options.per_layer else (indices, counts)
 
 
 def window(view, options):
@@ -70,14 +72,15 @@ def window(view, options):
     sinks = jnp.minimum(options.num_sinks, counts)[:, None]
     place = jnp.arange(options.cap)[None]
     recent = view.lengths[:, None] - counts[:, None] + place
-    return _same_for_heads(jnp.where(place < sinks, place, recent), counts, view)
+    indices = jnp.where(place < sinks, place, recent).astype(jnp.int32)
+    return indices[:, None], counts[:, None]
 
 
 def everything(view, options):
     """Every committed token: the dense draft, a probe of the whole loop."""
     counts = jnp.minimum(options.cap, view.lengths)
-    place = jnp.broadcast_to(jnp.arange(options.cap), (counts.size, options.cap))
-    return _same_for_heads(place, counts, view)
+    place = jnp.arange(options.cap, dtype=jnp.int32)[None, None]
+    return jnp.broadcast_to(place, (counts.size, 1, options.cap)), counts[:, None]
 
 
 def random(view, options):
@@ -91,14 +94,6 @@ def random(view, options):
     return select_tokens(
         scores, view.lengths, view.budgets, cap=options.cap, impl=options.impl
     )
-
-
-def _same_for_heads(indices, counts, view):
-    """Broadcast one selection per lane to every KV head."""
-    heads = view.num_kv_heads
-    lanes, cap = indices.shape
-    indices = jnp.broadcast_to(indices[:, None], (lanes, heads, cap))
-    return indices.astype(jnp.int32), jnp.broadcast_to(counts[:, None], (lanes, heads))
 
 
 POLICIES = {

@@ -1,0 +1,233 @@
+"""The product's promise: no option may change an emitted token.
+
+Every case decodes the same requests and compares token by token with plain decoding
+(k = 0), itself checked against an oracle that has no engine, cache or pages.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsespec_jax import Engine, EngineConfig, Policy, SamplingParams
+from tests.engine_helpers import (
+    ENGINE,
+    LAWS,
+    SPECULATION,
+    make_prompts,
+    oracle,
+    run,
+    tokens_of,
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_model):
+    return make_prompts(tiny_model.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, prompts):
+    return run(tiny_model, prompts, num_draft_tokens=0)
+
+
+def test_plain_decoding_equals_the_oracle(tiny_model, prompts, plain):
+    for prompt, law, result in zip(prompts, LAWS, plain, strict=True):
+        tokens, logprobs = oracle(tiny_model, prompt, law)
+        assert result.token_ids == tokens
+        np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)
+        assert result.finish_reason == "length"
+        assert len(tokens) == law.max_tokens
+
+
+SPECULATION_CASES = {
+    "one draft": dict(num_draft_tokens=1),
+    "eight drafts": dict(num_draft_tokens=8),
+    "no budget": dict(min_budget=0, budget_ratio=1e-6),
+    "small budget": dict(min_budget=1, budget_ratio=0.01),
+    "whole context": dict(budget_ratio=1.0),
+    "edges": dict(mass_rows="edges"),
+    "per layer": dict(scope="layer"),
+    "recents": dict(num_recent=2),
+    "window": dict(policy="window", num_sinks=1),
+    "full": dict(policy="full", budget_ratio=1.0),
+    "random": dict(policy="random"),
+}
+
+
+@pytest.mark.parametrize("options", SPECULATION_CASES.values(), ids=SPECULATION_CASES)
+def test_no_speculation_option_changes_a_token(tiny_model, prompts, plain, options):
+    got = run(tiny_model, prompts, **options)
+    assert tokens_of(got) == tokens_of(plain)
+    for a, b in zip(got, plain, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    total = got.stats.total
+    assert 0 < total.num_verify_steps
+    assert total.num_accepted_draft_tokens <= total.num_draft_tokens
+
+
+ENGINE_CASES = {
+    "lag 0": dict(lag=0),
+    "lag 2": dict(lag=2),
+    "one slot": dict(num_slots=1),
+    "nine slots": dict(num_slots=9),
+    "pages of one": dict(page_size=1),
+    "large pages": dict(page_size=64),
+    "chunks of one": dict(prefill_chunk=1),
+    "large chunks": dict(prefill_chunk=64, prefill_lanes=2),
+    "tight pool": dict(num_pages=40),
+    "long tables": dict(max_length=1000),
+}
+
+
+@pytest.mark.parametrize("options", ENGINE_CASES.values(), ids=ENGINE_CASES)
+def test_no_engine_option_changes_a_token(tiny_model, prompts, plain, options):
+    assert tokens_of(run(tiny_model, prompts, engine=options)) == tokens_of(plain)
+
+
+def test_batch_order_and_neighbours_change_nothing(tiny_model, prompts, plain):
+    order = [4, 0, 6, 2, 5, 1, 3]
+    got = run(tiny_model, [prompts[i] for i in order], [LAWS[i] for i in order])
+    assert tokens_of(got) == [plain[i].token_ids for i in order]
+    alone = run(tiny_model, [prompts[5]], [LAWS[5]])
+    assert alone[0].token_ids == plain[5].token_ids
+
+
+def test_filters_change_the_law_but_not_losslessness(tiny_model, prompts):
+    laws = [
+        dataclasses.replace(law, temperature=1.5, top_k=20, top_p=0.9, min_p=0.05)
+        if i % 2
+        else law
+        for i, law in enumerate(LAWS)
+    ]
+    base = run(tiny_model, prompts, laws, num_draft_tokens=0)
+    for index in (1, 5):
+        assert (
+            base[index].token_ids == oracle(tiny_model, prompts[index], laws[index])[0]
+        )
+    assert tokens_of(run(tiny_model, prompts, laws)) == tokens_of(base)
+
+
+def test_a_dense_draft_is_always_accepted(tiny_model, prompts):
+    got = run(tiny_model, prompts, policy="full", budget_ratio=1.0)
+    histogram = got.stats.total.accepted_histogram
+    assert histogram[:-1] == [0, 0, 0] and histogram[-1] > 20
+
+
+def test_greedy_ratio_test_is_plain_greedy(tiny_model, prompts):
+    laws = [dataclasses.replace(law, temperature=0) for law in LAWS]
+    base = run(tiny_model, prompts, laws, num_draft_tokens=0)
+    got = run(tiny_model, prompts, laws, acceptor="ratio_test", draft_top_m=4)
+    assert tokens_of(got) == tokens_of(base)
+
+
+def test_ratio_test_is_reproducible_and_of_the_right_length(tiny_model, prompts, plain):
+    options = dict(acceptor="ratio_test", draft_top_m=8)
+    first = run(tiny_model, prompts, **options)
+    again = run(tiny_model, prompts, engine=dict(lag=2, page_size=8), **options)
+    assert [len(t) for t in tokens_of(first)] == [len(t) for t in tokens_of(plain)]
+    assert tokens_of(first) == tokens_of(again)
+
+
+def worst(view, options):
+    """The least useful positions, and sometimes none at all."""
+    counts = jnp.where(
+        view.lengths % 3 == 0, 0, jnp.minimum(view.budgets, view.lengths)
+    )
+    place = jnp.broadcast_to(jnp.arange(options.cap)[None], (counts.size, options.cap))
+    shape = (counts.size, view.num_kv_heads, options.cap)
+    indices = jnp.broadcast_to(place[:, None], shape).astype(jnp.int32)
+    return indices, jnp.broadcast_to(counts[:, None], shape[:2])
+
+
+def adversarial_run(model, policy, num_cycles, seed):
+    """Decode with garbage in place of drafts; yields results until enough cycles."""
+    engine = Engine(
+        model,
+        speculation=dataclasses.replace(SPECULATION, policy=policy, num_draft_tokens=2),
+        engine=EngineConfig(
+            num_slots=16, page_size=8, max_length=600, prefill_chunk=16
+        ),
+    )
+    rng = np.random.default_rng(seed)
+    vocab = model.config.vocab_size
+    requests = {}
+    results, cycles = [], 0
+    while cycles < num_cycles:
+        while len(requests) - len(results) < 16:
+            prompt = rng.integers(0, vocab, rng.integers(1, 40)).tolist()
+            law = SamplingParams(
+                temperature=float(rng.choice([0, 0.65, 1])),
+                seed=int(rng.integers(1 << 30)),
+                max_tokens=int(rng.integers(1, 500)),
+            )
+            requests[engine.add_request(prompt, law)] = (prompt, law)
+        finished = engine.step()
+        results += finished
+        cycles += sum(r.metrics.num_verify_steps for r in finished)
+        state = engine._state
+        garbage = rng.integers(0, vocab, state.tokens.shape).astype(np.int32)
+        pending = jnp.arange(state.tokens.shape[1])[None] == 0
+        is_hit = rng.random(state.tokens.shape) < 0.5
+        engine._state = state._replace(
+            tokens=jnp.where(pending | ~is_hit, state.tokens, garbage)
+        )
+    return requests, results, cycles
+
+
+@pytest.mark.parametrize("policy", ["random", Policy("worst", False, worst)])
+def test_ten_thousand_adversarial_cycles_change_nothing(tiny_model, policy):
+    requests, results, cycles = adversarial_run(tiny_model, policy, 5000, seed=1)
+    assert cycles >= 5000
+    expected = run(
+        tiny_model,
+        [requests[r.request_id][0] for r in results],
+        [requests[r.request_id][1] for r in results],
+        num_draft_tokens=0,
+        engine=dict(num_slots=16, page_size=8, max_length=600),
+    )
+    assert tokens_of(results) == tokens_of(expected)
+    assert sum(r.metrics.num_accepted_draft_tokens for r in results) < cycles
+
+
+def test_a_corrupted_cache_is_noticed(tiny_model, prompts, plain):
+    """Power: committing KV that a draft step wrote would change tokens."""
+    engine = Engine(
+        tiny_model, speculation=SPECULATION, engine=dataclasses.replace(ENGINE, lag=0,
+        max_length=80)
+    )  # fmt: skip
+    for prompt, law in zip(prompts, LAWS, strict=True):
+        engine.add_request(prompt, law)
+    results = {}
+    while engine.has_work:
+        layer = engine._state.layers[0]
+        noise = 1 + 0.05 * jnp.sign(jnp.sin(jnp.arange(layer.kv_pages.size)))
+        broken = layer._replace(
+            kv_pages=layer.kv_pages * noise.reshape(layer.kv_pages.shape)
+        )
+        engine._state = engine._state._replace(
+            layers=(broken, *engine._state.layers[1:])
+        )
+        results |= {r.request_id: r for r in engine.step()}
+    assert tokens_of([results[i] for i in sorted(results)]) != tokens_of(plain)
+
+
+@pytest.mark.slow
+def test_default_model_long_outputs(default_model):
+    """Greedy and sampled, 600 tokens past a 1,000-token context, real weights."""
+    text = "The number of ways to tile a board, counted in several ways. " * 80
+    prompt = default_model.tokenizer.encode(text)[:1000]
+    laws = [
+        SamplingParams(temperature=t, seed=i, max_tokens=600, ignore_eos=True)
+        for i, t in enumerate([0, 0.65, 1.0])
+    ]
+    options = dict(engine=dict(page_size=16, prefill_chunk=128))
+    base = run(default_model, [prompt] * 3, laws, num_draft_tokens=0, **options)
+    got = run(
+        default_model, [prompt] * 3, laws,
+        num_draft_tokens=8, budget_ratio=0.05, min_budget=0, **options,
+    )  # fmt: skip
+    assert tokens_of(got) == tokens_of(base)
+    jax.clear_caches()
