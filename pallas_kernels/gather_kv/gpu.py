@@ -32,7 +32,7 @@ def gather_kv_gpu(
     indices: jax.Array,
     counts: jax.Array,
     *,
-    interpret: bool = False,
+    interpret: bool | plgpu.InterpretGPUParams = False,
     config: GatherConfig | None = None,
 ) -> jax.Array:
     """Returns what `api.gather_kv` documents, computed on a Hopper GPU."""
@@ -127,6 +127,8 @@ def gather_kv_gpu(
         ],
         # No thread reads what it wrote: only copies touch the rows.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams()
+        if interpret is True
+        else interpret or None,
     )(source_table, target_table, indices, counts, pool_ref)
     return jax.freeze(pool_ref)

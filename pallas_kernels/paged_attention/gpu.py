@@ -4,6 +4,7 @@ Two launches: `gpu_attend` reads the pages, `gpu_finish` merges what was cut and
 normalises the mass. docs/kernels.md draws the layout.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -24,6 +25,13 @@ from pallas_kernels.paged_attention.gpu_layout import (
 )
 
 _LOG2E = math.log2(math.e)
+_INTERPRETED_CTAS = 3
+
+# Measured on one H100, see docs/kernels.md. Keys: head size.
+TUNED = {
+    128: AttentionConfig(num_stages=2, copy_rows=32),
+    64: AttentionConfig(num_stages=3, copy_rows=64),
+}
 
 
 def paged_attention_gpu(
@@ -40,14 +48,21 @@ def paged_attention_gpu(
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: AttentionConfig | None = None,
 ) -> AttentionOutput:
-    """Returns what `api.paged_attention` documents, computed on a Hopper GPU."""
+    """Returns what `api.paged_attention` documents, computed on a Hopper GPU.
+
+    `interpret` may be the parameters of the interpreter, `config` overrides the tuned
+    entry.
+    """
     _, num_heads, page_size, row_size = kv_pages.shape
     group_size, head_size = q.shape[1] // num_heads, row_size // 2
     _check_supported(q.dtype, head_size, group_size, page_size)
-    row_tiles = 1 if max(queries for _, queries in groups) * group_size <= TILE else 2
+    interpreter = plgpu.InterpretGPUParams() if interpret is True else interpret or None
+    if config is None:
+        config = TUNED[head_size]
+        if interpreter:  # which runs CTAs one behind the other
+            config = dataclasses.replace(config, num_ctas=_INTERPRETED_CTAS)
     spec = Spec(
-        groups=group_tiles(tuple(map(tuple, groups)), group_size, row_tiles),
-        row_tiles=row_tiles,
+        groups=group_tiles(tuple(map(tuple, groups)), group_size),
         num_heads=num_heads,
         group_size=group_size,
         head_size=head_size,
@@ -56,11 +71,9 @@ def paged_attention_gpu(
         scale=(head_size**-0.5 if scale is None else scale) * _LOG2E,
         mass_group=mass_group,
         mass_rows=mass_rows,
-        config=config or choose_config(head_size, row_tiles),
+        config=config,
         dtype=jnp.dtype(q.dtype),
-        interpret=plgpu.InterpretGPUParams()
-        if interpret is True
-        else interpret or None,
+        interpret=interpreter,
     )
     lengths = (segment_ends(kv_lengths, q_lengths, spec), kv_lengths, q_lengths)
     packed = pack_queries(q, q_lengths, spec)
@@ -72,21 +85,6 @@ def paged_attention_gpu(
     return AttentionOutput(out, mass[0].reshape(*mass[0].shape[:2], -1)[..., :num_keys])
 
 
-# Measured on one H100, see docs/kernels.md. Keys: head size, row tiles.
-TUNED = {
-    (128, 1): AttentionConfig(num_stages=2),
-    (128, 2): AttentionConfig(num_stages=2),
-    (64, 1): AttentionConfig(num_stages=3, copy_rows=64),
-    (64, 2): AttentionConfig(num_stages=4, share_buffer=True),
-}
-
-
-def choose_config(head_size: int, row_tiles: int) -> AttentionConfig:
-    """Returns the tuned configuration, or a small one for untimed head sizes."""
-    default = AttentionConfig(num_ctas=132, num_stages=2, share_buffer=True)
-    return TUNED.get((head_size, row_tiles), default)
-
-
 def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> None:
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise NotImplementedError(
@@ -94,7 +92,7 @@ def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> 
             "bfloat16 only (its matrix unit cannot read float32 values from pages); "
             "cast them, or pass impl='reference'"
         )
-    if head_size not in (64, 128):
+    if head_size not in TUNED:
         raise NotImplementedError(
             f"the head size is {head_size}: the GPU kernel serves 64 and 128; "
             "impl='reference' serves every size"
@@ -104,7 +102,8 @@ def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> 
             f"page_size is {page_size}: the GPU kernel serves 8, 16, 32 and multiples "
             f"of {BLOCK}"
         )
-    if group_size > TILE:
+    if 2 * group_size > TILE:  # the first and the last query share a tile
         raise NotImplementedError(
-            f"{group_size} query heads per KV head: the GPU kernel serves up to {TILE}"
+            f"{group_size} query heads per KV head: the GPU kernel serves up to "
+            f"{TILE // 2}"
         )

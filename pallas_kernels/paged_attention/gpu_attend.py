@@ -24,8 +24,8 @@ from pallas_kernels.paged_attention.gpu_layout import (
     full,
     num_blocks,
     part_row,
-    round_up,
     segment_start,
+    shares,
     visible_keys,
 )
 
@@ -73,9 +73,9 @@ class _Attend:
     queries: Any  # [H, rows, D]
     pages: Any  # [P, H, page_size, 2 * D]
     parts: Any  # out: [rows, D]
-    log_sums: Any  # out: float32 [segments + CTAs, tile rows], base 2
+    log_sums: Any  # out: float32 [segments + CTAs, 64], base 2
     probabilities: Any  # out: float16 [segments, blocks, rows, 64], or None
-    maxima: Any  # out: float32 [segments, blocks, tile rows], or None
+    maxima: Any  # out: float32 [segments, blocks, 64], or None
     q_s: Any
     kv_s: Any
     out_s: Any
@@ -164,17 +164,16 @@ class _Attend:
         tile = self.spec.tile(lax.div(index, self.spec.num_heads))
         head = lax.rem(index, self.spec.num_heads)
         row = pl.multiple_of(tile.row, 8)
-        source = self.queries.at[head, pl.ds(row, self.spec.tile_rows)]
+        source = self.queries.at[head, pl.ds(row, TILE)]
         plgpu.copy_gmem_to_smem(source, self.q_s, self.q_bar)
 
     # ------------------------------------------------------------------ maths
 
-    def mask(self, logits, segment: _Segment, first_row, first_key):
+    def mask(self, logits, segment: _Segment, first_key):
         """Returns logits with the keys hidden that a row must not see."""
         row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
         key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
-        position = (row + first_row) // self.spec.group_size
-        query = segment.tile.first_query + position
+        query = segment.tile.first_query + row // self.spec.group_size
         if self.spec.edge_group is not None:
             first, last = self.spec.mass_segments
             is_edge = (segment.index >= first) & (segment.index < last)
@@ -194,9 +193,9 @@ class _Attend:
             values_s[...] = jnp.where(is_used, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
-    def store_probabilities(self, p, m, segment: _Segment, block, first_row):
-        """Keeps what the mass needs of one tile and block."""
-        count = min(self.spec.mass_tile_rows - first_row, TILE)
+    def store_probabilities(self, p, m, segment: _Segment, block):
+        """Keeps what the mass needs of one block."""
+        count = self.spec.mass_tile_rows
         first, last = self.spec.mass_segments
 
         @pl.when(
@@ -211,37 +210,37 @@ class _Attend:
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
                 self.mass_s.at[pl.ds(0, count)],
-                self.probabilities.at[index, block, pl.ds(first_row, count)],
+                self.probabilities.at[index, block],
             )
-            self.maxima[index, block, pl.ds(first_row, TILE)] = m
+            self.maxima[index, block] = m
 
-    def attend_tile(self, segment: _Segment, block, slot, first_row, last_block, state):
-        """Returns (sum of values, maximum, sum) of 64 rows with one more block."""
+    def attend_block(self, segment: _Segment, block, slot, last_block, state):
+        """Returns (sum of values, maximum, sum) of all rows with one more block."""
         spec = self.spec
         acc, m, total = state
         keys_s = self.kv_s.at[slot, :, pl.ds(0, spec.head_size)]
         values_s = self.kv_s.at[slot, :, pl.ds(spec.head_size, spec.head_size)]
+        first_key = block * BLOCK
+        self.zero_unused_values(segment, values_s, first_key)
 
         def multiply_keys(acc_ref):
-            plgpu.wgmma(acc_ref, self.q_s.at[pl.ds(first_row, TILE)], keys_s.T)
+            plgpu.wgmma(acc_ref, self.q_s, keys_s.T)
             return acc_ref[...]
 
         s = pl.run_scoped(multiply_keys, plgpu.ACC((TILE, BLOCK), jnp.float32))
-        if not spec.config.share_buffer and spec.row_tiles == 1:
-            self.copy_next_queries(segment, block == last_block)
+        self.copy_next_queries(segment, block == last_block)
         s = s * spec.scale
-        first_key = block * BLOCK
         s = lax.cond(
             first_key + BLOCK > segment.base + segment.tile.first_query + 1,
-            lambda s: self.mask(s, segment, first_row, first_key),
+            lambda s: self.mask(s, segment, first_key),
             lambda s: s,
             s,
         )
         m_new = jnp.maximum(m, s.max(axis=1) - _HEADROOM)
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
-        if first_row < spec.mass_tile_rows:
-            self.store_probabilities(p, m_new, segment, block, first_row)
+        if self.probabilities is not None:
+            self.store_probabilities(p, m_new, segment, block)
         total = total * alpha + p.sum(axis=1)
         weights = p.astype(spec.dtype)
         if self.weight_s is not None:  # the interpreter multiplies shared memory only
@@ -272,67 +271,40 @@ class _Attend:
         last = jnp.minimum(self.high - start, num_blocks(segment.visible))
         plgpu.barrier_wait(self.q_bar)
 
-        def attend_block(block, carry):
-            i, cursor, states = carry
+        def step(block, carry):
+            i, cursor, state = carry
             slot = lax.rem(i, spec.config.num_stages)
             plgpu.barrier_wait(self.kv_bar.at[slot])
-            values_s = self.kv_s.at[slot, :, pl.ds(spec.head_size, spec.head_size)]
-            self.zero_unused_values(segment, values_s, block * BLOCK)
-            new = []
-            for tile, state in enumerate(states):
-                attend = functools.partial(
-                    self.attend_tile, segment, block, slot, tile * TILE, last - 1
-                )
-                if tile > 0:
-                    is_used = segment.tile.rows > tile * TILE
-                    state = lax.cond(is_used, attend, lambda state: state, state)
-                else:
-                    state = attend(state)
-                new.append(state)
-            i_next = i + spec.config.num_stages
-            return i + 1, self.copy_block_if_mine(i_next, cursor), tuple(new)
+            state = self.attend_block(segment, block, slot, last - 1, state)
+            cursor = self.copy_block_if_mine(i + spec.config.num_stages, cursor)
+            return i + 1, cursor, state
 
         state = (
             full((TILE, spec.head_size), 0.0, _WGMMA),
             full((TILE,), MASK_VALUE, _WGMMA_ROWS),
             full((TILE,), 0.0, _WGMMA_ROWS),
         )
-        states = (state,) * spec.row_tiles
-        i, cursor, states = lax.fori_loop(
-            first, last, attend_block, (i, cursor, states)
-        )
-        if not spec.config.share_buffer and spec.row_tiles > 1:
-            self.copy_next_queries(segment, True)
-        for tile, state in enumerate(states):
-
-            @pl.when(segment.tile.rows > tile * TILE)
-            def _write(tile=tile, state=state):
-                self.write_part(segment, tile * TILE, *state)
-
-        if spec.config.share_buffer:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.copy_next_queries(segment, True)
+        i, cursor, state = lax.fori_loop(first, last, step, (i, cursor, state))
+        self.write_part(segment, *state)
         return i, cursor
 
-    def write_part(self, segment: _Segment, first_row, acc, m, total):
-        """Writes the normalised sum of values of 64 rows and the log of the sum."""
-        index, tile = segment.index, segment.tile
-        log_sums = self.log_sums.at[index + self.cta, pl.ds(first_row, TILE)]
-        log_sums[...] = m + jnp.log2(total)
+    def write_part(self, segment: _Segment, acc, m, total):
+        """Writes the normalised sum of values of all rows and the log of the sum."""
+        tile = segment.tile
+        self.log_sums[segment.index + self.cta] = m + jnp.log2(total)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-        self.out_s[pl.ds(0, TILE)] = acc.astype(self.spec.dtype)
+        self.out_s[...] = acc.astype(self.spec.dtype)
         plgpu.commit_smem()
         part = part_row(self.spec, tile.row, tile.rows, segment.head, self.cta)
 
         def copy(n, _):
             row = pl.multiple_of(n * 8, 8)
-            to = pl.multiple_of(part + first_row + row, 8)
+            to = pl.multiple_of(part + row, 8)
             source = self.out_s.at[pl.ds(row, 8)]
             plgpu.copy_smem_to_gmem(source, self.parts.at[pl.ds(to, 8)])
 
-        count = jnp.minimum(tile.rows - first_row, TILE)
-        lax.fori_loop(0, lax.div(count, 8), copy, None)
+        lax.fori_loop(0, lax.div(tile.rows, 8), copy, None)
 
     def run(self, first_segment):
         """Computes all blocks of this CTA."""
@@ -362,35 +334,33 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, packed, kv_pages
     The part of (segment s, CTA c) has its rows at `part_row` and its log sums at s + c.
     """
     has_mass, C = spec.mass_group is not None, spec.config.num_ctas
-    rows, D = spec.tile_rows, spec.head_size
-    num_rows = spec.num_rows * spec.num_heads + C * rows
+    D = spec.head_size
+    num_rows = spec.num_rows * spec.num_heads + C * TILE
     outputs = [
         jax.ShapeDtypeStruct((num_rows, D), spec.dtype),
-        jax.ShapeDtypeStruct((spec.num_segments + C, rows), jnp.float32),
+        jax.ShapeDtypeStruct((spec.num_segments + C, TILE), jnp.float32),
     ]
     if has_mass:
         first, last = spec.mass_segments
         lead = (last - first, spec.mass_blocks)
         stored = (*lead, spec.mass_tile_rows, BLOCK)
         outputs.append(jax.ShapeDtypeStruct(stored, jnp.float16))
-        outputs.append(jax.ShapeDtypeStruct((*lead, round_up(rows, TILE)), jnp.float32))
+        outputs.append(jax.ShapeDtypeStruct((*lead, TILE), jnp.float32))
 
     def entry(*refs):
         cta, ends = lax.axis_index("cta"), refs[0]
-        total = ends[spec.num_segments - 1]
-        low = lax.div(cta * total, C)
-        high = lax.div((cta + 1) * total, C)
+        total, num_ctas = shares(ends, spec)
+        low = lax.div(cta * total, num_ctas)
+        high = lax.div((cta + 1) * total, num_ctas)
         layout = plgpu.Layout.WG_STRIDED(ends.shape, 1)
         has_ended = plgpu.load(ends, layout=layout) <= low
         first_segment = jnp.sum(jnp.where(has_ended, 1, 0))
         inputs, outputs, scratch = refs[:6], list(refs[6:-7]), list(refs[-7:])
         outputs += [None] * (4 - len(outputs))
-        if spec.config.share_buffer:
-            scratch[2] = scratch[0]
         names = [field.name for field in dataclasses.fields(_Attend)][4:]
         fields = dict(zip(names, (*inputs, *outputs, *scratch), strict=True))
 
-        @pl.when(low < high)
+        @pl.when((cta < num_ctas) & (ends[spec.num_segments - 1] > 0))
         def _run():
             _Attend(spec=spec, cta=cta, low=low, high=high, **fields).run(first_segment)
 
@@ -411,9 +381,9 @@ def _scratch(spec: Spec, has_mass: bool) -> list:
     copies = BLOCK // min(config.copy_rows, spec.page_size, BLOCK)
     smem = functools.partial(plgpu.SMEM, transforms=_TILED)
     return [
-        smem((spec.tile_rows, D), spec.dtype),
+        smem((TILE, D), spec.dtype),
         smem((config.num_stages, BLOCK, 2 * D), spec.dtype),
-        None if config.share_buffer else smem((TILE, D), spec.dtype),
+        smem((TILE, D), spec.dtype),
         smem((TILE, BLOCK), jnp.float16) if has_mass else None,
         smem((TILE, BLOCK), spec.dtype) if spec.interpret else None,
         plgpu.Barrier(),

@@ -70,7 +70,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
         grid=(num_mass + num_tokens * H,),
         grid_names=("work",),
         kernel_name="paged_attention_finish",
-        scratch_types=[plgpu.SMEM((spec.tile_rows,), jnp.float32)] if stored else [],
+        scratch_types=[plgpu.SMEM((TILE,), jnp.float32)] if stored else [],
         **spec.options,
     )(ends, kv_lengths, q_lengths, parts, log_sums, *stored)
 
@@ -244,25 +244,21 @@ def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
     layout = plgpu.Layout.WGMMA.reduce(1)
     first, last = parts_of(ends, segment, spec)
 
-    def load(cta, tile):
-        w = log_sums.at[segment + jnp.minimum(cta, last - 1), pl.ds(tile * TILE, TILE)]
+    def load(cta):
+        w = log_sums.at[segment + jnp.minimum(cta, last - 1)]
         w = plgpu.load(w, layout=layout, optimized=False)
         return w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
 
     def add(i, carry):
-        new = []
-        for tile, (m, total) in enumerate(carry):
-            loaded = [load(first + i * _PARTS + k, tile) for k in range(_PARTS)]
-            for w in loaded:
-                m_new = jnp.maximum(m, w)
-                total = total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)
-                m = m_new
-            new.append((m, total))
-        return tuple(new)
+        m, total = carry
+        for w in [load(first + i * _PARTS + k) for k in range(_PARTS)]:
+            m_new = jnp.maximum(m, w)
+            total = total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)
+            m = m_new
+        return m, total
 
     init = (full((TILE,), 1.5 * MASK_VALUE, layout), full((TILE,), 0.0, layout))
     steps = lax.div(last - first + (_PARTS - 1), _PARTS)
-    sums = lax.fori_loop(0, steps, add, (init,) * spec.row_tiles)
-    for tile, (m, total) in enumerate(sums):
-        final[pl.ds(tile * TILE, TILE)] = m + jnp.log2(total)
+    m, total = lax.fori_loop(0, steps, add, init)
+    final[...] = m + jnp.log2(total)
     plgpu.commit_smem()

@@ -24,7 +24,6 @@ class AttentionConfig:
     num_ctas: int = 264  # persistent CTAs, two per multiprocessor of an H100
     num_stages: int = 2  # key blocks in flight per CTA
     copy_rows: int = 32  # rows of one asynchronous copy, a divisor of 64
-    share_buffer: bool = False  # stage results where the queries were: room for stages
 
     def __post_init__(self):
         if self.num_ctas < 1 or self.num_stages < 1:
@@ -69,12 +68,12 @@ class Tile(NamedTuple):
 
 @functools.cache
 def group_tiles(
-    groups: tuple[LaneGroup, ...], group_size: int, row_tiles: int
+    groups: tuple[LaneGroup, ...], group_size: int
 ) -> tuple[GroupTiles, ...]:
-    """Returns how every group is cut into tiles of `row_tiles` * 64 rows."""
+    """Returns how every group is cut into tiles of at most 64 rows."""
     cuts, lane, token, tile, row = [], 0, 0, 0, 0
     for num_lanes, num_queries in groups:
-        step = min(num_queries, row_tiles * TILE // group_size)
+        step = min(num_queries, TILE // group_size)
         rows = round_up(step * group_size, 8)
         cut = GroupTiles(lane, token, tile, row, num_lanes, num_queries, step, rows)
         cuts.append(cut)
@@ -93,7 +92,6 @@ class Spec:
     """Everything static about one call."""
 
     groups: tuple[GroupTiles, ...]
-    row_tiles: int  # matrix instructions per tile: 1, or 2 if a lane needs more
     num_heads: int
     group_size: int
     head_size: int
@@ -127,11 +125,6 @@ class Spec:
     def num_segments(self) -> int:
         """Segments, i.e. (row tile, KV head) pairs; the head varies fastest."""
         return self.num_tiles * self.num_heads
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows that a CTA computes per segment."""
-        return self.row_tiles * TILE
 
     @property
     def edge_group(self) -> int | None:
@@ -231,7 +224,7 @@ def pack_queries(q: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
         pad = group.rows - group.step * G
         x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)))
         packed.append(x.reshape(H, -1, D))
-    packed.append(jnp.zeros((H, spec.tile_rows, D), q.dtype))
+    packed.append(jnp.zeros((H, TILE, D), q.dtype))
     return jnp.concatenate(packed, axis=1)
 
 
@@ -272,11 +265,21 @@ def segment_start(ends_ref, segment):
 
 def parts_of(ends_ref, segment, spec: Spec):
     """Returns the range of CTAs that own blocks of a segment; empty if it has none."""
-    C = spec.config.num_ctas
+    total, num_ctas = shares(ends_ref, spec)
     start, end = segment_start(ends_ref, segment), ends_ref[segment]
+    first = lax.div((start + 1) * num_ctas - 1, total)
+    last = lax.div(end * num_ctas - 1, total) + 1
+    return first, jnp.where(end > start, last, first)
+
+
+def shares(ends_ref, spec: Spec):
+    """Returns the blocks of the stream, and the CTAs among which they are divided.
+
+    CTA c owns blocks c * total // CTAs to (c + 1) * total // CTAs: never none, since a
+    segment's parts are those of all CTAs from its first to its last.
+    """
     total = jnp.maximum(ends_ref[spec.num_segments - 1], 1)
-    first = ((start + 1) * C - 1) // total
-    return first, jnp.where(end > start, (end * C - 1) // total + 1, first)
+    return total, jnp.minimum(total, spec.config.num_ctas)
 
 
 def part_row(spec: Spec, tile_row, tile_rows, head, cta):
@@ -284,7 +287,7 @@ def part_row(spec: Spec, tile_row, tile_rows, head, cta):
 
     Along the stream of blocks the segment or the CTA grows, so parts never overlap.
     """
-    return tile_row * spec.num_heads + head * tile_rows + cta * spec.tile_rows
+    return tile_row * spec.num_heads + head * tile_rows + cta * TILE
 
 
 def full(shape, value, layout):

@@ -61,7 +61,7 @@ def select_tokens_gpu(
     cap: int,
     num_recent: int = 0,
     per_layer: bool = False,
-    interpret: bool = False,
+    interpret: bool | plgpu.InterpretGPUParams = False,
     config: SelectConfig | None = None,
 ) -> SelectedTokens:
     """Returns what `api.select_tokens` documents, computed on a Hopper GPU."""
@@ -103,7 +103,11 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         wg = lax.axis_index("wg")
         length = length_ref[lane]
         wanted = jnp.minimum(jnp.minimum(budget_ref[lane], length), cap)
-        count_ref[lane, row] = wanted
+
+        @pl.when(wg == 0)
+        def _write_count():
+            count_ref[lane, row] = wanted
+
         recent = length - jnp.minimum(num_recent, wanted)
 
         def positions(slab):
@@ -215,7 +219,9 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             plgpu.SMEM((W, _THREADS), jnp.int32),
             plgpu.Barrier(num_arrivals=W),
         ],
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams()
+        if interpret is True
+        else interpret or None,
     )(scores, lengths, budgets)
 
 

@@ -1,0 +1,176 @@
+"""Every GPU kernel compiled for the H100, without one.
+
+The compiler rejects operations it has no code for and shared memory beyond a block's
+limit. What it accepts silently is bounded here: registers that spill to local memory,
+temporary buffers (a copy of the pool would be one) and shared memory that leaves
+room for fewer blocks than the launch counts on.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.aot import compile_for
+from pallas_kernels.cases import (
+    ATTENTION_CASES,
+    GATHER_CASES,
+    SELECT_CASES,
+    AttentionCase,
+    GatherCase,
+    SelectCase,
+    by_name,
+)
+from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.select_tokens import select_tokens
+
+pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is in the plugin")
+
+# Of one H100 multiprocessor; each block takes 1 KB more than it asks for.
+SHARED_BYTES = 228 << 10
+REGISTERS = 65536
+BLOCK_SHARED_BYTES = 227 << 10
+Array = jax.ShapeDtypeStruct
+ATTENTION = (
+    "verify_8k",
+    "verify_32k",
+    "verify_131k",
+    "verify_8k_edges",
+    "draft_410",
+    "draft_1638",
+    "mixed",
+    "mixed_ragged",
+    "verify_8k_d64",
+    "verify_8k_g5",
+    "verify_8k_g8",
+    "plain_8k",
+)
+SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_131k")
+GATHER = ("gather_512b", "gather_410", "gather_d64")
+
+
+def int32(*shape):
+    return Array(shape, jnp.int32)
+
+
+def num_bytes(array):
+    return array.size * array.dtype.itemsize
+
+
+@pytest.fixture
+def compile_h100(tmp_path, monkeypatch):
+    """Returns a function that compiles and reports the resources of every kernel."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def compile_one(fn, args, **options):
+        result = compile_for("h100", fn, *args, **options)
+        kernels = {}
+        for path in sorted(tmp_path.glob("*.ptxas")):
+            text = path.read_text()
+            shared = path.with_suffix("").with_suffix(".resources.txt").read_text()
+            kernels[path.stem.rsplit("_", 1)[0]] = dict(
+                registers=int(re.search(r"Used (\d+) registers", text)[1]),
+                spilled=int(re.search(r"(\d+) bytes spill stores", text)[1]),
+                shared=int(re.search(r"smem_scratch_bytes=(\d+)", shared)[1]),
+            )
+        assert kernels, "the compiler reported no kernel"
+        return result, kernels
+
+    return compile_one
+
+
+def assert_fits(kernel, warpgroups=1, blocks=1):
+    """Asserts that a multiprocessor holds `blocks` of a kernel that does not spill."""
+    assert kernel["spilled"] == 0
+    assert kernel["shared"] + 1024 <= BLOCK_SHARED_BYTES  # and its barriers
+    assert blocks * (kernel["shared"] + 2 * 1024) <= SHARED_BYTES
+    allocated = -(-kernel["registers"] // 8) * 8
+    assert blocks * warpgroups * 128 * allocated <= REGISTERS
+
+
+def attention_args(case: AttentionCase):
+    q_heads, lanes = case.num_heads * case.group_size, case.num_lanes
+    pool = (case.num_used_pages + 3, case.num_heads, case.page_size, 2 * case.head_size)
+    return (
+        Array((case.num_tokens, q_heads, case.head_size), jnp.bfloat16),
+        Array(pool, jnp.bfloat16),
+        int32(lanes, case.table_width),
+        int32(lanes, case.num_heads),
+        int32(lanes),
+    )
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_compiles(compile_h100, name):
+    case = by_name(ATTENTION_CASES, name)
+    attend = functools.partial(
+        paged_attention,
+        groups=tuple(LaneGroup(*group) for group in case.groups),
+        mass_group=case.mass_group,
+        mass_rows=case.mass_rows,
+        impl="gpu",
+    )
+    args = attention_args(case)
+    result, kernels = compile_h100(attend, args)
+    assert set(kernels) == {"paged_attention", "paged_attention_finish"}
+    # Two blocks of a multiprocessor hide each other's latency.
+    assert_fits(kernels["paged_attention"], blocks=2)
+    assert_fits(kernels["paged_attention_finish"], blocks=4)
+    # Packed queries, one part per segment and CTA, log sums: small beside the pool.
+    bound = 8 * num_bytes(args[0]) + (24 << 20)
+    if case.mass_group is not None:
+        bound += mass_bytes(case)
+    assert result.temp_bytes <= bound
+    assert result.temp_bytes < num_bytes(args[1])
+
+
+def mass_bytes(case: AttentionCase) -> int:
+    """Returns the bytes of what is stored for the mass: 16 bits per row and key."""
+    lanes, queries = case.groups[case.mass_group]
+    rows = (2 if case.mass_rows == "edges" else queries) * case.group_size
+    keys = -(-case.table_width * case.page_size // 1024) * 1024
+    per_key = 2 * (-(-rows // 8) * 8) + 4 * 128 / 64 + 4  # maxima of rows; padded mass
+    return int(lanes * case.num_heads * keys * per_key)
+
+
+@pytest.mark.parametrize("name", SELECT)
+def test_selection_compiles(compile_h100, name):
+    case: SelectCase = by_name(SELECT_CASES, name)
+    lanes = len(case.lengths)
+    select = functools.partial(
+        select_tokens,
+        cap=case.cap,
+        num_recent=case.num_recent,
+        per_layer=case.per_layer,
+        impl="gpu",
+    )
+    scores = Array((lanes, case.num_heads, case.num_candidates), jnp.float32)
+    result, kernels = compile_h100(select, (scores, int32(lanes), int32(lanes)))
+    assert_fits(kernels["select_tokens"], warpgroups=4)
+    # A list per layer needs the sum over heads and one list before it is repeated.
+    summed = num_bytes(scores) // case.num_heads + 4 * lanes * (case.cap + 64)
+    assert result.temp_bytes <= (2 * summed if case.per_layer else 0)
+
+
+@pytest.mark.parametrize("name", GATHER)
+def test_gather_compiles_in_place(compile_h100, name):
+    case: GatherCase = by_name(GATHER_CASES, name)
+    lanes, ps = case.num_lanes, case.page_size
+    widths = [-(-rows // ps) for rows in (case.context, case.cap)]
+    shape = (lanes * sum(widths), case.num_heads, ps, 2 * case.head_size)
+    pool = Array(shape, jnp.bfloat16)
+    args = (
+        pool,
+        *(int32(lanes, width) for width in widths),
+        int32(lanes, case.num_heads, case.cap),
+        int32(lanes, case.num_heads),
+    )
+    gather = functools.partial(gather_kv, impl="gpu")
+    result, kernels = compile_h100(gather, args, donate_argnums=0)
+    assert_fits(kernels["gather_kv"], blocks=8)
+    assert result.temp_bytes == 0
+    assert result.alias_bytes == num_bytes(pool)

@@ -1,0 +1,313 @@
+"""GPU kernels in the interpreter: parity with the references, races, planted faults.
+
+The interpreter runs the warpgroups of a block as threads, simulates barriers and
+asynchronous copies, and records races. Single-thread steps of the selection kernel
+have no interpreted form and are replaced there; the tests marked `gpu` check the
+kernels as compiled, on the device.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_inputs as ki
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import bench
+from pallas_kernels.cases import (
+    ATTENTION_CASES,
+    GATHER_CASES,
+    SELECT_CASES,
+    by_name,
+    tagged,
+)
+from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.gather_kv import gpu as gather_gpu
+from pallas_kernels.paged_attention import gpu as attention_gpu
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.gpu_layout import AttentionConfig
+from pallas_kernels.select_tokens import gpu as select_gpu
+from pallas_kernels.select_tokens import select_tokens
+
+PLAIN = plgpu.InterpretGPUParams()
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+# Cases that add little to the others and take the longest.
+SLOW = {"prefill_first", "step_d64", "verify_g5", "verify_long"}
+
+# The matrix unit reads 16-bit keys and values, so float32 cases run as bfloat16.
+ATTENTION = tuple(
+    dataclasses.replace(case, dtype="bfloat16")
+    for case in tagged(ATTENTION_CASES, "small")
+)
+SELECT = tagged(SELECT_CASES, "small")
+GATHER = tagged(GATHER_CASES, "small")
+
+
+def compile_interpreted(fn, inputs):
+    """Returns `fn` compiled for arrays like `inputs`; raises after a race."""
+    compiled = (
+        jax.jit(fn)
+        .lower(*map(jnp.asarray, inputs))
+        .compile({"xla_backend_optimization_level": 0})
+    )
+
+    def run(inputs):
+        result = jax.block_until_ready(compiled(*map(jnp.asarray, inputs)))
+        assert not gpu_callbacks.get_races().races_found, "race in shared memory"
+        return result
+
+    return run
+
+
+def case_params(cases, with_races):
+    """Returns (case, interpreter) pairs: the named cases with race detection."""
+    assert set(with_races) <= {case.name for case in cases}
+    params = []
+    for case in cases:
+        mode = RACES if case.name in with_races else PLAIN
+        marks = [pytest.mark.slow] if case.name in SLOW else []
+        params.append(pytest.param(case, mode, marks=marks, id=case.name))
+    return pytest.mark.parametrize("case, interpret", params)
+
+
+def assert_faults_are_seen(run, check, inputs, expected, faults, lane):
+    """Asserts that every fault in a lane alone changes the checked result."""
+    for fault in faults:
+        with pytest.raises(AssertionError):
+            check(run(fault(inputs, lane)), expected)
+
+
+# ------------------------------------------------------------------ attention
+
+
+def attention_setup(case, interpret, config=None):
+    """Returns the compiled kernel, its check, inputs and the expected result."""
+    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    expected = paged_attention(*inputs, **options, impl="reference")
+    kernel = functools.partial(
+        attention_gpu.paged_attention_gpu,
+        **options,
+        interpret=interpret,
+        config=config,
+    )
+    run = compile_interpreted(kernel, inputs)
+    check = functools.partial(ki.assert_attention_close, dtype=case.dtype)
+    return run, check, inputs, expected
+
+
+@case_params(ATTENTION, with_races=("page_edges", "verify_ragged", "step_bf16"))
+def test_attention_equals_the_reference(case, interpret):
+    run, check, inputs, expected = attention_setup(case, interpret)
+    actual = run(inputs)
+    check(actual, expected)
+    if interpret is RACES:
+        jax.tree.map(ki.assert_same_bits, actual, run(inputs))
+
+
+@pytest.mark.parametrize("name", ["page_edges", "verify_edges", "step_d64"])
+def test_attention_shows_faults(name):
+    case = by_name(ATTENTION, name)
+    run, check, inputs, expected = attention_setup(case, PLAIN)
+    check(run(inputs), expected)
+    lane = np.flatnonzero(inputs.kv_lengths.max(1))[-1]
+    assert_faults_are_seen(run, check, inputs, expected, ki.ATTENTION_FAULTS, lane)
+
+
+# A prompt chunk of 40 queries and 4 heads is 160 rows: three tiles of 64 rows.
+WIDE = dataclasses.replace(
+    by_name(ATTENTION, "step"),
+    name="wide",
+    groups=((1, 1), (1, 40)),
+    kv_lengths=(17, 75),
+    q_lengths=(1, 39),
+    head_step=0,
+)
+CONFIGS = {
+    "many_ctas": ("step_bf16", dict(num_ctas=40)),
+    "one_cta": ("step_bf16", dict(num_ctas=1)),
+    "stages": ("verify_long", dict(num_ctas=2, num_stages=3, copy_rows=64)),
+    "small_copies": ("verify_edges", dict(num_ctas=5, copy_rows=8)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_does_not_depend_on_its_configuration(name):
+    case_name, options = CONFIGS[name]
+    case, config = by_name(ATTENTION, case_name), AttentionConfig(**options)
+    run, check, inputs, expected = attention_setup(case, PLAIN, config)
+    check(run(inputs), expected)
+
+
+@pytest.mark.parametrize("rows", ["all", "edges"])
+def test_attention_of_a_long_prompt_chunk(rows):
+    case = dataclasses.replace(WIDE, mass_group=1, mass_rows=rows)
+    run, check, inputs, expected = attention_setup(case, PLAIN)
+    check(run(inputs), expected)
+
+
+def test_every_tuned_attention_entry_is_used(monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        attention_gpu, "Spec", lambda **spec: used.append(spec) or 1 / 0
+    )
+    for case in ATTENTION:
+        inputs = tuple(map(jnp.asarray, ki.attention_inputs(case)))
+        with pytest.raises(ZeroDivisionError):
+            attention_gpu.paged_attention_gpu(*inputs, **ki.attention_options(case))
+    assert all(s["config"] is attention_gpu.TUNED[s["head_size"]] for s in used)
+    assert {spec["head_size"] for spec in used} == set(attention_gpu.TUNED)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dtype="float32"), "bfloat16 only"),
+        (dict(head_size=32), "head size is 32"),
+        (dict(page_size=12), "page_size is 12"),
+        (dict(group_size=33), "33 query heads"),
+    ],
+)
+def test_attention_refuses_what_it_cannot_serve(change, message):
+    case = dataclasses.replace(by_name(ATTENTION, "one_key"), **change)
+    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    with pytest.raises(NotImplementedError, match=message):
+        paged_attention(*map(jnp.asarray, inputs), **options, impl="gpu_interpret")
+
+
+# ------------------------------------------------------------------ selection
+
+
+def select_setup(case, interpret, config=None):
+    """Returns the compiled kernel, inputs and the expected result."""
+    inputs, options = ki.select_inputs(case), ki.select_options(case)
+    expected = select_tokens(*inputs, **options, impl="reference")
+    kernel = functools.partial(
+        select_gpu.select_tokens_gpu, **options, interpret=interpret, config=config
+    )
+    return compile_interpreted(kernel, inputs), inputs, expected
+
+
+@case_params(SELECT, with_races=("few", "recent", "layer"))
+def test_selection_equals_the_reference_and_shows_faults(case, interpret):
+    run, inputs, expected = select_setup(case, interpret)
+    ki.assert_same_selection(run(inputs), expected)
+    if interpret is RACES:
+        check = ki.assert_same_selection
+        # The sum over the heads does not change when two are swapped.
+        unseen = {ki.swap_score_heads} if case.per_layer else set()
+        faults = [fault for fault in ki.SELECT_FAULTS if fault not in unseen]
+        assert_faults_are_seen(run, check, inputs, expected, faults, 0)
+
+
+@pytest.mark.parametrize("config", [(2, 4), (1, 8)], ids=str)
+def test_selection_of_rows_longer_than_the_registers(config):
+    # 2048 candidates in two slabs of 1024, held by two warpgroups or by one.
+    config = select_gpu.SelectConfig(num_warpgroups=config[0], per_thread=config[1])
+    case = by_name(SELECT, "select_2k")
+    assert config.slab < case.num_candidates
+    run, inputs, expected = select_setup(case, RACES, config)
+    ki.assert_same_selection(run(inputs), expected)
+
+
+def test_every_tuned_selection_entry_is_used():
+    sizes = [case.num_candidates for case in SELECT_CASES]
+    used = {select_gpu.choose_config(size) for size in sizes}
+    assert used == set(select_gpu.TUNED.values())
+    for size, config in select_gpu.TUNED.items():
+        assert config.slab == size
+        assert select_gpu.choose_config(size) is config
+
+
+# --------------------------------------------------------------------- gather
+
+
+@case_params(GATHER, with_races=("few_rows", "few_rows_bf16", "page_64"))
+def test_gather_equals_the_reference_and_shows_faults(case, interpret):
+    inputs = ki.gather_inputs(case)
+    expected = gather_kv(*inputs, impl="reference")
+    kernel = functools.partial(gather_gpu.gather_kv_gpu, interpret=interpret)
+    run = compile_interpreted(kernel, inputs)
+    ki.assert_same_bits(run(inputs), expected)
+    faults = ki.GATHER_FAULTS
+    assert_faults_are_seen(run, ki.assert_same_bits, inputs, expected, faults, 0)
+
+
+def test_gather_drops_rows_for_no_page():
+    case = by_name(GATHER, "page_64")
+    inputs = ki.gather_inputs(case)
+    target = inputs.target_table.copy()
+    target[0, 0], target[1, 0] = -1, len(inputs.kv_pages)
+    inputs = inputs._replace(target_table=target)
+    expected = gather_kv(*inputs, impl="reference")
+    actual = gather_kv(*map(jnp.asarray, inputs), impl="gpu_interpret")
+    ki.assert_same_bits(actual, expected)
+
+
+def test_gather_refuses_small_pages():
+    inputs = ki.gather_inputs(
+        dataclasses.replace(by_name(GATHER, "few_rows"), page_size=4)
+    )
+    with pytest.raises(NotImplementedError, match="page_size is 4"):
+        gather_kv(*map(jnp.asarray, inputs), impl="gpu_interpret")
+
+
+# ------------------------------------------------------------------ the device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_on_the_device(case):
+    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs = tuple(map(jnp.asarray, inputs))
+    expected = paged_attention(*inputs, **options, impl="reference")
+    actual = paged_attention(*inputs, **options, impl="gpu")
+    ki.assert_attention_close(actual, expected, case.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SELECT_CASES, ids=lambda case: case.name)
+def test_selection_on_the_device(case):
+    inputs, options = ki.select_inputs(case), ki.select_options(case)
+    inputs = tuple(map(jnp.asarray, inputs))
+    expected = select_tokens(*inputs, **options, impl="reference")
+    ki.assert_same_selection(select_tokens(*inputs, **options, impl="gpu"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GATHER, ids=lambda case: case.name)
+def test_gather_on_the_device(case):
+    inputs = tuple(map(jnp.asarray, ki.gather_inputs(case)))
+    expected = gather_kv(*inputs, impl="reference")
+    ki.assert_same_bits(gather_kv(*inputs, impl="gpu"), expected)
+
+
+# -------------------------------------------------------------------- benchmark
+
+
+def test_benchmark_inputs_have_needles_and_nan(monkeypatch):
+    monkeypatch.setattr(bench, "_LAYERS", 2)
+    monkeypatch.setattr(bench, "_POOL_BYTES", 1e5)
+    case = dataclasses.replace(
+        bench.ATTENTION["mixed"],
+        groups=((2, 1), (1, 9)),
+        kv_lengths=(41, 64, 200),
+        num_heads=2,
+        mass_group=1,
+    )
+    layers, (pool, kv_lengths, q_lengths) = bench.attention_layers(case)
+    q, table = layers[0]
+    assert jnp.isnan(pool[table[0, 0], :, 41:]).all()
+    assert not jnp.isnan(pool[table[0, 0], :, :41]).any()
+    assert not jnp.isnan(pool[table[1, 0]]).any()
+    options = ki.attention_options(case)
+    args = (q, pool, table, kv_lengths, q_lengths)
+    result = paged_attention(*args, **options, impl="reference")
+    # A needle gives its key nearly all of the probability.
+    values = pool[table[0, 0], 0, :41, case.head_size :].astype(jnp.float32)
+    distance = jnp.abs(result.out[0, 0].astype(jnp.float32) - values).max(1).min()
+    assert distance < 0.1
