@@ -1,7 +1,9 @@
 """Small engines for the lossless tests and an oracle that shares no code with them."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +15,7 @@ from sparsespec_jax.engine import _slot_params
 SPECULATION = SpeculationConfig(num_draft_tokens=3, budget_ratio=0.2, min_budget=3)
 ENGINE = EngineConfig(num_slots=3, page_size=4, prefill_chunk=8, lag=1)
 
+ORACLE_LENGTH = 80  # of every prompt and output together, at most
 PROMPT_LENGTHS = (1, 2, 4, 5, 9, 17, 30)
 LAWS = tuple(
     SamplingParams(temperature=t, seed=i, max_tokens=n)
@@ -44,30 +47,32 @@ def tokens_of(results):
 
 def oracle(model, prompt, law):
     """Plain decoding without engine, cache or pages: the whole text at every token."""
-    params = _slot_params(law, 0, 0, (), SPECULATION)[None]
-    row = sampling_lib.law_of(jnp.asarray(params))
+    params = jnp.asarray(_slot_params(law, 0, 0, (), SPECULATION)[None])
     ids, logprobs = list(prompt), []
-    padded = len(prompt) + law.max_tokens
-    caches = (None,) * model.config.num_layers
     for _ in range(law.max_tokens):
-        tokens = jnp.asarray(ids + [0] * (padded - len(ids)))
-        hidden, _ = model_lib.forward(
-            model.config,
-            model.params,
-            tokens,
-            jnp.arange(padded),
-            model_lib.causal_attend,
-            caches,
+        tokens = jnp.asarray(ids + [0] * (ORACLE_LENGTH - len(ids)))
+        token, logprob = next_token(
+            model.config, model.params, tokens, len(ids), params, law.filters
         )
-        last = len(ids) - 1
-        scores = model_lib.logits(model.config, model.params, hidden[last : last + 1])
-        token = sampling_lib.choose(
-            scores, row, jnp.array([len(ids)]), filters=law.filters
-        )
-        logprobs.append(
-            float(sampling_lib.logprobs(scores, row, token, filters=law.filters)[0])
-        )
-        ids.append(int(token[0]))
+        ids.append(int(token))
+        logprobs.append(float(logprob))
         if ids[-1] in (*law.stop_token_ids, *model.config.eos_ids):
             break
     return tuple(ids[len(prompt) :]), logprobs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def next_token(config, params, tokens, length, slot_params, filters):
+    """Token and log-probability after the first `length` of `tokens`."""
+    positions = jnp.arange(tokens.size)
+    caches = (None,) * config.num_layers
+    hidden, _ = model_lib.forward(
+        config, params, tokens, positions, model_lib.causal_attend, caches
+    )
+    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1)
+    scores = model_lib.logits(config, params, last)
+    law = sampling_lib.law_of(slot_params)
+    place = jnp.full(1, length)
+    token = sampling_lib.choose(scores, law, place, filters=filters)
+    logprob = sampling_lib.logprobs(scores, law, token, filters=filters)
+    return token[0], logprob[0]
