@@ -34,10 +34,14 @@ from sparsespec_jax import (
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
-_POLICIES = flags.DEFINE_list(
-    "policies", ["pillar", "window", "random", "full"], "Policies to compare."
+_ROWS = flags.DEFINE_list(
+    "rows",
+    ["pillar:0.05", "window:0.05", "full:1", "pillar:0.1", "pillar:0.2", "random:0.05"],
+    "What to measure, in order: policy:budget_ratio.",
 )
-_RATIOS = flags.DEFINE_list("budget_ratios", ["0.05", "0.1", "0.2"], "Budgets s.")
+_CONTEXTS = flags.DEFINE_string(
+    "contexts", None, "JSON file of contexts (token ids): read, or written if missing."
+)
 _K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.")
 _FLOOR = flags.DEFINE_integer("min_budget", 0, "Tokens a draft reads at least.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.65, "Temperature; 0 is greedy.")
@@ -126,45 +130,48 @@ def summarise(results, lengths):
     }
 
 
-def measure(model, contexts, ratios, write):
-    """All rows of the table; `write(rows, num_looping)` is called after each one."""
+def measure(model, contexts, wanted, write):
+    """All rows of the table for the (policy, budget_ratio) pairs `wanted`.
+
+    `write(rows, num_looping)` is called after each row.
+    """
     plain = continue_contexts(make_engine(model, "pillar", 0, 1.0), contexts)
     tokens = [r.token_ids for r in plain]
     keep = [i for i, ids in enumerate(tokens) if not contexts_lib.is_looping(ids)]
     lengths = [len(contexts[i]) for i in keep]
-    rows = []
-    for policy in _POLICIES.value:
-        sweep = [1.0] if policy == "full" else ratios
-        engine = make_engine(model, policy, _K.value, max(sweep))
-        for ratio in sweep:
-            engine.set_budget(budget_ratio=ratio, min_budget=_FLOOR.value)
-            start = time.perf_counter()
-            results = continue_contexts(engine, contexts)
-            same = sum(r.token_ids == t for r, t in zip(results, tokens, strict=True))
-            row = {
-                "policy": policy,
-                "budget_ratio": ratio,
-                "identical_contexts": same,
-                "wall_time_s": time.perf_counter() - start,
-                **summarise([results[i] for i in keep], lengths),
-            }
-            rows.append(row)
-            write(rows, len(contexts) - len(keep))
-            mean = row["mean_accepted_draft_tokens"]
-            print(
-                f"{policy:8s} s={ratio:<5g} accepted {mean['mean']:.2f} "
-                f"+- {mean['standard_error']:.2f} of {_K.value}; "
-                f"{same} of {len(contexts)} contexts identical to plain decoding",
-                flush=True,
-            )
+    rows, engines = [], {}
+    for policy, ratio in wanted:
+        if policy not in engines:
+            largest = max(r for p, r in wanted if p == policy)
+            engines[policy] = make_engine(model, policy, _K.value, largest)
+        engines[policy].set_budget(budget_ratio=ratio, min_budget=_FLOOR.value)
+        start = time.perf_counter()
+        results = continue_contexts(engines[policy], contexts)
+        same = sum(r.token_ids == t for r, t in zip(results, tokens, strict=True))
+        row = {
+            "policy": policy,
+            "budget_ratio": ratio,
+            "identical_contexts": same,
+            "wall_time_s": time.perf_counter() - start,
+            **summarise([results[i] for i in keep], lengths),
+        }
+        rows.append(row)
+        write(rows, len(contexts) - len(keep))
+        mean = row["mean_accepted_draft_tokens"]
+        print(
+            f"{policy:8s} s={ratio:<5g} accepted {mean['mean']:.2f} "
+            f"+- {mean['standard_error']:.2f} of {_K.value}; "
+            f"{same} of {len(contexts)} contexts identical to plain decoding",
+            flush=True,
+        )
     return rows
 
 
-def main(argv):
-    """Make contexts, measure every policy, write the results file."""
-    del argv
-    ratios = sorted(float(r) for r in _RATIOS.value)
-    model = load_model(_MODEL.value, dtype=_DTYPE.value)
+def load_or_make_contexts(model):
+    """Contexts of --contexts, or fresh ones, written there if a name is given."""
+    path = pathlib.Path(_CONTEXTS.value) if _CONTEXTS.value else None
+    if path and path.exists():
+        return json.loads(path.read_text())
     start = time.perf_counter()
     texts = contexts_lib.free_runs(
         model,
@@ -179,6 +186,17 @@ def main(argv):
     print(
         f"{len(contexts)} contexts in {time.perf_counter() - start:.0f} s", flush=True
     )
+    if path:
+        path.write_text(json.dumps(contexts) + "\n")
+    return contexts
+
+
+def main(argv):
+    """Make contexts, measure every policy, write the results file."""
+    del argv
+    wanted = [(p, float(r)) for p, _, r in (row.partition(":") for row in _ROWS.value)]
+    model = load_model(_MODEL.value, dtype=_DTYPE.value)
+    contexts = load_or_make_contexts(model)
     environment = record.describe_environment()
     if _COMMIT.value:
         environment["commit"] = _COMMIT.value
@@ -198,7 +216,7 @@ def main(argv):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
 
-    rows = measure(model, contexts, ratios, write)
+    rows = measure(model, contexts, wanted, write)
     lossless = _ACCEPTOR.value == "shared_noise" and _DTYPE.value == "float32"
     if lossless and any(r["identical_contexts"] < len(contexts) for r in rows):
         sys.exit("tokens differ from plain decoding")
