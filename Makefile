@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
 
+# Most of a test's time is compilation, on one core. Two jobs want 10 GB of memory.
+TEST_JOBS ?= 2
+
 .PHONY: demo test test-slow lint format clean
 .DELETE_ON_ERROR:
 
@@ -16,7 +19,8 @@ demo: $(VENV)/.base
 	$(BIN)/python -m experiments.generate $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not gpu and not tpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile \
+	  -m "not slow and not gpu and not tpu" $(ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
