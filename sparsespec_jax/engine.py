@@ -4,15 +4,13 @@ This file alone holds both the device state and the request records.
 """
 
 import dataclasses
-import hashlib
 import time
 from collections import deque
 
 import jax
-import numpy as np
 
-from pallas_kernels import default_impl
 from sparsespec_jax import plan as plan_lib
+from sparsespec_jax import sizes
 from sparsespec_jax.config import (
     MAX_STOP_TOKEN_IDS,
     EngineConfig,
@@ -20,7 +18,7 @@ from sparsespec_jax.config import (
     SpeculationConfig,
 )
 from sparsespec_jax.metrics import DecodeStats, RequestMetrics
-from sparsespec_jax.plan import StepOutcome, StepShape, budget_tokens, pages_for
+from sparsespec_jax.plan import StepOutcome
 from sparsespec_jax.results import DecodeResult, StreamEvent
 from sparsespec_jax.scheduler import Request, Scheduler
 from sparsespec_jax.selection import resolve_policy
@@ -63,11 +61,13 @@ class Engine:
         self.params_version = 0
         self.speculation = speculation or SpeculationConfig()
         self.config = engine or EngineConfig()
-        self.impl = _resolve_impl(self.config.impl)
+        self.impl = sizes.resolve_impl(self.config.impl)
         self.policy = resolve_policy(self.speculation.policy)
-        self.max_length = self._resolve_max_length()
-        self.shape = self._make_shape()
+        self.max_length = sizes.resolve_max_length(model, self.config)
+        sizes.check_vocabulary(model.config, self.speculation)
+        self.shape = sizes.make_shape(self.speculation, self.config, self.max_length)
         kv_dtype = self.params["embed"]["weight"].dtype
+        sizes.check_memory(model.config, self.shape, kv_dtype)
         ratio_test = self.speculation.acceptor == "ratio_test"
         self._state = new_state(
             model.config,
@@ -111,10 +111,13 @@ class Engine:
             )
         if sampling.stop and self.model.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        if len(_stop_ids(self.model.config, sampling)) > MAX_STOP_TOKEN_IDS:
+        if (
+            len(plan_lib.stop_ids(self.model.config.eos_ids, sampling))
+            > MAX_STOP_TOKEN_IDS
+        ):
             raise ValueError(
                 f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
-                f"supported, got {sorted(_stop_ids(self.model.config, sampling))}"
+                f"supported, got {sorted(plan_lib.stop_ids(self.model.config.eos_ids, sampling))}"
             )
         self._scheduler.check(self._request(tokens, sampling))
         return tokens
@@ -144,7 +147,7 @@ class Engine:
             prompt_index=request_id if prompt_index is None else prompt_index,
             sample_index=sample,
             text=OutputText(self.model.tokenizer, sampling.stop),
-            stop_ids=_stop_ids(self.model.config, sampling),
+            stop_ids=plan_lib.stop_ids(self.model.config.eos_ids, sampling),
             metrics=RequestMetrics(
                 max_draft_tokens=self.speculation.num_draft_tokens,
                 num_prompt_tokens=len(tokens),
@@ -162,11 +165,11 @@ class Engine:
             limit=limit,
             budget_ratio=self.speculation.budget_ratio,
             min_budget=self.speculation.min_budget,
-            slot_params=_slot_params(
+            slot_params=plan_lib.slot_params(
                 sampling,
                 sample,
                 limit,
-                _stop_ids(self.model.config, sampling),
+                plan_lib.stop_ids(self.model.config.eos_ids, sampling),
                 self.speculation,
             ),
         )
@@ -190,10 +193,10 @@ class Engine:
         new = dataclasses.replace(
             self.speculation, budget_ratio=budget_ratio, min_budget=min_budget
         )
-        if _largest_budget(new, self.max_length) > self.shape.max_budget:
+        if sizes.largest_budget(new, self.max_length) > self.shape.max_budget:
             raise ValueError(
                 f"budget_ratio={budget_ratio} and min_budget={min_budget} can select "
-                f"{_largest_budget(new, self.max_length)} tokens, the engine was built "
+                f"{sizes.largest_budget(new, self.max_length)} tokens, the engine was built "
                 f"for {self.shape.max_budget}"
             )
         self.speculation = new
@@ -335,8 +338,6 @@ class Engine:
             metrics=output.metrics,
         )
 
-    # -- sizes ------------------------------------------------------------------
-
     def stats(self, wall_time_s):
         """Totals over the finished requests."""
         return DecodeStats(
@@ -345,93 +346,5 @@ class Engine:
             num_steps=self.num_steps,
             wall_time_s=wall_time_s,
             kv_bytes_per_token=self.kv_bytes_per_token,
-            weight_bytes=self._weight_bytes(),
+            weight_bytes=sizes.weight_bytes(self.model),
         )
-
-    def _weight_bytes(self):
-        """Weights that one step reads; of an untied embedding it gathers rows only."""
-        total = sum(x.nbytes for x in jax.tree.leaves(self.params))
-        if self.model.config.tie_embeddings:
-            return total
-        return total - self.params["embed"]["weight"].nbytes
-
-    def _resolve_max_length(self):
-        limit = self.model.config.max_length
-        wanted = self.config.max_length or limit
-        if wanted > limit:
-            raise ValueError(
-                f"max_length is {wanted}, the model {self.model.name} was made for "
-                f"{limit} tokens"
-            )
-        return wanted
-
-    def _make_shape(self):
-        spec, config = self.speculation, self.config
-        page_size = config.page_size
-        cap = _largest_budget(spec, self.max_length)
-        rows = cap + 2 * spec.num_draft_tokens + 1
-        table = pages_for(self.max_length + spec.num_draft_tokens, page_size)
-        draft_table = pages_for(rows, page_size) if spec.num_draft_tokens else 0
-        num_pages = config.num_pages or config.num_slots * (table + draft_table)
-        return StepShape(
-            num_slots=config.num_slots,
-            num_draft_tokens=spec.num_draft_tokens,
-            num_pages=num_pages,
-            page_size=page_size,
-            table_width=table,
-            draft_table_width=max(draft_table, 1),
-            max_budget=max(cap, 1),
-            prefill_lanes=config.prefill_lanes,
-            prefill_chunk=config.prefill_chunk,
-        )
-
-
-def _resolve_impl(impl):
-    """The kernels to run; ValueError if this platform cannot run them."""
-    available = default_impl()
-    if impl in ("gpu", "tpu") and impl != available:
-        raise ValueError(
-            f"impl={impl!r} needs a {impl.upper()}, this process has "
-            f"{jax.default_backend()!r}: use impl=None, 'reference' or "
-            f"'{impl}_interpret'"
-        )
-    return impl or available
-
-
-def _largest_budget(speculation, max_length):
-    """Tokens selected at the longest context."""
-    budget = budget_tokens(
-        max_length,
-        ratio=speculation.budget_ratio,
-        floor=speculation.min_budget,
-        cap=max_length,
-    )
-    return int(budget)
-
-
-def _stop_ids(model_config, sampling):
-    """Token ids that end a request."""
-    eos = () if sampling.ignore_eos else tuple(model_config.eos_ids)
-    return frozenset(eos) | frozenset(sampling.stop_token_ids)
-
-
-def _slot_params(sampling, sample, limit, stop_ids, speculation):
-    """The device's record of a request, int32 [NUM_SLOT_PARAMS]."""
-    params = np.full(plan_lib.NUM_SLOT_PARAMS, plan_lib.NO_TOKEN, np.int32)
-    text = f"{sampling.seed}/{sample}".encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    params[plan_lib.SEED_LOW : plan_lib.SEED_HIGH + 1] = np.frombuffer(digest, np.int32)
-    floats = {
-        plan_lib.TEMPERATURE: sampling.temperature,
-        plan_lib.TOP_P: sampling.top_p,
-        plan_lib.MIN_P: sampling.min_p,
-        plan_lib.BUDGET_RATIO: speculation.budget_ratio,
-    }
-    params[list(floats)] = np.array(list(floats.values()), np.float32).view(np.int32)
-    params[plan_lib.MIN_BUDGET] = speculation.min_budget
-    params[plan_lib.TOP_K] = sampling.top_k
-    params[plan_lib.LIMIT] = limit
-    params[plan_lib.LOGPROB_MODE] = sampling.logprobs == "processed"
-    stops = sorted(stop_ids)
-    params[plan_lib.STOP_IDS : plan_lib.STOP_IDS + len(stops)] = stops
-    return params

@@ -6,6 +6,7 @@ host-to-device copy; a step's outcome comes back as one int32 array, decoded by
 """
 
 import dataclasses
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -162,3 +163,34 @@ def budget_tokens(length, *, ratio, floor, cap, xp=np):
     ratio = xp.asarray(ratio, dtype=np.float32)
     scaled = xp.ceil(length.astype(np.float32) * ratio).astype(np.int32)
     return xp.minimum(xp.minimum(length, xp.maximum(floor, scaled)), cap)
+
+
+def stop_ids(eos_ids, sampling):
+    """Token ids that end a request, a frozenset."""
+    eos = () if sampling.ignore_eos else tuple(eos_ids)
+    return frozenset(eos) | frozenset(sampling.stop_token_ids)
+
+
+def slot_params(sampling, sample, limit, stops, speculation):
+    """The device's record of a request, int32 [NUM_SLOT_PARAMS].
+
+    `sample` counts the samples of a prompt, `limit` the tokens at which the request
+    ends, `stops` are its stop token ids.
+    """
+    params = np.full(NUM_SLOT_PARAMS, NO_TOKEN, np.int32)
+    text = f"{sampling.seed}/{sample}".encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    params[SEED_LOW : SEED_HIGH + 1] = np.frombuffer(digest, np.int32)
+    floats = {
+        TEMPERATURE: sampling.temperature,
+        TOP_P: sampling.top_p,
+        MIN_P: sampling.min_p,
+        BUDGET_RATIO: speculation.budget_ratio,
+    }
+    params[list(floats)] = np.array(list(floats.values()), np.float32).view(np.int32)
+    params[MIN_BUDGET] = speculation.min_budget
+    params[TOP_K] = sampling.top_k
+    params[LIMIT] = limit
+    params[LOGPROB_MODE] = sampling.logprobs == "processed"
+    params[STOP_IDS : STOP_IDS + len(stops)] = sorted(stops)
+    return params

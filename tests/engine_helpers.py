@@ -10,7 +10,7 @@ import numpy as np
 from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, decode
 from sparsespec_jax import model as model_lib
 from sparsespec_jax import sampling as sampling_lib
-from sparsespec_jax.engine import _slot_params
+from sparsespec_jax.plan import slot_params as make_slot_params
 
 SPECULATION = SpeculationConfig(num_draft_tokens=3, budget_ratio=0.2, min_budget=3)
 ENGINE = EngineConfig(num_slots=3, page_size=4, prefill_chunk=8, lag=1)
@@ -47,7 +47,7 @@ def tokens_of(results):
 
 def oracle(model, prompt, law):
     """Plain decoding without engine, cache or pages: the whole text at every token."""
-    params = jnp.asarray(_slot_params(law, 0, 0, (), SPECULATION)[None])
+    params = jnp.asarray(make_slot_params(law, 0, 0, (), SPECULATION)[None])
     ids, logprobs = list(prompt), []
     for _ in range(law.max_tokens):
         tokens = jnp.asarray(ids + [0] * (ORACLE_LENGTH - len(ids)))

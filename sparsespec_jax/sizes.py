@@ -1,0 +1,102 @@
+"""Sizes of an engine, checked against model, platform and memory before any work."""
+
+import os
+
+import jax
+
+from pallas_kernels import default_impl
+from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
+from sparsespec_jax.state import pool_bytes_per_page
+
+_MEMORY_SHARE = 0.95  # of the free memory that the pool may take
+
+
+def resolve_impl(impl):
+    """The kernels to run; ValueError if this platform cannot run them."""
+    available = default_impl()
+    if impl in ("gpu", "tpu") and impl != available:
+        raise ValueError(
+            f"impl={impl!r} needs a {impl.upper()}, this process has "
+            f"{jax.default_backend()!r}: use impl=None, 'reference' or "
+            f"'{impl}_interpret'"
+        )
+    return impl or available
+
+
+def resolve_max_length(model, config):
+    """Tokens a request may have; ValueError past what the model was made for."""
+    limit = model.config.max_length
+    wanted = config.max_length or limit
+    if wanted > limit:
+        raise ValueError(
+            f"max_length is {wanted}, the model {model.name} was made for {limit} "
+            "tokens"
+        )
+    return wanted
+
+
+def check_vocabulary(model_config, speculation):
+    """ValueError if the ratio test is to keep more tokens than there are."""
+    kept, vocab = speculation.draft_top_m, model_config.vocab_size
+    if speculation.acceptor == "ratio_test" and kept > vocab:
+        raise ValueError(
+            f"draft_top_m is {kept}, the vocabulary has {vocab} tokens: lower it"
+        )
+
+
+def make_shape(speculation, config, max_length):
+    """StepShape of an engine; pages for all slots at full length unless given."""
+    page_size, drafts = config.page_size, speculation.num_draft_tokens
+    cap = largest_budget(speculation, max_length)
+    table = pages_for(max_length + drafts, page_size)
+    draft_table = pages_for(cap + 2 * drafts + 1, page_size) if drafts else 0
+    return StepShape(
+        num_slots=config.num_slots,
+        num_draft_tokens=drafts,
+        num_pages=config.num_pages or config.num_slots * (table + draft_table),
+        page_size=page_size,
+        table_width=table,
+        draft_table_width=max(draft_table, 1),
+        max_budget=max(cap, 1),
+        prefill_lanes=config.prefill_lanes,
+        prefill_chunk=config.prefill_chunk,
+    )
+
+
+def largest_budget(speculation, max_length):
+    """Tokens selected at the longest context."""
+    budget = budget_tokens(
+        max_length,
+        ratio=speculation.budget_ratio,
+        floor=speculation.min_budget,
+        cap=max_length,
+    )
+    return int(budget)
+
+
+def check_memory(model_config, shape, kv_dtype):
+    """ValueError, with the pages that would fit, if the pool exceeds free memory."""
+    per_page = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
+    fit = int(_MEMORY_SHARE * free_memory_bytes()) // per_page
+    if shape.num_pages > fit:
+        raise ValueError(
+            f"{shape.num_pages} KV pages of {per_page} bytes need "
+            f"{shape.num_pages * per_page / 2**30:.1f} GiB, at most {fit} pages fit: "
+            "lower num_slots or max_length, or set num_pages"
+        )
+
+
+def free_memory_bytes():
+    """Memory of the first device that nothing holds; on a CPU, all of the machine's."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def weight_bytes(model):
+    """Weights that one step reads; of an untied embedding it gathers rows only."""
+    total = sum(x.nbytes for x in jax.tree.leaves(model.params))
+    if model.config.tie_embeddings:
+        return total
+    return total - model.params["embed"]["weight"].nbytes
