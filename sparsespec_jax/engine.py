@@ -111,13 +111,11 @@ class Engine:
             )
         if sampling.stop and self.model.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        if (
-            len(plan_lib.stop_ids(self.model.config.eos_ids, sampling))
-            > MAX_STOP_TOKEN_IDS
-        ):
+        stops = plan_lib.stop_ids(self.model.config.eos_ids, sampling)
+        if len(stops) > MAX_STOP_TOKEN_IDS:
             raise ValueError(
                 f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
-                f"supported, got {sorted(plan_lib.stop_ids(self.model.config.eos_ids, sampling))}"
+                f"supported, got {sorted(stops)}"
             )
         self._scheduler.check(self._request(tokens, sampling))
         return tokens
@@ -193,11 +191,11 @@ class Engine:
         new = dataclasses.replace(
             self.speculation, budget_ratio=budget_ratio, min_budget=min_budget
         )
-        if sizes.largest_budget(new, self.max_length) > self.shape.max_budget:
+        largest = sizes.largest_budget(new, self.max_length)
+        if largest > self.shape.max_budget:
             raise ValueError(
                 f"budget_ratio={budget_ratio} and min_budget={min_budget} can select "
-                f"{sizes.largest_budget(new, self.max_length)} tokens, the engine was built "
-                f"for {self.shape.max_budget}"
+                f"{largest} tokens, the engine was built for {self.shape.max_budget}"
             )
         self.speculation = new
 
