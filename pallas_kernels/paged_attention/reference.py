@@ -71,16 +71,17 @@ class _Keys:
         self._lengths = kv_lengths
 
     def read(self, i):
-        """K and V of chunk i, float32 [lanes, pages, H, ps, D]."""
+        """K and V of chunk i, float32 [lanes, H, keys, D]: matrices as they lie."""
         pages = jax.lax.dynamic_slice_in_dim(
             self._table, i * self.chunk_pages, self.chunk_pages, 1
         )
         # Columns past a length may hold anything: read some page, mask it later.
-        rows = self._pages.at[pages].get(mode="clip").astype(jnp.float32)
+        head = jnp.arange(self._pages.shape[1])[None, :, None]
+        rows = self._pages.at[pages[:, None], head].get(mode="clip")
+        rows = rows.reshape(*self._lengths.shape, self.size, -1).astype(jnp.float32)
         k, v = jnp.split(rows, 2, axis=-1)
-        position = i * self.size + jnp.arange(self.size)
-        position = position.reshape(1, self.chunk_pages, 1, -1)
-        used = position < self._lengths[:, None, :, None]  # [lanes, pages, H, ps]
+        position = i * self.size + jnp.arange(self.size)[None, None]
+        used = position < self._lengths[:, :, None]
         return k, jnp.where(used[..., None], v, 0.0)  # 0 * NaN would be NaN
 
 
@@ -107,8 +108,7 @@ def _attend(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
     def add(i, carry):
         highest, total, out = carry
         k, v = keys.read(i)
-        logits = jnp.einsum("lhrd,lwhpd->lhrwp", rows, k, **_EXACT) * scale
-        logits = logits.reshape(*rows.shape[:3], keys.size)
+        logits = jnp.einsum("lhrd,lhkd->lhrk", rows, k, **_EXACT) * scale
         visible = _visible(
             kv_lengths, q_lengths, num_queries, i * keys.size + jnp.arange(keys.size)
         )
@@ -118,8 +118,7 @@ def _attend(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
         safe = jnp.where(jnp.isfinite(new_highest), new_highest, 0.0)
         weights = jnp.exp(logits - safe[..., None])
         shrink = jnp.exp(highest - safe)
-        p = weights.reshape(*weights.shape[:3], keys.chunk_pages, -1)
-        new = jnp.einsum("lhrwp,lwhpd->lhrd", p, v, **_EXACT)
+        new = jnp.einsum("lhrk,lhkd->lhrd", weights, v, **_EXACT)
         return (
             new_highest,
             total * shrink + weights.sum(-1),
@@ -140,8 +139,7 @@ def _attend_and_weigh(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
     rows = _rows_by_head(q)
 
     def add_logits(i, logits):
-        new = jnp.einsum("lhrd,lwhpd->lhrwp", rows, keys.read(i)[0], **_EXACT) * scale
-        new = new.reshape(*logits.shape[:3], keys.size)
+        new = jnp.einsum("lhrd,lhkd->lhrk", rows, keys.read(i)[0], **_EXACT) * scale
         return jax.lax.dynamic_update_slice_in_dim(logits, new, i * keys.size, 3)
 
     logits = jnp.zeros((*rows.shape[:3], keys.padded), jnp.float32)
@@ -153,8 +151,7 @@ def _attend_and_weigh(q, kv_pages, page_table, kv_lengths, q_lengths, scale):
 
     def add_values(i, out):
         p = jax.lax.dynamic_slice_in_dim(flat, i * keys.size, keys.size, 3)
-        p = p.reshape(*p.shape[:3], keys.chunk_pages, -1)
-        return out + jnp.einsum("lhrwp,lwhpd->lhrd", p, keys.read(i)[1], **_EXACT)
+        return out + jnp.einsum("lhrk,lhkd->lhrd", p, keys.read(i)[1], **_EXACT)
 
     out = jax.lax.fori_loop(0, keys.num_chunks, add_values, jnp.zeros_like(rows))
     return _by_query(out, num_queries), probabilities[..., : keys.num_keys]
