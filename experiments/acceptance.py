@@ -31,6 +31,7 @@ from sparsespec_jax import (
     SpeculationConfig,
     load_model,
 )
+from sparsespec_jax.selection import resolve_policy
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
@@ -70,11 +71,7 @@ def continue_contexts(engine, contexts):
             ignore_eos=True,
         )
         engine.add_request(context, law, prompt_index=index)
-    results = {}
-    while engine.has_work:
-        for result in engine.step():
-            results[result.prompt_index] = result
-    return [results[index] for index in range(len(contexts))]
+    return contexts_lib.finish(engine)
 
 
 def make_engine(model, policy, num_draft_tokens, ratio):
@@ -191,30 +188,31 @@ def load_or_make_contexts(model):
     return contexts
 
 
+def parse_row(text):
+    """(policy, budget_ratio) of "policy:budget_ratio", checked before any work."""
+    policy, _, ratio = text.partition(":")
+    resolve_policy(policy)
+    return policy, SpeculationConfig(budget_ratio=float(ratio)).budget_ratio
+
+
 def main(argv):
     """Make contexts, measure every policy, write the results file."""
     del argv
-    wanted = [(p, float(r)) for p, _, r in (row.partition(":") for row in _ROWS.value)]
+    try:
+        wanted = [parse_row(row) for row in _ROWS.value]
+    except ValueError as error:
+        raise app.UsageError(f"--rows: {error}") from None
     model = load_model(_MODEL.value, dtype=_DTYPE.value)
     contexts = load_or_make_contexts(model)
-    environment = record.describe_environment()
-    if _COMMIT.value:
-        environment["commit"] = _COMMIT.value
+    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    header = record.results_header(own_flags, commit=_COMMIT.value)
 
     def write(rows, num_looping):
-        output = {
-            "environment": environment,
-            "flags": {
-                f.name: f.value
-                for f in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-            },
+        counts = {
             "num_contexts": len(contexts),
             "num_looping_excluded": num_looping,
-            "rows": rows,
         }
-        path = pathlib.Path(_OUTPUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
+        record.write_results(_OUTPUT.value, header | counts | {"rows": rows})
 
     rows = measure(model, contexts, wanted, write)
     lossless = _ACCEPTOR.value == "shared_noise" and _DTYPE.value == "float32"

@@ -65,11 +65,15 @@ def free_runs(model, *, count, length, num_slots, page_size, impl, seed):
             ignore_eos=True,
         )
         engine.add_request(ids, law, prompt_index=index)
-    texts = {}
+    return [[*r.prompt_token_ids, *r.token_ids] for r in finish(engine)]
+
+
+def finish(engine):
+    """Run the engine until nothing is left; DecodeResults in order of their prompts."""
+    results = []
     while engine.has_work:
-        for result in engine.step():
-            texts[result.prompt_index] = [*result.prompt_token_ids, *result.token_ids]
-    return [texts[index] for index in range(len(encoded))]
+        results += engine.step()
+    return sorted(results, key=lambda result: result.prompt_index)
 
 
 def cut(texts, *, seed, ranges=RANGES):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pathlib
 import sys
 import time
 
@@ -42,7 +41,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
 def decode_all(model, requests, *, k, lag, page_size):
-    """(results by request, engine, seconds) of one configuration."""
+    """(results by request, seconds) of one configuration."""
     engine = Engine(
         model,
         speculation=SpeculationConfig(
@@ -62,11 +61,8 @@ def decode_all(model, requests, *, k, lag, page_size):
     engine.warm_up()
     for index, (prompt, law) in enumerate(requests):
         engine.add_request(prompt, law, prompt_index=index)
-    start, results = time.perf_counter(), {}
-    while engine.has_work:
-        for result in engine.step():
-            results[result.prompt_index] = result
-    return [results[i] for i in range(len(requests))], time.perf_counter() - start
+    start = time.perf_counter()
+    return contexts_lib.finish(engine), time.perf_counter() - start
 
 
 def compare(results, plain):
@@ -99,22 +95,6 @@ def configurations():
     return [pair[1:] for pair in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def write(environment, temperatures, rows):
-    """Write the results file; called after every row, so a kill loses none."""
-    output = {
-        "environment": environment,
-        "flags": {
-            f.name: f.value
-            for f in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        },
-        "temperatures": temperatures,
-        "rows": rows,
-    }
-    path = pathlib.Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(output, indent=1, allow_nan=False) + "\n")
-
-
 def main(argv):
     """Decode plainly once, speculatively in every configuration, and compare."""
     del argv
@@ -137,9 +117,9 @@ def main(argv):
             zip(prompts, temperatures, strict=True)
         )
     ]
-    environment = record.describe_environment()
-    if _COMMIT.value:
-        environment["commit"] = _COMMIT.value
+    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    header = record.results_header(own_flags, commit=_COMMIT.value)
+    header["temperatures"] = temperatures
     plain, seconds = decode_all(model, requests, k=0, lag=1, page_size=16)
     print(f"plain decoding: {seconds:.0f} s", flush=True)
     rows = []
@@ -157,7 +137,8 @@ def main(argv):
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
-        write(environment, temperatures, rows)
+        # After every row, so that a kill loses none.
+        record.write_results(_OUTPUT.value, header | {"rows": rows})
     if any(row["num_differing_tokens"] for row in rows):
         sys.exit("tokens differ from plain decoding")
 

@@ -142,6 +142,22 @@ def describe_environment() -> dict:
     }
 
 
+def results_header(own_flags, *, commit: str | None) -> dict:
+    """Environment and flags for a results file; `commit` where git cannot say it."""
+    environment = describe_environment()
+    if commit:
+        environment["commit"] = commit
+    values = {flag.name: flag.value for flag in own_flags}
+    return {"environment": environment, "flags": values}
+
+
+def write_results(path, results: dict) -> None:
+    """Write a results file, its folder included, whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(path, results)
+
+
 def _check_same_config(recorded, config, path):
     names = sorted(set(recorded) | set(config))
     changed = [n for n in names if recorded.get(n) != config.get(n)]

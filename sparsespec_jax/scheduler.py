@@ -9,6 +9,7 @@ number of steps ahead of them.
 import dataclasses
 import enum
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,15 +58,12 @@ class Request:
         return self.status in (Status.PREFILL, Status.READY, Status.RUNNING)
 
 
-class PlannedVerify:
+class PlannedVerify(NamedTuple):
     """One verify lane of a dispatched step, kept until its outcome is read."""
 
-    __slots__ = ("lane", "num_drafts", "request")
-
-    def __init__(self, lane, request, num_drafts):
-        self.lane = lane
-        self.request = request
-        self.num_drafts = num_drafts
+    lane: int
+    request: Request
+    num_drafts: int
 
 
 class Scheduler:

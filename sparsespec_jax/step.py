@@ -64,11 +64,10 @@ def make_step(model_config, shape, *, policy, options, filters, impl):
         rows = shape.draft_lanes + shape.verify_lanes * shape.num_queries
         scores = logits(model_config, params, hidden[:rows])
         state = state._replace(layers=tuple(layers))
-        choose = functools.partial(
-            _accept, plan=plan, verification=verification, shape=shape,
-            options=options, filters=filters,
+        verified, laws = _accept(
+            scores[shape.draft_lanes :], state, plan, verification, shape,
+            options, filters,
         )  # fmt: skip
-        verified, laws = choose(scores[shape.draft_lanes :], state)
         if shape.draft_lanes:
             state = _store_drafts(
                 scores[: shape.draft_lanes], state, plan, lanes, options, filters
@@ -162,7 +161,7 @@ def _tokens(state, plan, verification, lanes, shape):
     return jnp.concatenate(tokens), jnp.concatenate(positions)
 
 
-def _accept(scores, state, *, plan, verification, shape, options, filters):
+def _accept(scores, state, plan, verification, shape, options, filters):
     """Run the acceptor on scores [E * Q, V]; returns Verified and the rows' Law."""
     lanes = verification.lanes
     rows = shape.num_queries
