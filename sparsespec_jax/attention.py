@@ -35,6 +35,7 @@ class StepLanes(NamedTuple):
 
     draft_active: jax.Array  # bool [S] (size 0 in plain decoding)
     draft_tails: jax.Array  # int32 [S], rows behind the selected ones, own one excluded
+    draft_counts: jax.Array | None  # int32 [S, 1] if the policy's counts are fixed
     draft_table: jax.Array  # int32 [S, Wd]
     full_table: jax.Array  # int32 [S, W]
     verify: VerifyLanes
@@ -43,11 +44,19 @@ class StepLanes(NamedTuple):
     prefill_counts: jax.Array  # int32 [F]
 
 
+class RowPlaces(NamedTuple):
+    """Where rows of K and V go; a page past the pool drops its row."""
+
+    pages: jax.Array  # int32 [n, H], or [n, 1] for all heads
+    offsets: jax.Array  # int32, like pages: row inside the page
+
+
 def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
     """The `attend(layer, q, k, v, cache)` function of one step.
 
     Returns a closure from q [T, N, D] and k, v [T, H, D] (rotated) and the layer's
-    LayerCache to the attention output [T, N, D] and the next LayerCache.
+    LayerCache to the attention output [T, N, D] and the next LayerCache. With fixed
+    counts all that depends on lengths is the same in every layer, and computed once.
     """
     groups = _lane_groups(shape, lanes)
     tables, q_lengths = _tables_and_rows(lanes, shape)
@@ -60,24 +69,35 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         impl=impl,
     )
     needs_mass = drafting and policy.needs_mass
+    verify_rows = slice(
+        shape.draft_lanes, shape.draft_lanes + shape.verify_lanes * shape.num_queries
+    )
 
     def attend(layer_index, q, k, v, cache):
         heads = k.shape[1]
         rows = jnp.concatenate([k, v], axis=-1).astype(cache.kv_pages.dtype)
-        kv_pages = _write_rows(cache, rows, lanes, shape)
-        kv_lengths = _kv_lengths(cache, lanes, shape, heads)
-        out, mass = paged_attention(
-            q,
-            kv_pages,
-            tables,
-            kv_lengths,
-            q_lengths,
-            groups=groups,
-            mass_group=(1 if shape.draft_lanes else 0) if needs_mass else None,
-            mass_rows=options.mass_rows,
-            impl=impl,
-        )
-        counts = cache.draft_counts
+        fixed = lanes.draft_counts is not None
+        counts = lanes.draft_counts if fixed else cache.draft_counts
+        places, written = _row_places(lanes, shape, counts), rows
+        if drafting and fixed:
+            places += [_tail_places(lanes, shape, lanes.verify.budgets[:, None])]
+            written = jnp.concatenate([rows, rows[verify_rows]])
+        with jax.named_scope("write_rows"):
+            kv_pages = _write_rows(cache.kv_pages, places, written)
+        with jax.named_scope("attention"):
+            out, mass = paged_attention(
+                q,
+                kv_pages,
+                tables,
+                jnp.broadcast_to(
+                    _kv_lengths(lanes, shape, counts), (q_lengths.size, heads)
+                ),
+                q_lengths,
+                groups=groups,
+                mass_group=(1 if shape.draft_lanes else 0) if needs_mass else None,
+                mass_rows=options.mass_rows,
+                impl=impl,
+            )
         if drafting:
             # Attention must be done with the pool before the draft caches are
             # filled: without this order XLA copies the pool, twice per layer.
@@ -91,15 +111,18 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
                 num_kv_heads=heads,
                 num_keys=shape.table_width * shape.page_size,
             )
-            indices, selected = policy.select(view, selection)
+            with jax.named_scope("select"):
+                indices, selected = policy.select(view, selection)
             is_live = (lanes.verify.num_rows > 0)[:, None]
             selected = jnp.where(is_live, selected, 0)
-            kv_pages = _fill_draft_cache(
-                kv_pages, rows, indices, selected, lanes, shape, impl
-            )
-            selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
-            counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
-        return out, LayerCache(kv_pages, counts)
+            with jax.named_scope("gather"):
+                kv_pages = _gather_selected(kv_pages, indices, selected, lanes, impl)
+            if not fixed:
+                place = [_tail_places(lanes, shape, selected)]
+                kv_pages = _write_rows(kv_pages, place, rows[verify_rows])
+                selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
+                counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
+        return out, LayerCache(kv_pages, None if fixed else counts)
 
     return attend
 
@@ -134,94 +157,100 @@ def _tables_and_rows(lanes, shape):
     )
 
 
-def _kv_lengths(cache, lanes, shape, heads):
-    """Visible keys int32 [lanes, H]; a draft lane counts its selected rows per head."""
-    selected = cache.draft_counts[: shape.draft_lanes]
-    draft = selected + lanes.draft_tails[:, None] + 1
+def _kv_lengths(lanes, shape, counts):
+    """Visible keys int32 [lanes, H or 1], from the selected rows `counts` [S, H or 1].
+
+    A draft lane sees its selected rows, the tail behind them and its own row.
+    """
+    draft = counts[: shape.draft_lanes] + lanes.draft_tails[:, None] + 1
     draft = jnp.where(lanes.draft_active[:, None], draft, 0)
     verify = lanes.verify.starts + lanes.verify.num_rows
     verify = jnp.where(lanes.verify.num_rows > 0, verify, 0)
     prefill = lanes.prefill_starts + lanes.prefill_counts
     prefill = jnp.where(lanes.prefill_counts > 0, prefill, 0)
-    flat = jnp.concatenate([verify, prefill])[:, None]
-    return jnp.concatenate([draft, jnp.broadcast_to(flat, (flat.size, heads))])
+    full = jnp.concatenate([verify, prefill])[:, None]
+    return jnp.concatenate([draft, jnp.broadcast_to(full, (full.size, draft.shape[1]))])
 
 
-def _write_rows(cache, rows, lanes, shape):
-    """Store each token's K and V row where its lane reads it; rows [T, H, 2D]."""
-    heads = rows.shape[1]
-    split = (
-        shape.draft_lanes,
-        shape.draft_lanes + shape.verify_lanes * shape.num_queries,
-    )
-    draft_rows, verify_rows, prefill_rows = jnp.split(rows, split)
-
-    place = cache.draft_counts[: shape.draft_lanes] + lanes.draft_tails[:, None]
+def _row_places(lanes, shape, counts):
+    """RowPlaces of the step's tokens, in lane order; counts [S, H or 1]."""
+    place = counts[: shape.draft_lanes] + lanes.draft_tails[:, None]
     place = jnp.where(lanes.draft_active[:, None], place, -1)
     table = lanes.draft_table[: shape.draft_lanes]
-    kv_pages = scatter_rows(
-        cache.kv_pages, table[:, None], place[:, None], draft_rows[:, None]
-    )
-
     verify = lanes.verify
-    kv_pages = _write_span(
-        kv_pages, lanes.full_table, verify.slots, verify.starts, verify.num_rows,
-        verify_rows.reshape(shape.verify_lanes, shape.num_queries, heads, -1),
-    )  # fmt: skip
+    places = [
+        _places(shape, table, place[:, None]),
+        _span(shape, lanes, verify.slots, verify.starts, verify.num_rows,
+              shape.num_queries),
+    ]  # fmt: skip
     if lanes.prefill_slots.size:
-        kv_pages = _write_span(
-            kv_pages, lanes.full_table, lanes.prefill_slots, lanes.prefill_starts,
-            lanes.prefill_counts,
-            prefill_rows.reshape(-1, shape.prefill_chunk, heads, rows.shape[-1]),
-        )  # fmt: skip
-    return kv_pages
+        places.append(
+            _span(
+                shape,
+                lanes,
+                lanes.prefill_slots,
+                lanes.prefill_starts,
+                lanes.prefill_counts,
+                shape.prefill_chunk,
+            )
+        )
+    return places
 
 
-def _write_span(kv_pages, full_table, slots, starts, counts, rows):
-    """Write rows [lanes, n, H, 2D] at positions starts.. of the slots' full tables."""
-    lanes, num, heads, _ = rows.shape
-    row = jnp.arange(num)[None]
+def _span(shape, lanes, slots, starts, counts, num_rows):
+    """RowPlaces of positions starts.. of the slots' full tables, `num_rows` each."""
+    row = jnp.arange(num_rows)[None]
     place = jnp.where(row < counts[:, None], starts[:, None] + row, -1)
-    place = jnp.broadcast_to(place[..., None], (lanes, num, heads))
-    table = full_table.at[slots].get(mode="clip")
-    return scatter_rows(kv_pages, table[:, None], place, rows)
+    table = lanes.full_table.at[slots].get(mode="clip")
+    return _places(shape, table, place[..., None])
 
 
-def _fill_draft_cache(kv_pages, rows, indices, selected, lanes, shape, impl):
-    """Copy the selected rows, then the rows just verified, into the draft pages.
+def _tail_places(lanes, shape, selected):
+    """RowPlaces of the verified rows in the draft caches, behind the selected ones."""
+    verify = lanes.verify
+    row = jnp.arange(shape.num_queries)[None, :, None]
+    place = selected[:, None, :] + row
+    place = jnp.where(row < verify.num_rows[:, None, None], place, -1)
+    table = lanes.draft_table.at[verify.slots].get(mode="clip")
+    return _places(shape, table, place)
+
+
+def _places(shape, tables, places):
+    """RowPlaces of cache indices `places` [lanes, n, H or 1] of tables [lanes, W].
+
+    Rows with a negative place or no page are dropped.
+    """
+    lanes, num, heads = places.shape
+    column = jnp.maximum(places, 0) // shape.page_size
+    pages = jnp.take_along_axis(
+        tables,
+        column.reshape(lanes, num * heads),
+        axis=1,
+        mode="fill",
+        fill_value=shape.num_pages,
+    ).reshape(places.shape)
+    pages = jnp.where((places >= 0) & (pages >= 0), pages, shape.num_pages)
+    flat = (lanes * num, heads)
+    return RowPlaces(pages.reshape(flat), (places % shape.page_size).reshape(flat))
+
+
+def _write_rows(kv_pages, places, rows):
+    """Store rows [n, H, 2D] at the RowPlaces of a list, one behind the other."""
+    heads = rows.shape[1]
+    pages, offsets = (
+        jnp.concatenate([jnp.broadcast_to(p, (p.shape[0], heads)) for p in field])
+        for field in zip(*places, strict=True)
+    )
+    head = jnp.arange(heads)[None]
+    return kv_pages.at[pages, head, offsets].set(rows, mode="drop")
+
+
+def _gather_selected(kv_pages, indices, selected, lanes, impl):
+    """Copy the selected rows to the head of the draft caches.
 
     indices [E, H, cap] and selected [E, H], or one list for all heads ([E, 1, ...]).
     """
-    verify = lanes.verify
-    heads = rows.shape[1]
-    source = lanes.full_table.at[verify.slots].get(mode="clip")
-    target = lanes.draft_table.at[verify.slots].get(mode="clip")
-    kv_pages = gather_kv(kv_pages, source, target, indices, selected, impl=impl)
-    first = shape.draft_lanes
-    last = first + shape.verify_lanes * shape.num_queries
-    tail = rows[first:last].reshape(shape.verify_lanes, shape.num_queries, heads, -1)
-    row = jnp.arange(shape.num_queries)[None]
-    selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
-    place = selected[:, None, :] + row[..., None]
-    is_row = row < verify.num_rows[:, None]
-    place = jnp.where(is_row[..., None], place, -1)
-    return scatter_rows(kv_pages, target[:, None], place, tail)
-
-
-def scatter_rows(kv_pages, tables, places, rows):
-    """Write rows [lanes, n, H, 2D] at cache indices `places` [lanes, n, H].
-
-    tables [lanes, 1, W]. Rows with a negative place or no page are dropped.
-    """
-    num_pages, heads, page_size, _ = kv_pages.shape
-    column = jnp.maximum(places, 0) // page_size
-    pages = jnp.take_along_axis(
-        jnp.broadcast_to(tables, (*places.shape[:2], tables.shape[-1])),
-        column,
-        axis=-1,
-        mode="fill",
-        fill_value=num_pages,
-    )
-    pages = jnp.where((places >= 0) & (pages >= 0), pages, num_pages)
-    head = jnp.arange(heads)[None, None]
-    return kv_pages.at[pages, head, places % page_size].set(rows, mode="drop")
+    slots = lanes.verify.slots
+    source = lanes.full_table.at[slots].get(mode="clip")
+    target = lanes.draft_table.at[slots].get(mode="clip")
+    return gather_kv(kv_pages, source, target, indices, selected, impl=impl)

@@ -45,11 +45,14 @@ class Policy:
     `select(view, options)` returns (indices int32 [E, H, cap], counts int32 [E, H]):
     distinct positions below `view.lengths`, at most `view.budgets` of them. One set
     for all heads may be given as [E, 1, cap] and [E, 1], which copies longer rows.
+    `fixed_counts` promises counts of exactly min(budget, length) in every layer and
+    head, which lets a step compute lengths and places once instead of in each layer.
     """
 
     name: str
     needs_mass: bool
     select: Callable
+    fixed_counts: bool = False
 
 
 def top_mass(view, options):
@@ -77,8 +80,8 @@ def window(view, options):
 
 
 def everything(view, options):
-    """Every committed token: the dense draft, a probe of the whole loop."""
-    counts = jnp.minimum(options.cap, view.lengths)
+    """The first tokens; at budget ratio 1 the dense draft, a probe of the whole loop."""
+    counts = jnp.minimum(view.budgets, view.lengths)
     place = jnp.arange(options.cap, dtype=jnp.int32)[None, None]
     return jnp.broadcast_to(place, (counts.size, 1, options.cap)), counts[:, None]
 
@@ -97,10 +100,10 @@ def random(view, options):
 
 
 POLICIES = {
-    "pillar": Policy("pillar", True, top_mass),
-    "window": Policy("window", False, window),
-    "full": Policy("full", False, everything),
-    "random": Policy("random", False, random),
+    "pillar": Policy("pillar", True, top_mass, True),
+    "window": Policy("window", False, window, True),
+    "full": Policy("full", False, everything, True),
+    "random": Policy("random", False, random, True),
 }
 
 

@@ -12,13 +12,15 @@ class LayerCache(NamedTuple):
     """What one layer keeps between steps."""
 
     kv_pages: jax.Array  # [P, H, ps, 2 * D]
-    draft_counts: jax.Array  # int32 [S, H], selected rows at the head of a draft cache
+    # int32 [S, H], selected rows at the head of a draft cache; None if counts are fixed
+    draft_counts: jax.Array | None
 
 
 class DecodeState(NamedTuple):
     """Everything the device knows of the requests in its slots."""
 
     layers: tuple[LayerCache, ...]
+    draft_counts: jax.Array | None  # int32 [S, 1], of all layers if counts are fixed
     full_table: jax.Array  # int32 [S, W], P where no page is
     draft_table: jax.Array  # int32 [S, Wd]
     lengths: jax.Array  # int32 [S], committed length L
@@ -29,8 +31,11 @@ class DecodeState(NamedTuple):
     draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
 
 
-def new_state(model_config, shape, *, kv_dtype, draft_top_m):
-    """An empty DecodeState for `shape` (StepShape); pages hold zeros."""
+def new_state(model_config, shape, *, kv_dtype, draft_top_m, fixed_counts):
+    """An empty DecodeState for `shape` (StepShape); pages hold zeros.
+
+    `fixed_counts` is the policy's: whether every layer selects the same numbers.
+    """
     slots, rows = shape.num_slots, shape.num_queries
     pool = (
         shape.num_pages,
@@ -42,10 +47,11 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m):
 
     def layer():
         counts = jnp.zeros((slots, model_config.num_kv_heads), jnp.int32)
-        return LayerCache(jnp.zeros(pool, kv_dtype), counts)
+        return LayerCache(jnp.zeros(pool, kv_dtype), None if fixed_counts else counts)
 
     return DecodeState(
         layers=tuple(layer() for _ in range(model_config.num_layers)),
+        draft_counts=jnp.zeros((slots, 1), jnp.int32) if fixed_counts else None,
         full_table=jnp.full((slots, shape.table_width), shape.num_pages, jnp.int32),
         draft_table=jnp.full(
             (slots, shape.draft_table_width), shape.num_pages, jnp.int32

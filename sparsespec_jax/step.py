@@ -134,6 +134,7 @@ def _step_lanes(state, plan, verification, shape):
     return StepLanes(
         draft_active=active[:drafting],
         draft_tails=(state.draft_tails + state.num_drafted)[:drafting],
+        draft_counts=state.draft_counts,
         draft_table=state.draft_table,
         full_table=state.full_table,
         verify=verification.lanes,
@@ -258,8 +259,10 @@ def _commit(state, plan, verification, verified, laws, scores, shape, filters):
         return old.at[lanes.slots].set(new, mode="drop")
 
     pending = jnp.take_along_axis(verified.tokens, verified.num_accepted[:, None], 1)
+    counts = state.draft_counts
     state = DecodeState(
         layers=state.layers,
+        draft_counts=None if counts is None else put(counts, lanes.budgets[:, None]),
         full_table=state.full_table,
         draft_table=state.draft_table,
         lengths=put(state.lengths, lanes.starts + verified.num_accepted + 1),
