@@ -80,7 +80,7 @@ def window(view, options):
 
 
 def everything(view, options):
-    """The first tokens; at budget ratio 1 the dense draft, a probe of the whole loop."""
+    """The first tokens: at budget ratio 1 the dense draft, a probe of the loop."""
     counts = jnp.minimum(view.budgets, view.lengths)
     place = jnp.arange(options.cap, dtype=jnp.int32)[None, None]
     return jnp.broadcast_to(place, (counts.size, 1, options.cap)), counts[:, None]
