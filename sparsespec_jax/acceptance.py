@@ -1,9 +1,10 @@
-"""Verified logits to committed tokens: two acceptors with one interface, both exact.
+"""Verified logits to committed tokens: three acceptors with one interface.
 
 `shared_noise` compares each draft with the target's own choice under the same noise,
 so the text equals plain decoding token by token. `ratio_test` is the classical
 rejection test (Leviathan et al., 2023; Chen et al., 2023): the same law, another
-random stream, and a little more acceptance.
+random stream, and a little more acceptance. `forced` is a tool of measurement and
+not exact: it accepts drafts whatever the target says.
 """
 
 from typing import NamedTuple
@@ -41,6 +42,24 @@ def shared_noise(logits, laws, positions, drafts, num_drafts, *, filters):
     ).reshape(lanes, rows)
     agrees = drafts == choice[:, :-1]
     return Verified(count_prefix(agrees, num_drafts), choice)
+
+
+def forced(logits, laws, positions, drafts, num_drafts, *, probability, filters):
+    """Accept every draft with `probability`, unseen: for timing random weights.
+
+    As `shared_noise`, but the text is the drafts' and not the target's.
+    """
+    lanes, rows, _ = logits.shape
+    choice = shared_noise(
+        logits, laws, positions, drafts, num_drafts, filters=filters
+    ).tokens
+    u = sampling.uniform(
+        laws.seed, positions.reshape(-1), stream=sampling.ACCEPT
+    ).reshape(lanes, rows)
+    accepted = count_prefix(u[:, :-1] < probability, num_drafts)
+    padded = jnp.pad(drafts, ((0, 0), (0, 1)))
+    is_draft = jnp.arange(rows)[None] < accepted[:, None]
+    return Verified(accepted, jnp.where(is_draft, padded, choice))
 
 
 def ratio_test(logits, laws, positions, drafts, num_drafts, draft_law, *, filters):

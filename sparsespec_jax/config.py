@@ -7,7 +7,7 @@ field, the value and what would work. No jax here: the scheduler reads these too
 import dataclasses
 import math
 
-ACCEPTORS = ("shared_noise", "ratio_test")
+ACCEPTORS = ("shared_noise", "ratio_test", "forced")
 MASS_ROWS = ("all", "edges")
 SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
@@ -100,7 +100,8 @@ class SpeculationConfig:
     budget_ratio: float = 0.05  # s, share of the context a draft reads, (0, 1]
     min_budget: int = 192  # tokens read at least (b_min)
     policy: object = "pillar"  # name in selection.POLICIES, or a selection.Policy
-    acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023)
+    acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023), "forced"
+    forced_acceptance: float | None = None  # with "forced": mean accepted drafts; lossy
     mass_rows: str = "all"  # verify rows whose attention counts: "all" or "edges"
     scope: str = "kv_head"  # one selection per KV head, or one per layer
     num_recent: int = 0  # newest committed tokens always selected
@@ -112,11 +113,36 @@ class SpeculationConfig:
         _require_float("budget_ratio", self.budget_ratio, 0.0, 1.0, open_low=True)
         _require_int("min_budget", self.min_budget, 0)
         _require_choice("acceptor", self.acceptor, ACCEPTORS)
+        _require(
+            (self.acceptor == "forced") == (self.forced_acceptance is not None),
+            "forced_acceptance goes with acceptor='forced' and with no other, got "
+            f"{self.forced_acceptance!r} and {self.acceptor!r}",
+        )
+        if self.forced_acceptance is not None:
+            drafts = self.num_draft_tokens
+            _require_float("forced_acceptance", self.forced_acceptance, 0.0, drafts)
         _require_choice("mass_rows", self.mass_rows, MASS_ROWS)
         _require_choice("scope", self.scope, SCOPES)
         _require_int("num_recent", self.num_recent, 0)
         _require_int("num_sinks", self.num_sinks, 0)
         _require_int("draft_top_m", self.draft_top_m, 1)
+
+    @property
+    def is_lossless(self):
+        """False if the output need not follow the target's law."""
+        return self.acceptor != "forced"
+
+    @property
+    def forced_probability(self):
+        """Acceptance p of each draft with p + p^2 + .. + p^k = forced_acceptance."""
+        if self.forced_acceptance is None:
+            return None
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            p = (low + high) / 2
+            mean = sum(p**i for i in range(1, self.num_draft_tokens + 1))
+            low, high = (p, high) if mean < self.forced_acceptance else (low, p)
+        return high
 
     @property
     def cycle(self):

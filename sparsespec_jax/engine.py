@@ -346,4 +346,5 @@ class Engine:
             wall_time_s=wall_time_s,
             kv_bytes_per_token=self.kv_bytes_per_token,
             weight_bytes=sizes.weight_bytes(self.model),
+            forced_acceptance=self.speculation.forced_acceptance,
         )

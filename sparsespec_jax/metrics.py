@@ -187,6 +187,7 @@ class DecodeStats:
     wall_time_s: float  # compilation excluded
     kv_bytes_per_token: int  # K and V of one token over all layers and KV heads
     weight_bytes: int  # weights that one step reads
+    forced_acceptance: float | None = None  # mean asked for; then the text is lossy
 
     @property
     def total(self) -> RequestMetrics:
@@ -247,6 +248,7 @@ class DecodeStats:
             "tokens_per_s",
             "kv_bytes_per_output_token",
             "speed_of_light",
+            "forced_acceptance",
         )
         values = {name: getattr(self, name) for name in scalars}
         values["total"] = self.total.to_dict()

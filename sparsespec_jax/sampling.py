@@ -161,11 +161,12 @@ def choose(logits, law, positions, *, filters):
 
 def logprobs(logits, law, tokens, *, filters):
     """Log-probability float32 [R] of `tokens`, of the model or of the law per row."""
-    picked = jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0]
-    raw = picked - jax.nn.logsumexp(logits, -1)
-    keep = keep_mask(logits, law) if filters else jnp.ones(logits.shape, bool)
-    temperature = jnp.where(law.temperature > 0, law.temperature, 1.0)
-    masked = jnp.where(keep, logits, -jnp.inf) / temperature[:, None]
-    processed = picked / temperature - jax.nn.logsumexp(masked, -1)
-    processed = jnp.where(law.temperature > 0, processed, 0.0)
-    return jnp.where(law.processed_logprobs, processed, raw)
+    hot = law.temperature > 0
+    scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)
+    scaled = logits / scale[:, None]
+    if filters:
+        keep = keep_mask(logits, law) | ~law.processed_logprobs[:, None]
+        scaled = jnp.where(keep, scaled, -jnp.inf)
+    picked = jnp.take_along_axis(scaled, tokens[:, None], -1)[:, 0]
+    value = picked - jax.nn.logsumexp(scaled, -1)
+    return jnp.where(law.processed_logprobs & ~hot, 0.0, value)

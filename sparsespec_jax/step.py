@@ -27,6 +27,7 @@ class StepOptions(NamedTuple):
     num_recent: int
     num_sinks: int
     draft_top_m: int
+    forced_probability: float | None
 
 
 def step_options(speculation):
@@ -64,18 +65,19 @@ def make_step(model_config, shape, *, policy, options, filters, impl):
         rows = shape.draft_lanes + shape.verify_lanes * shape.num_queries
         scores = logits(model_config, params, hidden[:rows])
         state = state._replace(layers=tuple(layers))
-        verified, laws = _accept(
-            scores[shape.draft_lanes :], state, plan, verification, shape,
-            options, filters,
-        )  # fmt: skip
-        if shape.draft_lanes:
-            state = _store_drafts(
-                scores[: shape.draft_lanes], state, plan, lanes, options, filters
-            )
-        return _commit(
-            state, plan, verification, verified, laws,
-            scores[shape.draft_lanes :], shape, filters,
-        )  # fmt: skip
+        with jax.named_scope("sample"):
+            verified, laws = _accept(
+                scores[shape.draft_lanes :], state, plan, verification, shape,
+                options, filters,
+            )  # fmt: skip
+            if shape.draft_lanes:
+                state = _store_drafts(
+                    scores[: shape.draft_lanes], state, plan, lanes, options, filters
+                )
+            return _commit(
+                state, plan, verification, verified, laws,
+                scores[shape.draft_lanes :], shape, filters,
+            )  # fmt: skip
 
     return jax.jit(step, static_argnames="prefill", donate_argnums=1)
 
@@ -179,6 +181,11 @@ def _accept(scores, state, plan, verification, shape, options, filters):
         verified = _ratio_test_or_seed(
             stacked, laws, positions, drafts, num_drafts, draft_law, forced,
             verification.is_seed, filters,
+        )  # fmt: skip
+    elif options.acceptor == "forced" and shape.num_draft_tokens:
+        verified = acceptance.forced(
+            stacked, laws, positions, drafts, num_drafts,
+            probability=options.forced_probability, filters=filters,
         )  # fmt: skip
     else:
         verified = acceptance.shared_noise(

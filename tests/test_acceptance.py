@@ -1,4 +1,4 @@
-"""Both acceptors: prefix logic exhaustively, the ratio test by chi-square."""
+"""The acceptors: prefix logic exhaustively, the ratio test by chi-square."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparsespec_jax import acceptance, sampling
+from sparsespec_jax import SpeculationConfig, acceptance, sampling
 from tests.test_sampling import law
 
 
@@ -126,3 +126,38 @@ def test_a_biased_acceptance_would_be_seen():
     wrong *= len(tokens) / wrong.sum()
     counts = np.bincount(tokens, minlength=5)
     assert stats.chisquare(counts, wrong).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0, 6.16, 8.0])
+def test_forced_acceptance_has_the_mean_asked_for(mean):
+    lanes, drafts, vocab = 4000, 8, 3
+    config = SpeculationConfig(acceptor="forced", forced_acceptance=mean)
+    offered = jnp.full((lanes, drafts), 2)
+    got = acceptance.forced(
+        jnp.zeros((lanes, drafts + 1, vocab)).at[..., 1].set(9.0),
+        law(lanes * (drafts + 1), temperature=0.0),
+        jnp.arange(lanes * (drafts + 1)).reshape(lanes, -1),
+        offered,
+        jnp.full(lanes, drafts),
+        probability=config.forced_probability,
+        filters=False,
+    )
+    accepted = np.asarray(got.num_accepted)
+    assert abs(accepted.mean() - mean) < 5 * max(accepted.std(), 1e-9) / lanes**0.5
+    is_draft = np.arange(drafts + 1)[None] < accepted[:, None]
+    np.testing.assert_array_equal(got.tokens, np.where(is_draft, 2, 1))
+    assert not config.is_lossless and SpeculationConfig().is_lossless
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(acceptor="forced"),
+        dict(forced_acceptance=3.0),
+        dict(acceptor="forced", forced_acceptance=9.0),
+        dict(acceptor="forced", forced_acceptance=-1.0),
+    ],
+)
+def test_forced_acceptance_needs_a_mean_within_the_drafts(options):
+    with pytest.raises(ValueError, match="forced_acceptance"):
+        SpeculationConfig(**options)
