@@ -93,6 +93,12 @@ class Engine:
         return bool(self._outputs)
 
     @property
+    def is_prefilling(self):
+        """True while a request has emitted nothing."""
+        requests = (output.request for output in self._outputs.values())
+        return any(len(r.tokens) == r.num_prompt for r in requests)
+
+    @property
     def max_new_tokens(self):
         """Tokens that the unfinished requests can still emit."""
         requests = (output.request for output in self._outputs.values())

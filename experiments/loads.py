@@ -1,0 +1,118 @@
+"""Loads of the throughput experiment: what is decoded, and in which engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+
+
+def _option(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Load:
+    """One load; every field is also a command-line flag.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    model: str = _option("qwen3-8b", "A preset (random weights), or a model to load.")
+    random_weights: bool = _option(True, "Weights of the preset's shapes, not real.")
+    dtype: str = _option("bfloat16", "Type of weights and KV: float32 or bfloat16.")
+    num_requests: int = _option(64, "Requests, all submitted at the start.")
+    num_slots: int = _option(64, "Requests decoded at the same time.")
+    prompt_length: int = _option(
+        512, "Random tokens per prompt; 0: prompts of --prompts, or the built-in ones."
+    )
+    new_tokens: int = _option(4096, "Tokens per request; end-of-text is ignored.")
+    max_length: int = _option(0, "Prompt and output at most; 0: what the load needs.")
+    temperature: float = _option(0.65, "0 is greedy.")
+    num_draft_tokens: int = _option(8, "Drafts per cycle, k.")
+    budget_ratio: float = _option(0.05, "Share of the context that a draft reads, s.")
+    min_budget: int = _option(192, "Tokens that a draft reads at least.")
+    policy: str = _option("pillar", "Selection policy.")
+    mass_rows: str = _option("all", "Verify rows whose attention counts: all or edges.")
+    scope: str = _option("kv_head", "One selection per kv_head or per layer.")
+    forced_acceptance: float = _option(
+        -1.0,
+        "Mean accepted drafts to force, for random weights; -1: real.",
+    )
+    page_size: int = _option(64, "Tokens per KV page.")
+    kv_gib: float = _option(0.0, "Size of the KV pool; 0: what the slots can need.")
+    prefill_chunk: int = _option(512, "Prompt tokens of one prefill lane and step.")
+    prefill_lanes: int = _option(4, "Prompts prefilled in the same step.")
+    lag: int = _option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        for name in ("num_requests", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.num_draft_tokens < 1:
+            raise ValueError("num_draft_tokens must be at least 1: k = 0 always runs")
+        self.sampling(0), self.speculation(), self.engine(1, None)
+
+    def sampling(self, index: int) -> SamplingParams:
+        """The law of request `index`, the same in both modes."""
+        return SamplingParams(
+            temperature=self.temperature,
+            seed=index,
+            max_tokens=self.new_tokens,
+            ignore_eos=True,
+        )
+
+    def speculation(self) -> SpeculationConfig:
+        """How the speculative mode drafts."""
+        forced = None if self.forced_acceptance < 0 else self.forced_acceptance
+        return SpeculationConfig(
+            num_draft_tokens=self.num_draft_tokens,
+            budget_ratio=self.budget_ratio,
+            min_budget=self.min_budget,
+            policy=self.policy,
+            mass_rows=self.mass_rows,
+            scope=self.scope,
+            acceptor="shared_noise" if forced is None else "forced",
+            forced_acceptance=forced,
+        )
+
+    def engine(self, longest_prompt: int, num_pages: int | None) -> EngineConfig:
+        """Sizes of the engine, the same in both modes."""
+        return EngineConfig(
+            num_slots=self.num_slots,
+            page_size=self.page_size,
+            num_pages=num_pages,
+            max_length=self.max_length or longest_prompt + self.new_tokens,
+            prefill_chunk=self.prefill_chunk,
+            prefill_lanes=self.prefill_lanes,
+            lag=self.lag,
+        )
+
+
+_SMOLLM2 = Load(
+    model="smollm2",
+    random_weights=False,
+    num_requests=256,
+    num_slots=256,
+    prompt_length=0,
+    prefill_chunk=128,
+    prefill_lanes=16,
+)
+_QWEN3 = Load(forced_acceptance=6.16)
+
+LOADS = {
+    "smollm2_256x4096": _SMOLLM2,
+    "smollm2_256x8000": dataclasses.replace(
+        _SMOLLM2, new_tokens=7_600, max_length=8_184, temperature=1.0
+    ),
+    "qwen3_8b_64x512x4096": _QWEN3,
+    "qwen3_8b_128x512x2048": dataclasses.replace(
+        _QWEN3, num_requests=128, num_slots=128, new_tokens=2048, page_size=32
+    ),
+    "qwen3_8b_24x12288x1024": dataclasses.replace(
+        _QWEN3, num_requests=24, num_slots=24, prompt_length=12_288, new_tokens=1024
+    ),
+}

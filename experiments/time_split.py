@@ -1,0 +1,156 @@
+"""Where the time of a step goes on a GPU, from a profiler trace of real steps.
+
+Kernels are sorted by the named scope that their instruction has in the compiled step
+("attention", "select", "gather", "sample"; all else is dense), so the categories follow
+the code and not the compiler's kernel names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+
+_SCOPES = {
+    "write_rows": "attention",
+    "attention": "attention",
+    "select": "selection",
+    "gather": "gather",
+    "sample": "sampling",
+}
+# Kernels that are no instruction of their own: libraries, copies, parts of a kernel.
+_BY_NAME = (
+    ("paged_attention", "attention"),
+    ("select_tokens", "selection"),
+    ("gather_kv", "gather"),
+    ("memcpy", "copies"),
+    ("memset", "copies"),
+)
+CATEGORIES = ("dense", "attention", "selection", "gather", "sampling", "copies")
+_INSTRUCTION = re.compile(r"%?([\w.\-]+) = .*metadata=\{op_name=\"([^\"]*)\"")
+
+
+class Kernel(NamedTuple):
+    """One run of a kernel or copy on the device; nanoseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+
+@contextlib.contextmanager
+def trace(directory):
+    """Record the device while the block runs; without Python frames, which are slow."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 1
+    jax.profiler.start_trace(str(directory), profiler_options=options)
+    try:
+        yield
+    finally:
+        jax.profiler.stop_trace()
+
+
+def load_kernels(directory) -> list[Kernel]:
+    """Kernels of the newest trace under `directory`, by start.
+
+    Raises:
+        ValueError: no trace, or none of a GPU.
+    """
+    paths = sorted(
+        pathlib.Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime
+    )
+    if not paths:
+        raise ValueError(f"no trace under {directory}")
+    data = jax.profiler.ProfileData.from_file(str(paths[-1]))
+    kernels = [
+        Kernel(event.name, event.start_ns, event.duration_ns)
+        for plane in data.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+    if not kernels:
+        raise ValueError(f"{paths[-1]} holds no kernels of a GPU")
+    return sorted(kernels, key=lambda k: k.start)
+
+
+def scopes_of(module_name: str, plan_size: int) -> dict[str, str]:
+    """Scope path of each instruction of a live compiled step, by kernel name.
+
+    The step is the module of that name whose arguments hold an int32 [plan_size].
+    """
+    scopes = {}
+    for executable in jax.devices()[0].client.live_executables():
+        for module in executable.hlo_modules():
+            if module.name != module_name:
+                continue
+            text = module.to_string()
+            if f"s32[{plan_size}]" not in text.partition("\n")[0]:
+                continue
+            for name, path in _INSTRUCTION.findall(text):
+                scopes[_kernel_name(name)] = path
+    return scopes
+
+
+def _kernel_name(instruction: str) -> str:
+    return re.sub(r"[.\-]", "_", instruction)
+
+
+def category(kernel_name: str, scopes: dict[str, str]) -> str:
+    """One of CATEGORIES."""
+    lowered = kernel_name.lower()
+    for part, name in _BY_NAME:
+        if part in lowered:
+            return name
+    for part in scopes.get(_kernel_name(kernel_name), "").split("/"):
+        if part in _SCOPES:
+            return _SCOPES[part]
+    return "dense"
+
+
+def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict:
+    """Milliseconds per step by category, the idle share, and kernels per step.
+
+    Idle is the part of the time from the first kernel to the last one's end in which
+    nothing runs.
+    """
+    total = dict.fromkeys(CATEGORIES, 0.0)
+    busy, end = 0.0, kernels[0].start
+    for kernel in kernels:
+        total[category(kernel.name, scopes)] += kernel.duration
+        last = kernel.start + kernel.duration
+        busy += max(0.0, last - max(end, kernel.start))
+        end = max(end, last)
+    window = end - kernels[0].start
+    per_step = 1e-6 / num_steps
+    return {
+        "ms_per_step": {name: value * per_step for name, value in total.items()},
+        "window_ms_per_step": window * per_step,
+        "idle_ms_per_step": (window - busy) * per_step,
+        "idle_share": (window - busy) / window,
+        "kernels_per_step": len(kernels) / num_steps,
+        "num_steps": num_steps,
+        "window_s": window * 1e-9,
+    }
+
+
+def largest(kernels: list[Kernel], num_steps: int, count: int = 40) -> list[dict]:
+    """The kernels that take most time, with microseconds per step and runs per step."""
+    totals = {}
+    for kernel in kernels:
+        runs, duration = totals.get(kernel.name, (0, 0.0))
+        totals[kernel.name] = runs + 1, duration + kernel.duration
+    ranked = sorted(totals.items(), key=lambda item: -item[1][1])[:count]
+    return [
+        {
+            "name": name,
+            "us_per_step": duration * 1e-3 / num_steps,
+            "runs_per_step": runs / num_steps,
+        }
+        for name, (runs, duration) in ranked
+    ]
