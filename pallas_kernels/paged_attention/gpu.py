@@ -20,7 +20,6 @@ from pallas_kernels.paged_attention.gpu_layout import (
     AttentionConfig,
     Spec,
     group_tiles,
-    pack_queries,
     segment_ends,
 )
 
@@ -76,8 +75,7 @@ def paged_attention_gpu(
         interpret=interpreter,
     )
     lengths = (segment_ends(kv_lengths, q_lengths, spec), kv_lengths, q_lengths)
-    packed = pack_queries(q, q_lengths, spec)
-    computed = attend(spec, *lengths, page_table, packed, kv_pages)
+    computed = attend(spec, *lengths, page_table, q, kv_pages)
     out, *mass = finish(spec, *lengths, *computed)
     if not mass:
         return AttentionOutput(out, None)

@@ -70,7 +70,7 @@ class _Attend:
     kv_lengths: Any  # int32 [lanes, H]
     q_lengths: Any  # int32 [lanes]
     table: Any  # int32 [lanes, W]
-    queries: Any  # [H, rows, D]
+    queries: Any  # [T, N, D]
     pages: Any  # [P, H, page_size, 2 * D]
     parts: Any  # out: [rows, D]
     log_sums: Any  # out: float32 [segments + CTAs, 64], base 2
@@ -95,6 +95,15 @@ class _Attend:
             kv_len, q_len, tile.first_query, tile.num_queries, tile.has_edges
         )
         return _Segment(index, head, tile, q_len, kv_len - q_len, visible)
+
+    def query_at(self, position, segment, q_len):
+        """Returns the query at a position: edges stand in front where they weigh."""
+        if self.spec.edge_group is None:
+            return position
+        first, last = self.spec.mass_segments
+        is_edge = (segment >= first) & (segment < last)
+        # With 1 as the last query the order is the natural one.
+        return edge_query(position, jnp.where(is_edge, q_len - 1, 1))
 
     def next_segment(self, index):
         """Returns the first segment behind `index` that has keys."""
@@ -160,12 +169,26 @@ class _Attend:
         )
 
     def copy_queries(self, index):
-        """Starts the copy of the queries of a segment."""
+        """Starts the copies of the queries of a segment, one for each query."""
+        group_size = self.spec.group_size
         tile = self.spec.tile(lax.div(index, self.spec.num_heads))
         head = lax.rem(index, self.spec.num_heads)
-        row = pl.multiple_of(tile.row, 8)
-        source = self.queries.at[head, pl.ds(row, TILE)]
-        plgpu.copy_gmem_to_smem(source, self.q_s, self.q_bar)
+        q_len = self.q_lengths[tile.lane]
+
+        def copy(i, _):
+            query = self.query_at(tile.first_query + i, index, q_len)
+            heads = pl.ds(head * group_size, group_size)
+            plgpu.copy_gmem_to_smem(
+                self.queries.at[tile.token + query, heads],
+                self.q_s.at[pl.ds(i * group_size, group_size)],
+                self.q_bar,
+            )
+
+        def skip(i, _):
+            plgpu.barrier_arrive(self.q_bar)
+
+        lax.fori_loop(0, tile.num_queries, copy, None)
+        lax.fori_loop(tile.num_queries, self.spec.tile_queries, skip, None)
 
     # ------------------------------------------------------------------ maths
 
@@ -174,11 +197,7 @@ class _Attend:
         row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
         key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
         query = segment.tile.first_query + row // self.spec.group_size
-        if self.spec.edge_group is not None:
-            first, last = self.spec.mass_segments
-            is_edge = (segment.index >= first) & (segment.index < last)
-            # With 1 as the last query the order is the natural one.
-            query = edge_query(query, jnp.where(is_edge, segment.q_len - 1, 1))
+        query = self.query_at(query, segment.index, segment.q_len)
         limit = jnp.minimum(segment.base + query + 1, segment.visible)
         return jnp.where(key + first_key < limit, logits, MASK_VALUE)
 
@@ -214,7 +233,7 @@ class _Attend:
             )
             self.maxima[index, block] = m
 
-    def attend_block(self, segment: _Segment, block, slot, last_block, state):
+    def attend_block(self, segment: _Segment, queries, block, slot, last_block, state):
         """Returns (sum of values, maximum, sum) of all rows with one more block."""
         spec = self.spec
         acc, m, total = state
@@ -224,7 +243,7 @@ class _Attend:
         self.zero_unused_values(segment, values_s, first_key)
 
         def multiply_keys(acc_ref):
-            plgpu.wgmma(acc_ref, self.q_s, keys_s.T)
+            plgpu.wgmma(acc_ref, queries, keys_s.T)
             return acc_ref[...]
 
         s = pl.run_scoped(multiply_keys, plgpu.ACC((TILE, BLOCK), jnp.float32))
@@ -248,14 +267,21 @@ class _Attend:
             plgpu.commit_smem()
             weights = self.weight_s
 
-        def multiply_values(acc_ref):
+        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+        return self.add_values(acc, weights, values_s), m_new, total
+
+    def add_values(self, acc, weights, values_s):
+        """Returns the sum of values with those of one more block."""
+        if not self.spec.interpret:
+            return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values_s))(
+                plgpu.ACC.init(acc)
+            )
+
+        def multiply(acc_ref):
             plgpu.wgmma(acc_ref, weights, values_s)
             return acc_ref[...]
 
-        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
-        shape = (TILE, spec.head_size)
-        acc += pl.run_scoped(multiply_values, plgpu.ACC(shape, jnp.float32))
-        return acc, m_new, total
+        return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, acc.dtype))
 
     def copy_next_queries(self, segment: _Segment, is_due):
         """Starts the copy of the next segment's queries, if this CTA has one."""
@@ -270,12 +296,15 @@ class _Attend:
         first = jnp.maximum(self.low - start, 0)
         last = jnp.minimum(self.high - start, num_blocks(segment.visible))
         plgpu.barrier_wait(self.q_bar)
+        queries = self.q_s
+        if not spec.interpret:
+            queries = plgpu.load(queries, layout=_WGMMA, optimized=False)
 
         def step(block, carry):
             i, cursor, state = carry
             slot = lax.rem(i, spec.config.num_stages)
             plgpu.barrier_wait(self.kv_bar.at[slot])
-            state = self.attend_block(segment, block, slot, last - 1, state)
+            state = self.attend_block(segment, queries, block, slot, last - 1, state)
             cursor = self.copy_block_if_mine(i + spec.config.num_stages, cursor)
             return i + 1, cursor, state
 
@@ -328,7 +357,7 @@ class _Attend:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, packed, kv_pages):
+def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
     """Returns parts, log sums and, where mass is wanted, probabilities and maxima.
 
     The part of (segment s, CTA c) has its rows at `part_row` and its log sums at s + c.
@@ -372,7 +401,7 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, packed, kv_pages
         kernel_name="paged_attention",
         scratch_types=_scratch(spec, has_mass),
         **spec.options,
-    )(ends, kv_lengths, q_lengths, page_table, packed, kv_pages)
+    )(ends, kv_lengths, q_lengths, page_table, q, kv_pages)
 
 
 def _scratch(spec: Spec, has_mass: bool) -> list:
@@ -381,11 +410,11 @@ def _scratch(spec: Spec, has_mass: bool) -> list:
     copies = BLOCK // min(config.copy_rows, spec.page_size, BLOCK)
     smem = functools.partial(plgpu.SMEM, transforms=_TILED)
     return [
-        smem((TILE, D), spec.dtype),
+        plgpu.SMEM((TILE, D), spec.dtype),
         smem((config.num_stages, BLOCK, 2 * D), spec.dtype),
         smem((TILE, D), spec.dtype),
         smem((TILE, BLOCK), jnp.float16) if has_mass else None,
         smem((TILE, BLOCK), spec.dtype) if spec.interpret else None,
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=spec.tile_queries),
         plgpu.Barrier(num_arrivals=copies, num_barriers=config.num_stages),
     ]

@@ -38,11 +38,11 @@ class GroupTiles(NamedTuple):
     first_lane: int
     first_token: int
     first_tile: int
-    first_row: int  # in the packed queries
+    first_row: int  # among the rows of all tiles
     num_lanes: int
     num_queries: int
     step: int  # queries of one tile
-    rows: int  # packed rows of one tile, a multiple of 8
+    rows: int  # of one tile, a multiple of 8
 
     @property
     def tiles_per_lane(self) -> int:
@@ -59,9 +59,10 @@ class Tile(NamedTuple):
     """One row tile: the queries of a lane, or as many of them as one CTA holds."""
 
     lane: jax.Array
+    token: jax.Array  # first token of the lane
     first_query: jax.Array
     num_queries: jax.Array
-    row: jax.Array  # first row in the packed queries
+    row: jax.Array  # first row among the rows of all tiles
     rows: jax.Array
     has_edges: jax.Array  # starts with the first and the last valid query
 
@@ -116,10 +117,15 @@ class Spec:
 
     @property
     def num_rows(self) -> int:
-        """Packed rows of all groups."""
+        """Rows of the tiles of all groups."""
         return (
             self.groups[-1].first_row + self.groups[-1].num_tiles * self.groups[-1].rows
         )
+
+    @property
+    def tile_queries(self) -> int:
+        """Queries of the largest tile."""
+        return max(group.step for group in self.groups)
 
     @property
     def num_segments(self) -> int:
@@ -162,6 +168,7 @@ class Spec:
                 first = local % group.tiles_per_lane * group.step
             of_group = (
                 group.first_lane + lane,
+                group.first_token + lane * group.num_queries,
                 first,
                 jnp.minimum(group.num_queries - first, group.step),
                 group.first_row + local * group.rows,
@@ -203,31 +210,6 @@ def edge_position(query, last):
     return jnp.where(query == 0, 0, jnp.where(query == last, 1, other))
 
 
-def pack_queries(q: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
-    """Returns the rows of all tiles behind each other, [H, rows + padding, D]."""
-    H, G, D = spec.num_heads, spec.group_size, spec.head_size
-    packed = []
-    for index, group in enumerate(spec.groups):
-        count = group.num_lanes * group.num_queries
-        x = jax.lax.slice_in_dim(q, group.first_token, group.first_token + count)
-        x = x.reshape(group.num_lanes, group.num_queries, -1)
-        if index == spec.edge_group:
-            lanes = slice(group.first_lane, group.first_lane + group.num_lanes)
-            order = jnp.arange(group.num_queries)[None, :]
-            order = edge_query(order, q_lengths[lanes, None] - 1)
-            order = jnp.clip(order, 0, group.num_queries - 1)
-            x = jnp.take_along_axis(x, order[:, :, None], axis=1)
-        pad = group.tiles_per_lane * group.step - group.num_queries
-        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
-        x = x.reshape(-1, group.step, H, G, D).transpose(2, 0, 1, 3, 4)
-        x = x.reshape(H, -1, group.step * G, D)
-        pad = group.rows - group.step * G
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)))
-        packed.append(x.reshape(H, -1, D))
-    packed.append(jnp.zeros((H, TILE, D), q.dtype))
-    return jnp.concatenate(packed, axis=1)
-
-
 def segment_ends(kv_lengths: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
     """Returns where the blocks of every segment end in the stream of all blocks.
 
@@ -238,7 +220,7 @@ def segment_ends(kv_lengths: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax
         visible = jnp.where(q_lengths[:, None] > 0, kv_lengths, 0)
     else:
         tile = spec.tile(np.arange(spec.num_tiles, dtype=np.int32))
-        fields = (q_lengths[tile.lane], *tile[1:3], tile.has_edges)
+        fields = (q_lengths[tile.lane], *tile[2:4], tile.has_edges)
         visible = visible_keys(kv_lengths[tile.lane], *(x[:, None] for x in fields))
     index = np.arange(round_up(spec.num_segments, 128))[:, None, None]
     before = np.arange(spec.num_segments).reshape(1, *visible.shape) <= index
