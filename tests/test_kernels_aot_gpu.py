@@ -129,11 +129,11 @@ def test_attention_compiles(compile_h100, name):
 
 
 def mass_bytes(case: AttentionCase) -> int:
-    """Returns the bytes of what is stored for the mass: 16 bits per row and key."""
+    """Returns the bytes of what is stored for the mass: 12 bits per row and key."""
     lanes, queries = case.groups[case.mass_group]
     rows = (2 if case.mass_rows == "edges" else queries) * case.group_size
-    keys = -(-case.table_width * case.page_size // 1024) * 1024
-    per_key = 2 * (-(-rows // 8) * 8) + 4 * 128 / 64 + 4  # maxima of rows; padded mass
+    keys = -(-case.table_width * case.page_size // 2048) * 2048
+    per_key = 1.5 * rows + 4 * 128 / 64 + 4  # maxima of rows; padded mass
     return int(lanes * case.num_heads * keys * per_key)
 
 

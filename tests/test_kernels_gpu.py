@@ -29,7 +29,8 @@ from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv import gpu as gather_gpu
 from pallas_kernels.paged_attention import gpu as attention_gpu
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.paged_attention.gpu_layout import AttentionConfig
+from pallas_kernels.paged_attention.gpu_layout import BLOCK, GROUP, AttentionConfig
+from pallas_kernels.paged_attention.gpu_mass import pack, unpack
 from pallas_kernels.select_tokens import gpu as select_gpu
 from pallas_kernels.select_tokens import select_tokens
 
@@ -131,6 +132,8 @@ CONFIGS = {
     "one_cta": ("step_bf16", dict(num_ctas=1)),
     "stages": ("verify_long", dict(num_ctas=2, num_stages=3, copy_rows=64)),
     "small_copies": ("verify_edges", dict(num_ctas=5, copy_rows=8)),
+    "coarse_mass": ("verify_ragged", dict(num_ctas=3, mass_bits=8)),
+    "fine_mass": ("verify_ragged", dict(num_ctas=3, mass_bits=16)),
 }
 
 
@@ -141,6 +144,17 @@ def test_attention_does_not_depend_on_its_configuration(name):
     case, config = by_name(ATTENTION, case_name), AttentionConfig(**options)
     run, check, inputs, expected = attention_setup(case, PLAIN, config)
     check(run(inputs), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_packed_probabilities_come_back(bits):
+    levels = np.random.default_rng(bits).integers(0, 2**bits, (4, BLOCK))
+    levels[:, 0], levels[:, -1] = 2**bits - 1, 0
+    words = pack(jnp.asarray(levels, jnp.float32) + 0.25, bits)
+    assert len(words) * 32 == bits * GROUP
+    assert all(word.shape == (4, GROUP) for word in words)
+    groups = unpack(words, bits)
+    np.testing.assert_array_equal(np.concatenate(groups, axis=1), levels)
 
 
 @pytest.mark.parametrize("rows", ["all", "edges"])

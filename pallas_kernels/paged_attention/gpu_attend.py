@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
+    GROUP,
     TILE,
     Spec,
     Tile,
@@ -28,13 +29,12 @@ from pallas_kernels.paged_attention.gpu_layout import (
     shares,
     visible_keys,
 )
+from pallas_kernels.paged_attention.gpu_mass import pack
 
 _WGMMA = plgpu.Layout.WGMMA
 _WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_SMALLEST = 2.0**-100  # of the largest probability of a row in a block
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-# Probabilities are kept relative to 2**-14 of the running maximum: float16 then
-# holds 11 bits of everything down to 4e-9 of the maximum.
-_HEADROOM = 14.0
 
 
 class _Segment(NamedTuple):
@@ -74,7 +74,7 @@ class _Attend:
     pages: Any  # [P, H, page_size, 2 * D]
     parts: Any  # out: [rows, D]
     log_sums: Any  # out: float32 [segments + CTAs, 64], base 2
-    probabilities: Any  # out: float16 [segments, blocks, rows, 64], or None
+    probabilities: Any  # out: int32 [segments, blocks, rows, words], or None
     maxima: Any  # out: float32 [segments, blocks, 64], or None
     q_s: Any
     kv_s: Any
@@ -212,26 +212,39 @@ class _Attend:
             values_s[...] = jnp.where(is_used, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
-    def store_probabilities(self, p, m, segment: _Segment, block):
-        """Keeps what the mass needs of one block."""
-        count = self.spec.mass_tile_rows
+    def store_probabilities(self, p, m, top, segment: _Segment, block):
+        """Keeps what the mass needs of one block; `top` is its largest logit."""
+        count, bits = self.spec.mass_tile_rows, self.spec.config.mass_bits
         first, last = self.spec.mass_segments
+        first_key = block * BLOCK
+
+        def only_candidates(p, _):
+            key = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=_WGMMA)
+            p = jnp.where(key + first_key < segment.base, p, 0.0)
+            return p, p.max(axis=1)
 
         @pl.when(
             (segment.index >= first)
             & (segment.index < last)
-            & (block * BLOCK < segment.base)
+            & (first_key < segment.base)
         )
         def _store():
-            index = segment.index - first
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.mass_s[...] = p.astype(jnp.float16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                self.mass_s.at[pl.ds(0, count)],
-                self.probabilities.at[index, block],
+            is_last = first_key + BLOCK > segment.base
+            kept, largest = lax.cond(
+                is_last, only_candidates, lambda *p: p, p, jnp.exp2(top - m)
             )
-            self.maxima[index, block] = m
+            largest = jnp.maximum(largest, _SMALLEST)
+            scale = ((1 << bits) - 1) / largest
+            words = pack(kept * lax.broadcast_in_dim(scale, p.shape, [0]), bits)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i, word in enumerate(words):
+                self.mass_s[:, pl.ds(i * GROUP, GROUP)] = word
+            plgpu.commit_smem()
+            index = segment.index - first
+            plgpu.copy_smem_to_gmem(
+                self.mass_s.at[pl.ds(0, count)], self.probabilities.at[index, block]
+            )
+            self.maxima[index, block] = m + jnp.log2(largest)
 
     def attend_block(self, segment: _Segment, queries, block, slot, last_block, state):
         """Returns (sum of values, maximum, sum) of all rows with one more block."""
@@ -255,11 +268,12 @@ class _Attend:
             lambda s: s,
             s,
         )
-        m_new = jnp.maximum(m, s.max(axis=1) - _HEADROOM)
+        top = s.max(axis=1)
+        m_new = jnp.maximum(m, top)
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
         if self.probabilities is not None:
-            self.store_probabilities(p, m_new, segment, block)
+            self.store_probabilities(p, m_new, top, segment, block)
         total = total * alpha + p.sum(axis=1)
         weights = p.astype(spec.dtype)
         if self.weight_s is not None:  # the interpreter multiplies shared memory only
@@ -372,8 +386,8 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
     if has_mass:
         first, last = spec.mass_segments
         lead = (last - first, spec.mass_blocks)
-        stored = (*lead, spec.mass_tile_rows, BLOCK)
-        outputs.append(jax.ShapeDtypeStruct(stored, jnp.float16))
+        stored = (*lead, spec.mass_tile_rows, spec.mass_words)
+        outputs.append(jax.ShapeDtypeStruct(stored, jnp.int32))
         outputs.append(jax.ShapeDtypeStruct((*lead, TILE), jnp.float32))
 
     def entry(*refs):
@@ -413,7 +427,7 @@ def _scratch(spec: Spec, has_mass: bool) -> list:
         plgpu.SMEM((TILE, D), spec.dtype),
         smem((config.num_stages, BLOCK, 2 * D), spec.dtype),
         smem((TILE, D), spec.dtype),
-        smem((TILE, BLOCK), jnp.float16) if has_mass else None,
+        plgpu.SMEM((TILE, spec.mass_words), jnp.int32) if has_mass else None,
         smem((TILE, BLOCK), spec.dtype) if spec.interpret else None,
         plgpu.Barrier(num_arrivals=spec.tile_queries),
         plgpu.Barrier(num_arrivals=copies, num_barriers=config.num_stages),

@@ -3,8 +3,6 @@
 Merges the parts of every token and KV head, and turns stored probabilities into mass.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,9 +20,9 @@ from pallas_kernels.paged_attention.gpu_layout import (
     part_row,
     parts_of,
 )
+from pallas_kernels.paged_attention.gpu_mass import mass_chunk
 
 _PARTS = 2  # parts loaded at once
-_ROWS = 2  # rows of probabilities loaded ahead: 64 registers, one wave of CTAs
 
 
 def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
@@ -62,7 +60,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
                 chunk, segment = lax.rem(work, chunks), lax.div(work, chunks)
                 where = (lax.div(segment, H), lax.rem(segment, H), chunk)
                 refs = (log_sums, probabilities, maxima, mass, final)
-                _mass_chunk(spec, *where, *lengths, *refs)
+                mass_chunk(spec, *where, *lengths, *refs)
 
     return plgpu.kernel(
         body,
@@ -157,108 +155,3 @@ def _merge_token(
     total = jnp.where(total == 0.0, 1.0, total)
     acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
     out[token, pl.ds(head * G, G)] = acc.astype(spec.dtype)
-
-
-def _mass_chunk(
-    spec: Spec,
-    lane,
-    head,
-    chunk,
-    ends,
-    kv_lengths,
-    q_lengths,
-    log_sums,
-    probabilities,
-    maxima,
-    mass,
-    final,
-):
-    """Writes the mass of 1024 keys of one lane and KV head."""
-    H, G, group = spec.num_heads, spec.group_size, spec.groups[spec.mass_group]
-    is_edges = spec.mass_rows == "edges"
-    lane_index = group.first_lane + lane
-    q_len = q_lengths[lane_index]
-    base = kv_lengths[lane_index, head] - q_len
-    used = jnp.minimum(q_len, 2 if is_edges else group.num_queries) * G
-    first_block = pl.multiple_of(chunk * MASS_BLOCKS, MASS_BLOCKS)
-    blocks = pl.ds(first_block, MASS_BLOCKS)
-    # Every thread holds 8 neighbouring keys of one block.
-    layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((MASS_BLOCKS, BLOCK), (MASS_BLOCKS // 4, BLOCK), (8,))),
-        warp_dims=(-5,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
-
-    def add_tile(number, acc):
-        index = (lane * group.tiles_per_lane + number) * H + head
-        rows = jnp.clip(used - number * group.step * G, 0, group.step * G)
-
-        def load(first):
-            loaded = []
-            for wanted in range(_ROWS):
-                row = jnp.clip(first + wanted, 0, rows - 1)
-                p = probabilities.at[index, blocks, row]
-                m = maxima.at[index, blocks, row]
-                p = plgpu.load(p, layout=layout, optimized=False)
-                m = plgpu.load(m, layout=layout.reduce(1), optimized=False)
-                loaded.append((p, m))
-            return loaded
-
-        def add_rows(i, carry):
-            acc, loaded = carry
-            ahead = load((i + 1) * _ROWS)
-            for k, (p, m) in enumerate(loaded):
-                row = i * _ROWS + k
-                w = jnp.exp2(m - final[jnp.minimum(row, rows - 1)])
-                w = w * jnp.where(row < rows, 1.0, 0.0)
-                acc += p.astype(jnp.float32) * lax.broadcast_in_dim(w, acc.shape, [0])
-            return acc, ahead
-
-        def add_all(acc):
-            loaded = load(0)
-            segment = spec.mass_segments[0] + index
-            _final_log_sums(spec, segment, ends, log_sums, final)
-            steps = lax.div(rows + (_ROWS - 1), _ROWS)
-            return lax.fori_loop(0, steps, add_rows, (acc, loaded))[0]
-
-        return lax.cond(rows > 0, add_all, lambda acc: acc, acc)
-
-    acc = full((MASS_BLOCKS, BLOCK), 0.0, layout)
-    for number in range(1 if is_edges else group.tiles_per_lane):
-        acc = lax.cond(
-            first_block * BLOCK < base,
-            functools.partial(add_tile, number),
-            lambda acc: acc,
-            acc,
-        )
-    block = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=layout)
-    key = plgpu.broadcasted_iota(jnp.int32, acc.shape, 1, layout=layout)
-    key += (block + first_block) * BLOCK
-    share = 1.0 / jnp.maximum(used, 1).astype(jnp.float32)
-    mass[lane, head, blocks] = jnp.where(key < base, acc * share, 0.0)
-
-
-def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
-    """Writes the log sums of the rows of a segment over all its parts."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    first, last = parts_of(ends, segment, spec)
-
-    def load(cta):
-        w = log_sums.at[segment + jnp.minimum(cta, last - 1)]
-        w = plgpu.load(w, layout=layout, optimized=False)
-        return w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
-
-    def add(i, carry):
-        m, total = carry
-        for w in [load(first + i * _PARTS + k) for k in range(_PARTS)]:
-            m_new = jnp.maximum(m, w)
-            total = total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)
-            m = m_new
-        return m, total
-
-    init = (full((TILE,), 1.5 * MASK_VALUE, layout), full((TILE,), 0.0, layout))
-    steps = lax.div(last - first + (_PARTS - 1), _PARTS)
-    m, total = lax.fori_loop(0, steps, add, init)
-    final[...] = m + jnp.log2(total)
-    plgpu.commit_smem()

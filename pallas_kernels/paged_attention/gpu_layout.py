@@ -14,7 +14,8 @@ from pallas_kernels.paged_attention.api import LaneGroup
 
 BLOCK = 64  # keys of one step
 TILE = 64  # query rows of one matrix instruction
-MASS_BLOCKS = 16  # key blocks of one CTA that writes mass
+GROUP = 8  # neighbouring keys of a block whose probabilities are packed alike
+MASS_BLOCKS = 32  # key blocks of one CTA that writes mass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,15 @@ class AttentionConfig:
     num_ctas: int = 264  # persistent CTAs, two per multiprocessor of an H100
     num_stages: int = 2  # key blocks in flight per CTA
     copy_rows: int = 32  # rows of one asynchronous copy, a divisor of 64
+    mass_bits: int = 12  # of one probability stored for the mass
 
     def __post_init__(self):
         if self.num_ctas < 1 or self.num_stages < 1:
             raise ValueError(f"{self}: CTAs and stages must be positive")
         if self.copy_rows not in (8, 16, 32, 64):
             raise ValueError(f"copy_rows is {self.copy_rows}; use 8, 16, 32 or 64")
+        if self.mass_bits not in (8, 12, 16):
+            raise ValueError(f"mass_bits is {self.mass_bits}; use 8, 12 or 16")
 
 
 class GroupTiles(NamedTuple):
@@ -148,13 +152,18 @@ class Spec:
 
     @property
     def mass_tile_rows(self) -> int:
-        """Rows of probabilities stored per segment and block, a multiple of 8."""
+        """Rows of probabilities stored per segment and block."""
         if self.mass_group is None:
             return 0
         per_tile = self.groups[self.mass_group].step
         if self.mass_rows == "edges":
             per_tile = min(2, per_tile)
-        return round_up(per_tile * self.group_size, 8)
+        return per_tile * self.group_size
+
+    @property
+    def mass_words(self) -> int:
+        """32-bit words of the probabilities of one row and block."""
+        return BLOCK * self.config.mass_bits // 32
 
     def tile(self, index) -> Tile:
         """Returns the tile at an index (scalar or array), by arithmetic alone."""
