@@ -76,7 +76,7 @@ def decode_missing(engine, prompts, config, *, mode, directory):
         start, num_steps = time.perf_counter(), 0
         bar.unpause()
         while engine.has_work:
-            (results, events), num_steps = engine.step_with_events(), num_steps + 1
+            results, num_steps = engine.step(), num_steps + 1
             for result in results:
                 bar.total -= config.max_tokens - len(result.token_ids)
                 directory.append(
@@ -89,7 +89,7 @@ def decode_missing(engine, prompts, config, *, mode, directory):
                         **_result_record(result),
                     }
                 )
-            bar.update(sum(len(event.new_token_ids) for event in events))
+            bar.update(engine.num_emitted_tokens - bar.n)
 
 
 def _result_record(result):

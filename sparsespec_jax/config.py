@@ -97,6 +97,7 @@ class SpeculationConfig:
     """
 
     num_draft_tokens: int = 8  # k, drafts per cycle, 0..31
+    draft_token_choices: tuple[int, ...] = ()  # smaller k that the engine may turn to
     budget_ratio: float = 0.05  # s, share of the context a draft reads, (0, 1]
     min_budget: int = 192  # tokens read at least (b_min)
     policy: object = "pillar"  # name in selection.POLICIES, or a selection.Policy
@@ -110,6 +111,10 @@ class SpeculationConfig:
 
     def __post_init__(self):
         _require_int("num_draft_tokens", self.num_draft_tokens, 0, 31)
+        choices = tuple(self.draft_token_choices)
+        object.__setattr__(self, "draft_token_choices", choices)
+        for choice in choices:
+            _require_int("draft_token_choices", choice, 0, self.num_draft_tokens)
         _require_float("budget_ratio", self.budget_ratio, 0.0, 1.0, open_low=True)
         _require_int("min_budget", self.min_budget, 0)
         _require_choice("acceptor", self.acceptor, ACCEPTORS)

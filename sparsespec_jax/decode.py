@@ -44,15 +44,12 @@ def decode(
       ValueError: before any work starts, for any prompt or option that is wrong.
     """
     runner = _prepare(model, prompts, sampling, speculation, engine)
-    report, close = _progress(progress, runner)
+    step, close = _progress(progress, runner)
     results = {}
     start = time.perf_counter()
     try:
         while runner.has_work:
-            finished, events = runner.step_with_events()
-            for event in events:
-                report(event)
-            for result in finished:
+            for result in step():
                 results[result.request_id] = result
                 if on_result is not None:
                     on_result(result)
@@ -129,12 +126,28 @@ def _one_per_prompt(sampling, count):
 
 
 def _progress(progress, runner):
-    """(function of a StreamEvent, function that ends the display)."""
+    """(a function that runs one step and returns results, one that ends the display).
+
+    Text is decoded on the way only if `progress` is a function that may want it.
+    """
     if callable(progress):
-        return progress, lambda: None
+
+        def step():
+            results, events = runner.step_with_events()
+            for event in events:
+                progress(event)
+            return results
+
+        return step, lambda: None
     if not progress:
-        return lambda event: None, lambda: None
+        return runner.step, lambda: None
     from tqdm.auto import tqdm  # a display only; not needed to decode
 
     bar = tqdm(total=runner.max_new_tokens, unit="tok")
-    return lambda event: bar.update(len(event.new_token_ids)), bar.close
+
+    def step_with_bar():
+        results = runner.step()
+        bar.update(runner.num_emitted_tokens - bar.n)
+        return results
+
+    return step_with_bar, bar.close

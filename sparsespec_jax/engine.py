@@ -18,31 +18,16 @@ from sparsespec_jax.config import (
     SpeculationConfig,
 )
 from sparsespec_jax.metrics import DecodeStats, RequestMetrics
+from sparsespec_jax.outputs import Output, Outputs
 from sparsespec_jax.plan import StepOutcome
-from sparsespec_jax.results import DecodeResult, StreamEvent
-from sparsespec_jax.scheduler import Request, Scheduler
+from sparsespec_jax.request import Request, token_array
+from sparsespec_jax.scheduler import Scheduler
 from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import new_state, pool_bytes_per_page
 from sparsespec_jax.step import make_step, step_options
 from sparsespec_jax.text import OutputText, encode_prompt
 
-
-@dataclasses.dataclass(eq=False)
-class _Output:
-    """The growing output of one request."""
-
-    request: Request
-    sampling: SamplingParams
-    prompt_index: int
-    sample_index: int
-    text: OutputText
-    stop_ids: frozenset
-    metrics: RequestMetrics
-    submitted_s: float
-    logprobs: list = dataclasses.field(default_factory=list)
-    last_start: int = 0  # committed length at the last verification read
-    last_tail: int = 0  # rows that verification left behind the selected ones
-    given_text: int = 0  # characters of the text that a stream has seen
+_CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 
 
 class Engine:
@@ -51,11 +36,22 @@ class Engine:
     Add requests at any time, call `step()` while `has_work`; finished requests come
     back as DecodeResult. All arrays are allocated on construction.
 
+    Args:
+      model: a Model (see `load_model`).
+      speculation: SpeculationConfig; its `num_draft_tokens` is the largest k.
+      engine: EngineConfig.
+      choose_num_draft_tokens: None, or a function called every 64 steps as
+        `f(num_running=, context_tokens=, acceptance=)` (requests in slots, their
+        tokens, share of recent drafts accepted by position: a tuple of k floats, NaN
+        where unknown) that returns one of `draft_token_choices`.
+
     Raises (on construction):
       ValueError: options that do not fit together, the model or the memory.
     """
 
-    def __init__(self, model, *, speculation=None, engine=None):
+    def __init__(
+        self, model, *, speculation=None, engine=None, choose_num_draft_tokens=None
+    ):
         self.model = model
         self.params = model.params
         self.params_version = 0
@@ -78,19 +74,24 @@ class Engine:
         )
         self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
         self._scheduler = Scheduler(self.shape)
-        self._outputs = {}  # request id -> _Output, until finished
-        self._in_flight = deque()  # (planned verifies, device outcome)
+        self._choose, self._next_choice = choose_num_draft_tokens, 0
+        self._outputs = Outputs(
+            self._scheduler,
+            max_budget=self.shape.max_budget,
+            max_draft_tokens=self.shape.num_draft_tokens,
+            with_acceptance=choose_num_draft_tokens is not None,
+        )
+        self._in_flight = deque()  # (PlannedVerifies, device outcome)
         self._next_id = 0
         self._filters = False
         self.num_steps = 0
-        self.finished_metrics = []
 
     # -- requests ---------------------------------------------------------------
 
     @property
     def has_work(self):
         """True while a request is unfinished."""
-        return bool(self._outputs)
+        return len(self._outputs) > 0
 
     @property
     def is_prefilling(self):
@@ -101,8 +102,12 @@ class Engine:
     @property
     def max_new_tokens(self):
         """Tokens that the unfinished requests can still emit."""
-        requests = (output.request for output in self._outputs.values())
-        return sum(r.limit - len(r.tokens) for r in requests)
+        return self._outputs.max_new_tokens
+
+    @property
+    def num_emitted_tokens(self):
+        """Tokens emitted so far, by all requests."""
+        return self._outputs.num_emitted
 
     def check_request(self, prompt, sampling):
         """Token ids of `prompt`; ValueError if the request could never be served."""
@@ -146,7 +151,7 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._scheduler.add(request)
         self._filters |= sampling.filters
-        self._outputs[request_id] = _Output(
+        output = Output(
             request=request,
             sampling=sampling,
             prompt_index=request_id if prompt_index is None else prompt_index,
@@ -159,13 +164,14 @@ class Engine:
             ),
             submitted_s=time.perf_counter(),
         )
+        self._outputs.add(output)
         return request_id
 
     def _request(self, tokens, sampling, sample=0):
         limit = len(tokens) + sampling.max_tokens
         return Request(
             request_id=self._next_id,
-            tokens=list(tokens),
+            tokens=token_array(tokens),
             num_prompt=len(tokens),
             limit=limit,
             budget_ratio=self.speculation.budget_ratio,
@@ -185,9 +191,10 @@ class Engine:
         Raises:
           KeyError: no unfinished request has this id.
         """
-        if request_id not in self._outputs:
+        output = self._outputs.get(request_id)
+        if output is None:
             raise KeyError(f"request {request_id} is unknown or finished")
-        return self._finish(self._outputs[request_id], "cancelled", None)
+        return self._outputs.finish(output, "cancelled", None)
 
     def set_budget(self, *, budget_ratio, min_budget):
         """Change the draft budget of requests added from now on; compiles nothing.
@@ -206,51 +213,100 @@ class Engine:
             )
         self.speculation = new
 
+    @property
+    def num_draft_tokens(self):
+        """The current k."""
+        return self._scheduler.shape.num_draft_tokens
+
+    @property
+    def draft_token_choices(self):
+        """Every k that the engine may run with, ascending."""
+        spec = self.speculation
+        return tuple(sorted({*spec.draft_token_choices, spec.num_draft_tokens}))
+
+    def set_num_draft_tokens(self, num_draft_tokens):
+        """Go on with another k from the next step; changes no token.
+
+        Every running request drops its unverified drafts and waits for its phase of
+        the new cycle, at most k steps. After `warm_up` nothing compiles.
+
+        Raises:
+          ValueError: not one of `draft_token_choices`.
+        """
+        if num_draft_tokens not in self.draft_token_choices:
+            raise ValueError(
+                f"num_draft_tokens must be one of {self.draft_token_choices}, got "
+                f"{num_draft_tokens}: name it in draft_token_choices"
+            )
+        self._scheduler.set_num_draft_tokens(num_draft_tokens)
+
     # -- the loop ---------------------------------------------------------------
 
     def step(self):
         """Run one step; returns the DecodeResults of requests that finished."""
-        return self.step_with_events()[0]
+        results = []
+        self._step_into(results, None)
+        return results
 
     def step_with_events(self):
-        """Run one step; returns (finished DecodeResults, StreamEvents)."""
+        """Run one step; returns (finished DecodeResults, StreamEvents).
+
+        Decodes text as it comes, which `step` leaves until it is asked for.
+        """
         results, events = [], []
+        self._step_into(results, events)
+        return results, events
+
+    def _step_into(self, results, events):
+        if self._choose is not None and self.num_steps >= self._next_choice:
+            self._choose_num_draft_tokens()
         plan, planned = self._scheduler.plan()
         if plan is not None:
-            self._dispatch(plan, planned)
+            outcome = self._run(plan)
+            outcome.copy_to_host_async()
+            self._in_flight.append((planned, outcome))
+            self.num_steps += 1
         # With nothing left to plan, read what is still in flight.
         keep = self.config.lag if plan is not None else 0
         while len(self._in_flight) > keep:
-            self._read_outcome(results, events)
-        return results, events
+            planned, packed = self._in_flight.popleft()
+            outcome = StepOutcome.from_packed(packed, planned.num_queries)
+            self._outputs.commit(planned, outcome, results, events)
+
+    def _choose_num_draft_tokens(self):
+        self._next_choice = self.num_steps + _CHOOSE_EVERY
+        self.set_num_draft_tokens(
+            self._choose(
+                num_running=self._scheduler.num_active,
+                context_tokens=self._scheduler.context_tokens,
+                acceptance=self._outputs.acceptance,
+            )
+        )
 
     def warm_up(self, *, filters=False):
-        """Compile both variants of the step, so that nothing compiles afterwards.
+        """Compile every variant of the step, so that nothing compiles afterwards.
 
         `filters` says whether requests to come use top-k, top-p or min-p.
         """
         self._filters |= filters
-        for prefill in (False, True):
-            plan = self.shape.new_plan(prefill=prefill)
-            self._run(plan).block_until_ready()
+        for shape in self._shapes():
+            for prefill in (False, True):
+                self._run(shape.new_plan(prefill=prefill)).block_until_ready()
 
-    def _dispatch(self, plan, planned):
-        outcome = self._run(plan)
-        outcome.copy_to_host_async()
-        self._in_flight.append((planned, outcome))
-        self.num_steps += 1
+    def _shapes(self):
+        return [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
 
     def _run(self, plan):
-        buffer = jax.device_put(plan.buffer)
-        self._state, outcome = self._step(self._filters)(
+        buffer = jax.device_put(plan.buffer)  # of this step alone: never written again
+        self._state, outcome = self._step(self._filters, plan.shape)(
             self.params, self._state, buffer, prefill=plan.prefill
         )
         return outcome
 
-    def _step(self, filters):
+    def _step(self, filters, shape=None):
         return make_step(
             self.model.config,
-            self.shape,
+            shape or self.shape,
             policy=self.policy,
             options=step_options(self.speculation),
             filters=filters,
@@ -260,88 +316,16 @@ class Engine:
     @property
     def num_compilations(self):
         """Variants of the step compiled for options like these, in this process."""
-        return sum(self._step(filters)._cache_size() for filters in (False, True))
-
-    def _read_outcome(self, results, events):
-        planned, packed = self._in_flight.popleft()
-        outcome = StepOutcome.from_packed(packed, self.shape.num_queries)
-        for verify in planned:
-            verify.request.verifies_in_flight -= 1
-            output = self._outputs.get(verify.request.request_id)
-            if output is None or outcome.num_emitted[verify.lane] == 0:
-                continue  # finished or aborted while this step was in flight
-            event, result = self._commit(output, verify, outcome)
-            events.append(event)
-            if result is not None:
-                results.append(result)
-
-    def _commit(self, output, verify, outcome):
-        """Append a verification's tokens; returns (StreamEvent, result or None)."""
-        lane, request = verify.lane, output.request
-        self._record(output, verify, int(outcome.num_accepted[lane]))
-        count = int(outcome.num_emitted[lane])
-        new_tokens, reason, stop = [], None, None
-        for i in range(count):
-            token = int(outcome.tokens[lane, i])
-            new_tokens.append(token)
-            request.tokens.append(token)
-            output.logprobs.append(float(outcome.logprobs[lane, i]))
-            if token in output.stop_ids:
-                reason, stop = "stop", token
-            elif output.text.push(token):
-                reason, stop = "stop", output.text.stop_string
-            elif len(request.tokens) >= request.limit:
-                reason = "length"
-            if reason:
-                break
-        result = self._finish(output, reason, stop) if reason else None
-        text = output.text.text
-        event = StreamEvent(
-            request.request_id, tuple(new_tokens), text[output.given_text :], reason
+        return sum(
+            self._step(filters, shape)._cache_size()
+            for filters in (False, True)
+            for shape in self._shapes()
         )
-        output.given_text = len(text)
-        return event, result
 
-    def _record(self, output, verify, num_accepted):
-        """Count acceptance and KV traffic of one verification."""
-        request, metrics = output.request, output.metrics
-        reads = metrics.kv_tokens_read
-        if num_accepted == plan_lib.NOT_SEED:  # a seed verify
-            start = request.num_prompt - verify.num_drafts - 1
-            metrics.time_to_first_token_s = time.perf_counter() - output.submitted_s
-            reads.prefill += start * (start + 1) // 2 + request.num_prompt
-            tail = verify.num_drafts + 1
-        else:
-            start, drafts = request.committed, verify.num_drafts
-            metrics.record_verification(num_accepted=num_accepted, num_drafted=drafts)
-            cached = self._scheduler.selected_tokens(request, output.last_start)
-            cached += output.last_tail
-            reads.draft += drafts * cached + drafts * (drafts + 1) // 2
-            reads.verify += start + drafts + 1
-            tail = num_accepted + 1
-        reads.gather += self._scheduler.selected_tokens(request, start)
-        output.last_start, output.last_tail = start, tail
-
-    def _finish(self, output, reason, stop_reason):
-        request = output.request
-        self._scheduler.release(request)
-        del self._outputs[request.request_id]
-        new = request.tokens[request.num_prompt :]
-        output.metrics.finish(num_output_tokens=len(new))
-        output.metrics.total_time_s = time.perf_counter() - output.submitted_s
-        self.finished_metrics.append(output.metrics)
-        return DecodeResult(
-            request_id=request.request_id,
-            prompt_index=output.prompt_index,
-            sample_index=output.sample_index,
-            prompt_token_ids=tuple(request.tokens[: request.num_prompt]),
-            token_ids=tuple(new),
-            text=output.text.finish(),
-            logprobs=tuple(output.logprobs),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            metrics=output.metrics,
-        )
+    @property
+    def finished_metrics(self):
+        """RequestMetrics of the finished requests, in order of their end."""
+        return self._outputs.finished_metrics
 
     def stats(self, wall_time_s):
         """Totals over the finished requests."""

@@ -56,8 +56,9 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_draft_tokens: int = 0  # drafts that a verification judged
+    num_undrafted_steps: int = 0  # verify steps without drafts while k could be > 0
     accepted_histogram: list[int] = field(default_factory=list)
-    # ^ [k + 1]: verify steps that accepted exactly i drafts
+    # ^ [k + 1]: verify steps that accepted exactly i drafts, undrafted ones left out
     kv_tokens_read: KvTokens = field(default_factory=KvTokens)
     plain_kv_tokens: int = 0  # what plain decoding would read for the same output
     time_to_first_token_s: float = 0.0  # from submission
@@ -79,6 +80,9 @@ class RequestMetrics:
                 f"({num_drafted}), and that within max_draft_tokens "
                 f"({self.max_draft_tokens})"
             )
+        if self.max_draft_tokens and not num_drafted:
+            self.num_undrafted_steps += 1
+            return
         self.accepted_histogram[num_accepted] += 1
         self.num_draft_tokens += num_drafted
 

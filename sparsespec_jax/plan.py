@@ -21,7 +21,8 @@ STOP_IDS = 10
 NUM_SLOT_PARAMS = STOP_IDS + MAX_STOP_TOKEN_IDS
 
 NO_TOKEN = -1
-NOT_SEED = -1  # value of `seed_counts` for a verification of real drafts
+# Values of `seed_counts` for a verification of all drafts, or of none of them.
+NOT_SEED, PENDING_ONLY = -1, -2
 FULL_TABLE, DRAFT_TABLE = 0, 1
 
 
@@ -59,8 +60,12 @@ class StepShape:
         """Page-table entries that one step can change."""
         growth = pages_for(self.num_queries, self.page_size) + 1
         chunk = pages_for(self.prefill_chunk, self.page_size) + 1
-        per_verify = self.draft_table_width + growth
+        per_verify = growth + (self.draft_table_width if self.draft_lanes else 0)
         return self.verify_lanes * per_verify + self.prefill_lanes * chunk
+
+    def with_draft_tokens(self, num_draft_tokens):
+        """The shape of steps with another K over the same state."""
+        return dataclasses.replace(self, num_draft_tokens=num_draft_tokens)
 
     def fields(self, *, prefill):
         """Names and shapes of the plan's arrays, in buffer order."""

@@ -1,10 +1,12 @@
 """What decoding returns: one record per sample, and the events of a stream."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparsespec_jax.metrics import DecodeStats, RequestMetrics
+from sparsespec_jax.text import OutputText
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
@@ -14,7 +16,7 @@ class DecodeResult:
     """One finished sample.
 
     `token_ids` and `logprobs` have equal length and hold the new tokens only, the
-    stop token included; `text` ends before a stop string or an EOS.
+    stop token included.
     """
 
     request_id: int
@@ -22,11 +24,20 @@ class DecodeResult:
     sample_index: int  # 0 .. n - 1
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    text: str | None  # None without a tokenizer
     logprobs: tuple[float, ...]  # of the target, natural logarithm
     finish_reason: str  # one of FINISH_REASONS
     stop_reason: int | str | None  # the stop token id or stop string
     metrics: RequestMetrics
+    output_text: OutputText = dataclasses.field(repr=False, compare=False)
+
+    @functools.cached_property
+    def text(self) -> str | None:
+        """The text of `token_ids`, decoded when first asked for.
+
+        Ends before a stop string or an EOS; None without a tokenizer.
+        """
+        is_stopped = isinstance(self.stop_reason, int)
+        return self.output_text.finish(self.token_ids[: -1 if is_stopped else None])
 
 
 class DecodeResults(Sequence):

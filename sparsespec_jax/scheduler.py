@@ -1,13 +1,12 @@
 """Which request does what in which step: slots, phases, pages. Host only, no jax.
 
 Each admitted request holds a slot and goes through prefill chunks, one seed verify
-and then cycles of K drafts and one verify. The phase, the residue mod (K + 1) of its
-verify steps, never changes, so plans do not depend on outcomes and can be made any
-number of steps ahead of them.
+and then cycles of K drafts and one verify. Its phase, the residue mod (K + 1) of its
+verify steps, does not depend on outcomes, so plans can be made any number of steps
+ahead of them. What planning needs of a slot is kept in arrays over slots: a step
+costs array operations and Python work for what changes.
 """
 
-import dataclasses
-import enum
 from collections import deque
 from typing import NamedTuple
 
@@ -16,77 +15,83 @@ import numpy as np
 from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.page_allocator import PageAllocator
 from sparsespec_jax.plan import budget_tokens, pages_for
+from sparsespec_jax.request import Request, Status
+
+NO_PHASE = -1
 
 
-class Status(enum.Enum):
-    """Where a request is in its life."""
+class PlannedVerifies(NamedTuple):
+    """The verify lanes 0..n-1 of a dispatched step, kept until its outcome is read."""
 
-    WAITING = "waiting"  # no slot yet
-    PREFILL = "prefill"  # has a slot; prompt chunks remain
-    READY = "ready"  # prompt in the cache; waits for its phase
-    RUNNING = "running"  # drafts and verifies
-    FINISHED = "finished"
+    requests: list[Request]
+    num_rows: np.ndarray  # int64 [n], most rows that each commits (drafts + 1)
+    num_queries: int  # Q of the step
 
 
-@dataclasses.dataclass(eq=False)
-class Request:
-    """What the host knows of one request; lengths lag the device by `lag` steps."""
+class _Slots:
+    """Facts of every slot, one array each; S slots."""
 
-    request_id: int
-    tokens: list  # prompt, then every emitted token that the host has seen
-    num_prompt: int
-    limit: int  # tokens (prompt and output) at which it ends
-    slot_params: np.ndarray  # int32 [NUM_SLOT_PARAMS]
-    budget_ratio: float
-    min_budget: int
-    status: Status = Status.WAITING
-    slot: int = -1
-    phase: int = -1
-    prefilled: int = 0  # prompt tokens whose prefill was planned
-    verifies_in_flight: int = 0  # planned, outcome not read
-    num_full_pages: int = 0
-    num_draft_pages: int = 0
+    def __init__(self, num_slots):
+        self.params = np.zeros((num_slots, plan_lib.NUM_SLOT_PARAMS), np.int32)
+        self.phase = np.full(num_slots, NO_PHASE, np.int32)
+        self.is_running = np.zeros(num_slots, bool)
+        # Committed length if every verification in flight accepts everything.
+        self.reach = np.zeros(num_slots, np.int64)
+        self.limit = np.zeros(num_slots, np.int64)
+        self.budget_ratio = np.zeros(num_slots, np.float32)
+        self.min_budget = np.zeros(num_slots, np.int32)
+        self.full_pages = np.zeros(num_slots, np.int64)  # allocated
+        self.draft_pages = np.zeros(num_slots, np.int64)
 
-    @property
-    def committed(self):
-        """Committed length the host knows of (the newest token is pending)."""
-        return len(self.tokens) - 1
-
-    @property
-    def is_active(self):
-        """True while it holds a slot."""
-        return self.status in (Status.PREFILL, Status.READY, Status.RUNNING)
-
-
-class PlannedVerify(NamedTuple):
-    """One verify lane of a dispatched step, kept until its outcome is read."""
-
-    lane: int
-    request: Request
-    num_drafts: int
+    def put(self, slot, request):
+        """Fill a slot's row for a new holder."""
+        self.params[slot] = request.slot_params
+        self.phase[slot] = NO_PHASE
+        self.is_running[slot] = False
+        self.reach[slot] = len(request.tokens)
+        self.limit[slot] = request.limit
+        self.budget_ratio[slot] = request.budget_ratio
+        self.min_budget[slot] = request.min_budget
+        self.full_pages[slot] = 0
+        self.draft_pages[slot] = 0
 
 
 class Scheduler:
     """Admits, balances and plans. One `plan()` per step; no device data needed."""
 
     def __init__(self, shape):
-        self.shape = shape
+        self.shape = shape  # of the current K
+        self._widest = shape  # of the largest K: pages are reserved for it
         self.allocator = PageAllocator(shape.num_pages)
         self.waiting = deque()
         self.slots = [None] * shape.num_slots
-        self._cycle = shape.num_queries
+        self._arrays = _Slots(shape.num_slots)
+        self._free_slots = list(range(shape.num_slots - 1, -1, -1))
+        self._prefilling = []  # in order of admission
+        self._ready = []  # without a phase
         self._step = 0
-        self._phase_counts = [0] * self._cycle
 
     @property
     def has_work(self):
         """True while any request waits or holds a slot."""
-        return bool(self.waiting) or any(r is not None for r in self.slots)
+        return bool(self.waiting) or self.num_active > 0
+
+    @property
+    def num_active(self):
+        """Requests that hold a slot."""
+        return self.shape.num_slots - len(self._free_slots)
+
+    @property
+    def context_tokens(self):
+        """Tokens that the requests in slots hold, those in flight at their most."""
+        return int(self._arrays.reach.sum())
 
     def pages_needed(self, request):
         """Pages (full and draft) that a request can come to hold."""
-        full = self._full_pages(request.limit)
-        return full + self._draft_pages(request, request.limit)
+        draft = self._draft_pages(
+            request.limit, request.budget_ratio, request.min_budget
+        )
+        return int(self._full_pages(request.limit) + draft)
 
     def check(self, request):
         """Raise ValueError if the request could never fit."""
@@ -103,126 +108,164 @@ class Scheduler:
         self.check(request)
         self.waiting.append(request)
 
-    def selected_tokens(self, request, length):
-        """Tokens that a verification at committed `length` selects for drafting."""
-        if not self.shape.num_draft_tokens:
-            return 0
-        return int(
-            budget_tokens(
-                length,
-                ratio=request.budget_ratio,
-                floor=request.min_budget,
-                cap=self.shape.max_budget,
-            )
-        )
-
     def release(self, request):
         """Take a request out, wherever it is; its slot and pages become free."""
         if request.status is Status.WAITING:
             self.waiting.remove(request)
-        elif request.is_active:
-            self.slots[request.slot] = None
+        elif request.status is not Status.FINISHED:
+            self._unqueue(request)
+            slot, request.slot = request.slot, -1
+            self.slots[slot] = None
+            self._arrays.phase[slot] = NO_PHASE
+            self._arrays.is_running[slot] = False
+            self._arrays.reach[slot] = 0
+            self._free_slots.append(slot)
             self.allocator.free(request.request_id)
-            if request.phase >= 0:
-                self._phase_counts[request.phase] -= 1
         request.status = Status.FINISHED
 
-    def plan(self):
-        """Plan one step: (StepPlan or None if idle, verify lanes to expect)."""
-        self._admit()
-        phase = self._step % self._cycle
-        self._step += 1
+    def set_num_draft_tokens(self, num_draft_tokens):
+        """Plan steps of another K, at most the one the scheduler was made for.
+
+        Running requests drop their drafts and wait for a phase of the new cycle; their
+        next verification feeds the pending token alone.
+        """
+        if num_draft_tokens == self.shape.num_draft_tokens:
+            return
+        self.shape = self._widest.with_draft_tokens(num_draft_tokens)
+        self._step = 0
+        self._arrays.phase[:] = NO_PHASE
+        self._arrays.is_running[:] = False
+        self._prefilling, self._ready = [], []
         active = [r for r in self.slots if r is not None]
-        prefilling = [r for r in active if r.status is Status.PREFILL]
-        prefilling.sort(key=lambda r: r.request_id)
-        prefilling = prefilling[: self.shape.prefill_lanes]
-        self._assign_phases(active)
-        verifying = [r for r in active if r.phase == phase]
-        drafting = [
-            r for r in active if r.status is Status.RUNNING and r.phase != phase
-        ]
-        if not (prefilling or verifying or drafting):
-            return None, []
+        for request in sorted(active, key=lambda r: r.request_id):
+            self._enqueue(request)
+
+    def plan(self):
+        """Plan one step: (StepPlan or None if idle, PlannedVerifies)."""
+        self._admit()
+        now = self._step % self.shape.num_queries
+        self._step += 1
+        self._assign_phases(now)
+        prefilling = self._prefilling[: self.shape.prefill_lanes]
+        arrays = self._arrays
+        slots = np.flatnonzero(arrays.phase == now)
+        drafting = arrays.is_running & (arrays.phase != now)
+        planned = PlannedVerifies(
+            [self.slots[slot] for slot in slots.tolist()],
+            np.full(slots.size, self.shape.num_queries),
+            self.shape.num_queries,
+        )
+        if not (prefilling or slots.size or drafting.any()):
+            return None, planned
         plan = self.shape.new_plan(prefill=bool(prefilling))
         views = plan.views
-        updates = _TableUpdates(views["table_updates"])
-        for request in active:
-            views["slot_params"][request.slot] = request.slot_params
-        for request in drafting:
-            views["draft_mask"][request.slot] = 1
-        planned = [
-            self._plan_verify(views, lane, request, updates)
-            for lane, request in enumerate(verifying)
-        ]
+        views["slot_params"][:] = arrays.params
+        views["draft_mask"][:] = drafting
+        updates = []
+        self._plan_verifies(views, slots, planned, updates)
         for lane, request in enumerate(prefilling):
             self._plan_prefill(views, lane, request, updates)
+        if updates:
+            views["table_updates"][: len(updates)] = updates
         return plan, planned
+
+    def commit(self, planned, num_committed):
+        """Note an outcome: verify lane i committed `num_committed[i]` rows."""
+        for request in planned.requests:
+            request.verifies_in_flight -= 1
+        slots = np.array([r.slot for r in planned.requests], np.int64)
+        held = slots >= 0
+        surplus = planned.num_rows - np.asarray(num_committed, np.int64)
+        self._arrays.reach[slots[held]] -= surplus[held]
 
     def _admit(self):
         """Give slots to waiting requests, first come first served, while pages last.
 
         The pages of the whole request are promised, so growth never fails.
         """
-        for slot, holder in enumerate(self.slots):
-            if holder is not None or not self.waiting:
-                continue
+        while self.waiting and self._free_slots:
             request = self.waiting[0]
             needed = self.pages_needed(request)
             if not self.allocator.can_promise(needed):
                 return
             self.waiting.popleft()
             self.allocator.promise(request.request_id, needed)
-            request.slot = slot
-            self.slots[slot] = request
-            request.status = (
-                Status.PREFILL if self._prefill_target(request) else Status.READY
-            )
+            request.slot = self._free_slots.pop()
+            self.slots[request.slot] = request
+            self._arrays.put(request.slot, request)
+            self._enqueue(request)
+
+    def _enqueue(self, request):
+        """Put a request that holds a slot where it continues: prefill or ready."""
+        missing = not request.is_seeded
+        missing = missing and request.prefilled < self._prefill_target(request)
+        request.status = Status.PREFILL if missing else Status.READY
+        (self._prefilling if missing else self._ready).append(request)
+
+    def _unqueue(self, request):
+        if request.status is Status.PREFILL:
+            self._prefilling.remove(request)
+        elif request in self._ready:
+            self._ready.remove(request)
 
     def _prefill_target(self, request):
-        """Prompt tokens that prefill chunks feed; the seed verify feeds the rest."""
+        """Tokens that prefill chunks feed; the seed verify feeds the rest."""
         return max(0, len(request.tokens) - self.shape.num_queries)
 
-    def _assign_phases(self, active):
+    def _assign_phases(self, now):
         """Give ready requests the phase with the least context to read.
 
         Verification cost grows with context, so phases are balanced by tokens, within
         the number of verify lanes; among equals the phase that comes up first wins.
         """
-        ready = [r for r in active if r.status is Status.READY and r.phase < 0]
-        if not ready:
+        if not self._ready:
             return
-        loads = [0] * self._cycle
-        for request in active:
-            if request.phase >= 0:
-                loads[request.phase] += len(request.tokens)
-        now = (self._step - 1) % self._cycle
-        order = [(now + i) % self._cycle for i in range(self._cycle)]
-        for request in sorted(ready, key=lambda r: r.request_id):
-            lanes = self.shape.verify_lanes
-            free = [p for p in order if self._phase_counts[p] < lanes]
-            request.phase = min(free, key=lambda p: loads[p])
-            self._phase_counts[request.phase] += 1
-            loads[request.phase] += len(request.tokens)
+        cycle, lanes = self.shape.num_queries, self.shape.verify_lanes
+        phases, reach = self._arrays.phase, self._arrays.reach
+        has_phase = phases != NO_PHASE
+        held = phases[has_phase]
+        counts = np.bincount(held, minlength=cycle).tolist()
+        loads = np.bincount(held, reach[has_phase], minlength=cycle).tolist()
+        order = [(now + i) % cycle for i in range(cycle)]
+        for request in self._ready:
+            free = (p for p in order if counts[p] < lanes)
+            phase = min(free, key=loads.__getitem__)
+            phases[request.slot] = phase
+            counts[phase] += 1
+            loads[phase] += len(request.tokens)
+        self._ready = []
 
-    def _plan_verify(self, views, lane, request, updates):
-        num_drafts = self.shape.num_draft_tokens
-        if request.status is Status.READY:
-            start = self._prefill_target(request)
-            tail = request.tokens[start:]
-            num_drafts = len(tail) - 1
-            views["seed_counts"][lane] = num_drafts
-            views["seed_starts"][lane] = start
-            views["seed_tokens"][lane, : len(tail)] = tail
-            request.status = Status.RUNNING
-            longest = start
-        else:
-            longest = request.committed
-            longest += request.verifies_in_flight * self.shape.num_queries
-        views["verify_slots"][lane] = request.slot
-        self._grow_full(request, longest + self.shape.num_queries, updates)
-        self._grow_draft(request, longest, updates)
-        request.verifies_in_flight += 1
-        return PlannedVerify(lane, request, num_drafts)
+    def _plan_verifies(self, views, slots, planned, updates):
+        """Fill the verify lanes for `slots` and grow their tables."""
+        views["verify_slots"][: slots.size] = slots
+        arrays, rows = self._arrays, planned.num_rows
+        is_new = ~arrays.is_running[slots]
+        for lane in np.flatnonzero(is_new).tolist():
+            request = planned.requests[lane]
+            rows[lane] = self._plan_first_verify(views, lane, request)
+        arrays.is_running[slots] = True
+        for request in planned.requests:
+            request.verifies_in_flight += 1
+        reach = arrays.reach[slots]
+        self._grow_full(slots, reach + self.shape.num_queries, updates)
+        if self.shape.num_draft_tokens:
+            self._grow_draft(slots, reach, updates)
+        arrays.reach[slots] = reach + rows
+
+    def _plan_first_verify(self, views, lane, request):
+        """A seed verify, or the pending token alone after a change of K; its rows."""
+        request.status = Status.RUNNING
+        if request.is_seeded:
+            views["seed_counts"][lane] = plan_lib.PENDING_ONLY
+            return 1
+        start = self._prefill_target(request)
+        tail = request.tokens[start:]
+        views["seed_counts"][lane] = len(tail) - 1
+        views["seed_starts"][lane] = start
+        views["seed_tokens"][lane, : len(tail)] = tail
+        self._arrays.reach[request.slot] = start
+        request.is_seeded = True
+        return len(tail)
 
     def _plan_prefill(self, views, lane, request, updates):
         target = self._prefill_target(request)
@@ -232,53 +275,50 @@ class Scheduler:
         views["prefill_starts"][lane] = start
         views["prefill_counts"][lane] = count
         views["prefill_tokens"][lane, :count] = request.tokens[start : start + count]
-        self._grow_full(request, start + count, updates)
+        slot = np.array([request.slot])
+        self._grow_full(slot, np.array([start + count]), updates)
         request.prefilled = start + count
         if request.prefilled == target:
-            request.status = Status.READY
+            self._prefilling.remove(request)
+            self._enqueue(request)
 
-    def _grow_full(self, request, num_tokens, updates):
-        """Allocate full pages for the first `num_tokens` tokens."""
-        most = self._full_pages(request.limit)
-        needed = min(most, pages_for(num_tokens, self.shape.page_size))
-        count = max(0, needed - request.num_full_pages)
-        pages = self.allocator.allocate(request.request_id, count)
-        updates.add(plan_lib.FULL_TABLE, request.slot, request.num_full_pages, pages)
-        request.num_full_pages += count
+    def _grow_full(self, slots, num_tokens, updates):
+        """Allocate full pages for the first `num_tokens` tokens of each slot."""
+        most = self._full_pages(self._arrays.limit[slots])
+        needed = np.minimum(most, pages_for(num_tokens, self.shape.page_size))
+        held = self._arrays.full_pages
+        self._grow(plan_lib.FULL_TABLE, held, slots, needed, updates)
 
-    def _grow_draft(self, request, length, updates):
-        """Allocate draft pages for a selection made at committed `length`."""
-        needed = self._draft_pages(request, min(length, request.limit))
-        count = max(0, needed - request.num_draft_pages)
-        pages = self.allocator.allocate(request.request_id, count)
-        updates.add(plan_lib.DRAFT_TABLE, request.slot, request.num_draft_pages, pages)
-        request.num_draft_pages += count
+    def _grow_draft(self, slots, lengths, updates):
+        """Allocate draft pages for selections made at committed `lengths`."""
+        arrays = self._arrays
+        needed = self._draft_pages(
+            np.minimum(lengths, arrays.limit[slots]),
+            arrays.budget_ratio[slots],
+            arrays.min_budget[slots],
+        )
+        held = arrays.draft_pages
+        self._grow(plan_lib.DRAFT_TABLE, held, slots, needed, updates)
+
+    def _grow(self, table, held, slots, needed, updates):
+        missing = needed - held[slots]
+        for lane in np.flatnonzero(missing > 0).tolist():
+            slot, count = int(slots[lane]), int(missing[lane])
+            first = int(held[slot])
+            owner = self.slots[slot].request_id
+            for i, page in enumerate(self.allocator.allocate(owner, count)):
+                updates.append((table, slot, first + i, page))
+            held[slot] = first + count
 
     def _full_pages(self, limit):
         # The last verification may feed K drafts past the limit.
-        return pages_for(limit + self.shape.num_draft_tokens, self.shape.page_size)
+        return pages_for(limit + self._widest.num_draft_tokens, self.shape.page_size)
 
-    def _draft_pages(self, request, length):
-        if not self.shape.num_draft_tokens:
+    def _draft_pages(self, length, ratio, floor):
+        drafts = self._widest.num_draft_tokens
+        if not drafts:
             return 0
-        rows = self.selected_tokens(request, length)
+        cap = self.shape.max_budget
+        rows = budget_tokens(length, ratio=ratio, floor=floor, cap=cap)
         # Rows just verified, then the drafts of the next cycle behind them.
-        rows += self.shape.num_queries + self.shape.num_draft_tokens
-        return pages_for(rows, self.shape.page_size)
-
-
-class _TableUpdates:
-    """Appends page-table changes to a plan."""
-
-    def __init__(self, rows):
-        self._rows = rows
-        self._used = 0
-
-    def add(self, table, slot, first_column, pages):
-        end = self._used + len(pages)
-        rows = self._rows[self._used : end]
-        rows[:, 0] = table
-        rows[:, 1] = slot
-        rows[:, 2] = np.arange(first_column, first_column + len(pages))
-        rows[:, 3] = pages
-        self._used = end
+        return pages_for(rows + 2 * drafts + 1, self.shape.page_size)

@@ -100,16 +100,20 @@ def _update_tables(state, updates):
 def _verification(state, plan, shape):
     """Collect what each verify lane feeds: a slot's drafts, or the prompt's tail."""
     slots = plan["verify_slots"]
-    is_seed = plan["seed_counts"] != plan_lib.NOT_SEED
+    counts = plan["seed_counts"]
+    is_seed = counts >= 0
     in_range = slots < shape.num_slots
     live = in_range & (is_seed | ~state.done.at[slots].get(mode="clip"))
 
     def of_slot(array):
         return array.at[slots].get(mode="clip")
 
-    drafts = jnp.where(is_seed, plan["seed_counts"], of_slot(state.num_drafted))
+    is_bare = counts == plan_lib.PENDING_ONLY
+    drafted = jnp.where(is_bare, 0, of_slot(state.num_drafted))
+    drafts = jnp.where(is_seed, counts, drafted)
     starts = jnp.where(is_seed, plan["seed_starts"], of_slot(state.lengths))
-    tokens = jnp.where(is_seed[:, None], plan["seed_tokens"], of_slot(state.tokens))
+    tokens = of_slot(state.tokens)[:, : shape.num_queries]
+    tokens = jnp.where(is_seed[:, None], plan["seed_tokens"], tokens)
     params = of_slot(plan["slot_params"])
     starts = jnp.where(live, starts, 0)
     lanes = VerifyLanes(
@@ -175,7 +179,8 @@ def _accept(scores, state, plan, verification, shape, options, filters):
     num_drafts = jnp.where(verification.is_seed, 0, jnp.maximum(lanes.num_rows - 1, 0))
     stacked = scores.reshape(shape.verify_lanes, rows, -1)
     if options.acceptor == "ratio_test" and shape.num_draft_tokens:
-        draft_law = jax.tree.map(lambda a: a[slots], state.draft_law)
+        kept = drafts.shape[1]
+        draft_law = jax.tree.map(lambda a: a[slots, :kept], state.draft_law)
         # A seed's drafts are prompt tokens: accept them, then draw from its last row.
         forced = jnp.maximum(lanes.num_rows - 1, 0)
         verified = _ratio_test_or_seed(
@@ -273,7 +278,7 @@ def _commit(state, plan, verification, verified, laws, scores, shape, filters):
         full_table=state.full_table,
         draft_table=state.draft_table,
         lengths=put(state.lengths, lanes.starts + verified.num_accepted + 1),
-        tokens=put(state.tokens, jnp.pad(pending, ((0, 0), (0, rows - 1)))),
+        tokens=state.tokens.at[lanes.slots, 0].set(pending[:, 0], mode="drop"),
         num_drafted=put(state.num_drafted, jnp.zeros_like(count)),
         draft_tails=put(state.draft_tails, verified.num_accepted + 1),
         done=put(state.done, done),

@@ -55,10 +55,12 @@ def _need_tokenizer(tokenizer, what):
 
 
 class OutputText:
-    """Grows the text of one output and finds the first stop string in it.
+    """The text of one output: on demand, or grown token by token.
 
-    Tokens are judged one at a time, so where a stop string ends does not depend on
-    how many tokens a step committed.
+    Nothing is decoded before somebody asks: a stop string or a stream pushes tokens as
+    they come, otherwise `finish` decodes the whole output at once. Tokens are judged
+    one at a time, so where a stop string ends does not depend on how many tokens a
+    step committed.
     """
 
     def __init__(self, tokenizer, stop):
@@ -69,6 +71,11 @@ class OutputText:
         self._given = 0  # a token's text can depend on the one before it
         self.text = ""
         self.stop_string = None
+
+    @property
+    def num_pushed(self):
+        """Tokens pushed so far."""
+        return len(self._ids)
 
     def push(self, token):
         """Add one token; returns True if a stop string is now complete."""
@@ -82,14 +89,20 @@ class OutputText:
         self.text += fresh
         return bool(fresh) and self._find_stop(len(fresh))
 
-    def finish(self):
-        """The whole text, an unfinished character included; None without tokenizer."""
+    def finish(self, token_ids):
+        """The whole text of an output, an unfinished character included.
+
+        `token_ids` are all its tokens, those pushed included. None without tokenizer.
+        """
         if self._tokenizer is None:
             return None
-        if self.stop_string is None:
-            self.text += self._fresh()
-            self._context = self._given = len(self._ids)
-        return self.text
+        if self.stop_string is not None:
+            return self.text
+        if not self._ids:
+            return self._tokenizer.decode(list(token_ids))
+        for token in token_ids[len(self._ids) :]:
+            self.push(token)
+        return self.text + self._fresh()
 
     def _fresh(self):
         known = self._tokenizer.decode(self._ids[self._context : self._given])

@@ -19,8 +19,10 @@ PACKAGES = ("pallas_kernels", "sparsespec_jax", "experiments")  # each imports t
 HOST_FILES = (
     "config.py",
     "metrics.py",
+    "outputs.py",
     "page_allocator.py",
     "plan.py",
+    "request.py",
     "results.py",
     "scheduler.py",
     "text.py",

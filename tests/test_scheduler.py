@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.page_allocator import OutOfPagesError, PageAllocator
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
-from sparsespec_jax.scheduler import Request, Scheduler, Status
+from sparsespec_jax.request import Request, Status, token_array
+from sparsespec_jax.scheduler import Scheduler
 
 
 def make_shape(*, slots, k, pages, page_size=4, max_length=64, chunk=8, lanes=1):
@@ -31,7 +32,7 @@ def make_shape(*, slots, k, pages, page_size=4, max_length=64, chunk=8, lanes=1)
 def make_request(request_id, num_prompt, new, ratio=0.3, floor=2):
     return Request(
         request_id=request_id,
-        tokens=list(range(num_prompt)),
+        tokens=token_array(range(num_prompt)),
         num_prompt=num_prompt,
         limit=num_prompt + new,
         budget_ratio=ratio,
@@ -58,20 +59,20 @@ class Device:
                 ] = page
         drafting = set(np.flatnonzero(views["draft_mask"]))
         verifying = [s for s in views["verify_slots"] if s < self.shape.num_slots]
-        assert len(set(verifying)) == len(verifying) == len(planned)
+        assert len(set(verifying)) == len(verifying) == len(planned.requests)
         assert not drafting & set(verifying)
-        outcomes = []
-        for verify in planned:
-            request = verify.request
+        emitted = []
+        for lane, request in enumerate(planned.requests):
             known = self.true_length.get(request.request_id, request.num_prompt)
-            seed = views["seed_counts"][verify.lane] != plan_lib.NOT_SEED
-            rows = 1 if seed else self.rng.integers(1, verify.num_drafts + 2)
-            emitted = min(rows, request.limit - known)
-            start = views["seed_starts"][verify.lane] if seed else known - 1
-            self.check_pages(request, int(start), verify.num_drafts + 1)
-            self.true_length[request.request_id] = known + emitted
-            outcomes.append((verify, int(emitted)))
-        return outcomes
+            seed = views["seed_counts"][lane] >= 0
+            most = int(planned.num_rows[lane])
+            rows = 1 if seed else self.rng.integers(1, most + 1)
+            emitted.append(int(min(rows, request.limit - known)))
+            start = views["seed_starts"][lane] if seed else known - 1
+            self.check_pages(request, int(start), most)
+            self.true_length[request.request_id] = known + emitted[-1]
+        is_seed = views["seed_counts"][: len(emitted)] >= 0
+        return planned, emitted, np.where(is_seed, planned.num_rows, emitted)
 
     def check_pages(self, request, start, num_rows):
         """Every row that the verification and the next drafts write has a page."""
@@ -98,12 +99,12 @@ def simulate(scheduler, device, requests, lag, max_steps=20000):
         if plan is not None:
             in_flight.append(device.run(plan, planned))
         while len(in_flight) > (lag if plan is not None else 0):
-            for verify, emitted in in_flight.pop(0):
-                request = verify.request
-                request.verifies_in_flight -= 1
+            planned, emitted, committed = in_flight.pop(0)
+            scheduler.commit(planned, committed)
+            for request, count in zip(planned.requests, emitted, strict=True):
                 if request.status is Status.FINISHED:
                     continue
-                request.tokens += [0] * emitted
+                request.tokens.extend([0] * count)
                 if len(request.tokens) >= request.limit:
                     scheduler.release(request)
     return steps
@@ -151,10 +152,9 @@ def test_each_request_verifies_once_per_cycle_and_lanes_suffice():
     last, per_step = {}, []
     for step in range(400):
         _, planned = scheduler.plan()
-        per_step.append(len(planned))
-        for verify in planned:
-            request = verify.request
-            request.verifies_in_flight -= 1
+        per_step.append(len(planned.requests))
+        scheduler.commit(planned, planned.num_rows)
+        for request in planned.requests:
             if request.request_id in last:
                 assert step - last[request.request_id] == shape.num_queries
             last[request.request_id] = step
@@ -172,7 +172,7 @@ def test_phases_balance_context_not_counts():
     by_phase = {0: 0, 1: 0}
     for request in scheduler.slots:
         if request is not None:
-            by_phase[request.phase] += 1
+            by_phase[int(scheduler._arrays.phase[request.slot])] += 1
     # The long request has a phase to itself, but for the four-lane limit.
     assert sorted(by_phase.values()) == [2, 4]
 

@@ -1,0 +1,215 @@
+"""The growing outputs: outcomes of steps in, finished results out. No jax."""
+
+import array
+import dataclasses
+import time
+
+import numpy as np
+
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.metrics import RequestMetrics
+from sparsespec_jax.plan import budget_tokens
+from sparsespec_jax.request import Request
+from sparsespec_jax.results import DecodeResult, StreamEvent
+from sparsespec_jax.text import OutputText
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Output:
+    """The growing output of one request."""
+
+    request: Request
+    sampling: SamplingParams
+    prompt_index: int
+    sample_index: int
+    text: OutputText
+    stop_ids: frozenset
+    metrics: RequestMetrics
+    submitted_s: float
+    logprobs: array.array = dataclasses.field(default_factory=lambda: array.array("f"))
+    draft_cache: int = 0  # rows that the last verification left for drafts to read
+    given_text: int = 0  # characters of the text that a stream has seen
+
+
+class Outputs:
+    """The unfinished outputs by request id, and the metrics of the finished ones.
+
+    Args:
+      scheduler: hears of every commitment and of every end.
+      max_budget: most tokens that a verification selects.
+      with_acceptance: keep running counts for `acceptance`.
+    """
+
+    def __init__(self, scheduler, *, max_budget, max_draft_tokens, with_acceptance):
+        self._scheduler = scheduler
+        self._max_budget = max_budget
+        self._unfinished = {}
+        self._with_acceptance = with_acceptance
+        self._judged = np.zeros(max_draft_tokens)
+        self._accepted = np.zeros(max_draft_tokens)
+        self.num_emitted = 0
+        self.finished_metrics = []
+
+    def __len__(self):
+        return len(self._unfinished)
+
+    def add(self, output):
+        """Take in the output of a new request."""
+        self._unfinished[output.request.request_id] = output
+
+    def get(self, request_id):
+        """The unfinished Output of a request, or None."""
+        return self._unfinished.get(request_id)
+
+    @property
+    def max_new_tokens(self):
+        """Tokens that the unfinished requests can still emit."""
+        requests = (output.request for output in self._unfinished.values())
+        return sum(r.limit - len(r.tokens) for r in requests)
+
+    @property
+    def acceptance(self):
+        """Share of the recent drafts accepted, by position; NaN where none was judged.
+
+        A tuple of K floats; older verifications count less, with a memory of about
+        64 outcomes.
+        """
+        with np.errstate(invalid="ignore"):
+            return tuple((self._accepted / self._judged).tolist())
+
+    def commit(self, planned, outcome, results, events):
+        """Append what a step emitted; ended requests join `results`.
+
+        `events` is a list to fill with StreamEvents, or None if nobody wants them.
+        """
+        num_lanes = len(planned.requests)
+        accepted = outcome.num_accepted[:num_lanes]
+        is_seed = accepted == plan_lib.NOT_SEED
+        num_rows = planned.num_rows
+        selected = self._selected(planned, is_seed)
+        self._scheduler.commit(planned, np.where(is_seed, num_rows, accepted + 1))
+        if self._with_acceptance:
+            self._count_acceptance(num_rows - 1, accepted, ~is_seed)
+        lanes = zip(
+            planned.requests,
+            outcome.num_emitted[:num_lanes].tolist(),
+            accepted.tolist(),
+            outcome.is_done[:num_lanes].tolist(),
+            outcome.tokens[:num_lanes].tolist(),
+            outcome.logprobs[:num_lanes].tolist(),
+            num_rows.tolist(),
+            selected.tolist(),
+            strict=True,
+        )
+        for request, count, taken, is_done, tokens, logprobs, rows, chosen in lanes:
+            output = self._unfinished.get(request.request_id)
+            if output is None or count == 0:
+                continue  # finished or aborted while this step was in flight
+            self._record(output, rows, taken, chosen)
+            first = len(request.tokens)
+            reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
+            self.num_emitted += len(request.tokens) - first
+            if events is not None:
+                events.append(_event(output, first, reason))
+            if reason:
+                results.append(self.finish(output, reason, stop))
+
+    def finish(self, output, reason, stop_reason):
+        """End an output; returns its DecodeResult."""
+        request = output.request
+        self._scheduler.release(request)
+        del self._unfinished[request.request_id]
+        new = tuple(request.tokens[request.num_prompt :])
+        output.metrics.finish(num_output_tokens=len(new))
+        output.metrics.total_time_s = time.perf_counter() - output.submitted_s
+        self.finished_metrics.append(output.metrics)
+        return DecodeResult(
+            request_id=request.request_id,
+            prompt_index=output.prompt_index,
+            sample_index=output.sample_index,
+            prompt_token_ids=tuple(request.tokens[: request.num_prompt]),
+            token_ids=new,
+            output_text=output.text,
+            logprobs=tuple(output.logprobs),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            metrics=output.metrics,
+        )
+
+    def _selected(self, planned, is_seed):
+        """Tokens that each verification selected for drafting, int [n]."""
+        requests = planned.requests
+        if planned.num_queries == 1:
+            return np.zeros(len(requests), np.int64)
+        # A seed verify starts below the tokens known, a cycle at the pending one.
+        below = np.where(is_seed, planned.num_rows, 1)
+        return budget_tokens(
+            np.array([len(r.tokens) for r in requests], np.int64) - below,
+            ratio=np.array([r.budget_ratio for r in requests], np.float32),
+            floor=np.array([r.min_budget for r in requests], np.int32),
+            cap=self._max_budget,
+        )
+
+    def _count_acceptance(self, num_drafts, accepted, is_cycle):
+        position = np.arange(self._judged.size)
+        judged = (num_drafts[:, None] > position) & is_cycle[:, None]
+        self._judged *= 1 - 1 / 64
+        self._accepted *= 1 - 1 / 64
+        self._judged += judged.sum(0)
+        self._accepted += (judged & (accepted[:, None] > position)).sum(0)
+
+    def _record(self, output, num_rows, num_accepted, selected):
+        """Count acceptance and KV traffic of one verification."""
+        request, metrics = output.request, output.metrics
+        reads = metrics.kv_tokens_read
+        if num_accepted == plan_lib.NOT_SEED:
+            length = len(request.tokens)
+            start = length - num_rows
+            if length == request.num_prompt:
+                elapsed = time.perf_counter() - output.submitted_s
+                metrics.time_to_first_token_s = elapsed
+            reads.prefill += start * (start + 1) // 2 + length
+            tail = num_rows
+        else:
+            drafts = num_rows - 1
+            metrics.record_verification(num_accepted=num_accepted, num_drafted=drafts)
+            reads.draft += drafts * output.draft_cache + drafts * (drafts + 1) // 2
+            reads.verify += request.committed + num_rows
+            tail = num_accepted + 1
+        reads.gather += selected
+        output.draft_cache = selected + tail
+
+
+def _append(output, tokens, logprobs, is_done):
+    """Append new tokens up to a stop; returns (finish reason or None, stop reason)."""
+    request = output.request
+    if output.sampling.stop:
+        for count, token in enumerate(tokens, start=1):
+            request.tokens.append(token)
+            if token in output.stop_ids:
+                break  # the device saw it too
+            if output.text.push(token):
+                output.logprobs.extend(logprobs[:count])
+                return "stop", output.text.stop_string
+    else:
+        request.tokens.extend(tokens)
+    output.logprobs.extend(logprobs)
+    if not is_done:
+        return None, None
+    # The device cuts an outcome at its first stop token or at the limit.
+    last = tokens[-1]
+    return ("stop", last) if last in output.stop_ids else ("length", None)
+
+
+def _event(output, first, reason):
+    """The StreamEvent of the tokens from index `first` on."""
+    request, text = output.request, output.text
+    if text.stop_string is None:
+        new = request.tokens[request.num_prompt + text.num_pushed :]
+        for token in new:
+            if token not in output.stop_ids:
+                text.push(token)
+    fresh = text.text[output.given_text :]
+    output.given_text = len(text.text)
+    return StreamEvent(request.request_id, tuple(request.tokens[first:]), fresh, reason)
