@@ -96,8 +96,7 @@ class Engine:
     @property
     def is_prefilling(self):
         """True while a request has emitted nothing."""
-        requests = (output.request for output in self._outputs.values())
-        return any(len(r.tokens) == r.num_prompt for r in requests)
+        return self._outputs.num_silent > 0
 
     @property
     def max_new_tokens(self):

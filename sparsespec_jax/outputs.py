@@ -48,7 +48,9 @@ class Outputs:
         self._with_acceptance = with_acceptance
         self._judged = np.zeros(max_draft_tokens)
         self._accepted = np.zeros(max_draft_tokens)
-        self.num_emitted = 0
+        self.num_emitted = 0  # tokens, of all requests
+        self.num_silent = 0  # unfinished requests without a token
+        self.max_new_tokens = 0  # that the unfinished requests can still emit
         self.finished_metrics = []
 
     def __len__(self):
@@ -57,16 +59,12 @@ class Outputs:
     def add(self, output):
         """Take in the output of a new request."""
         self._unfinished[output.request.request_id] = output
+        self.num_silent += 1
+        self.max_new_tokens += output.sampling.max_tokens
 
     def get(self, request_id):
         """The unfinished Output of a request, or None."""
         return self._unfinished.get(request_id)
-
-    @property
-    def max_new_tokens(self):
-        """Tokens that the unfinished requests can still emit."""
-        requests = (output.request for output in self._unfinished.values())
-        return sum(r.limit - len(r.tokens) for r in requests)
 
     @property
     def acceptance(self):
@@ -109,7 +107,7 @@ class Outputs:
             self._record(output, rows, taken, chosen)
             first = len(request.tokens)
             reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
-            self.num_emitted += len(request.tokens) - first
+            self._count_emitted(request, first)
             if events is not None:
                 events.append(_event(output, first, reason))
             if reason:
@@ -118,6 +116,8 @@ class Outputs:
     def finish(self, output, reason, stop_reason):
         """End an output; returns its DecodeResult."""
         request = output.request
+        self.num_silent -= len(request.tokens) == request.num_prompt
+        self.max_new_tokens -= request.limit - len(request.tokens)
         self._scheduler.release(request)
         del self._unfinished[request.request_id]
         new = tuple(request.tokens[request.num_prompt :])
@@ -150,6 +150,12 @@ class Outputs:
             floor=np.array([r.min_budget for r in requests], np.int32),
             cap=self._max_budget,
         )
+
+    def _count_emitted(self, request, first):
+        count = len(request.tokens) - first
+        self.num_emitted += count
+        self.max_new_tokens -= count
+        self.num_silent -= first == request.num_prompt
 
     def _count_acceptance(self, num_drafts, accepted, is_cycle):
         position = np.arange(self._judged.size)

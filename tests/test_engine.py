@@ -331,3 +331,17 @@ def test_models_without_tokenizer_give_no_text(tiny_model):
     assert isinstance(tiny_model, Model)
     assert run(tiny_model, [[1, 2]], LAWS[3])[0].text is None
     assert np.isfinite(run(tiny_model, [[1, 2]], LAWS[3])[0].logprobs).all()
+
+
+def test_the_load_that_is_left_is_counted(tiny_model, prompts):
+    engine = small_engine(tiny_model)
+    ids = [engine.add_request(p, s) for p, s in zip(prompts, LAWS, strict=True)]
+    total = sum(law.max_tokens for law in LAWS)
+    assert engine.max_new_tokens == total and engine.is_prefilling
+    for _ in range(20):
+        engine.step()
+    engine.abort(ids[-1])
+    left = engine.max_new_tokens
+    assert 0 < left < total and engine.num_emitted_tokens > 0
+    drain(engine)
+    assert engine.max_new_tokens == 0 and not engine.is_prefilling
