@@ -5,6 +5,7 @@ normalises the mass. docs/kernels.md draws the layout.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -33,6 +34,18 @@ TUNED = {
 }
 
 
+# Compiled once for all layers of a model that call it alike.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "groups",
+        "scale",
+        "mass_group",
+        "mass_rows",
+        "interpret",
+        "config",
+    ),
+)
 def paged_attention_gpu(
     q: jax.Array,
     kv_pages: jax.Array,
