@@ -5,8 +5,8 @@ from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfi
 from sparsespec_jax.decode import decode, stream
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.model_config import ModelConfig
+from sparsespec_jax.policy import Policy
 from sparsespec_jax.results import DecodeResult, DecodeResults, StreamEvent
-from sparsespec_jax.selection import Policy
 
 __all__ = [
     "DecodeResult",

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from sparsespec_jax import step_selection
 from sparsespec_jax.plan import StepShape
-from sparsespec_jax.selection import SelectionOptions, SelectionView
-from sparsespec_jax.state import LayerCache
+from sparsespec_jax.policy import SelectionOptions, SelectionView, run_policy
+from sparsespec_jax.state import read_rows
 
 
 class VerifyLanes(NamedTuple):
@@ -28,6 +29,7 @@ class VerifyLanes(NamedTuple):
     num_rows: jax.Array  # int32 [E], valid rows (drafts + 1), 0 for an idle lane
     seeds: jax.Array  # uint32 [E, 2]
     budgets: jax.Array  # int32 [E], tokens to select
+    is_seed: jax.Array  # bool [E], the first verification of a request
 
 
 class StepLanes(NamedTuple):
@@ -37,6 +39,9 @@ class StepLanes(NamedTuple):
     draft_tails: jax.Array  # int32 [S], rows behind the selected ones, own one excluded
     draft_counts: jax.Array | None  # int32 [S, 1] if the policy's counts are fixed
     draft_table: jax.Array  # int32 [S, Wd]
+    draft_seeds: jax.Array  # uint32 [S, 2]
+    draft_starts: jax.Array  # int32 [S], committed length before the last verification
+    draft_budgets: jax.Array  # int32 [S]
     full_table: jax.Array  # int32 [S, W]
     verify: VerifyLanes
     prefill_slots: jax.Array  # int32 [F]
@@ -68,12 +73,15 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         num_sinks=options.num_sinks,
         impl=impl,
     )
-    needs_mass = drafting and policy.needs_mass
+    step_selection.check_impl(policy, impl)
     verify_rows = slice(
         shape.draft_lanes, shape.draft_lanes + shape.verify_lanes * shape.num_queries
     )
 
+    picked = None  # by the newest layer below that selects, while tracing
+
     def attend(layer_index, q, k, v, cache):
+        nonlocal picked
         heads = k.shape[1]
         rows = jnp.concatenate([k, v], axis=-1).astype(cache.kv_pages.dtype)
         fixed = lanes.draft_counts is not None
@@ -84,6 +92,8 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
             written = jnp.concatenate([rows, rows[verify_rows]])
         with jax.named_scope("write_rows"):
             kv_pages = _write_rows(cache.kv_pages, places, written)
+        selects = drafting and not policy.per_step and policy.is_anchor(layer_index)
+        needs_mass = selects and policy.needs_mass
         with jax.named_scope("attention"):
             out, mass = paged_attention(
                 q,
@@ -95,36 +105,74 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
                 q_lengths,
                 groups=groups,
                 mass_group=(1 if shape.draft_lanes else 0) if needs_mass else None,
-                mass_rows=options.mass_rows,
+                mass_rows=policy.mass_rows(options.mass_rows),
                 impl=impl,
             )
-        if drafting:
-            # Attention must be done with the pool before the draft caches are
-            # filled: without this order XLA copies the pool, twice per layer.
-            kv_pages, out = jax.lax.optimization_barrier((kv_pages, out))
-            view = SelectionView(
-                mass=mass,
-                lengths=lanes.verify.starts,
-                budgets=lanes.verify.budgets,
-                seeds=lanes.verify.seeds,
-                layer_index=layer_index,
-                num_kv_heads=heads,
-                num_keys=shape.table_width * shape.page_size,
+        if not drafting:
+            return out, cache._replace(kv_pages=kv_pages)
+        # Attention must be done with the pool before the draft caches are
+        # filled: without this order XLA copies the pool, twice per layer.
+        kv_pages, out = jax.lax.optimization_barrier((kv_pages, out))
+        cache = cache._replace(kv_pages=kv_pages)
+        if policy.per_step:
+            picked = step_selection.nothing(shape)
+            out = step_selection.attend_drafts(
+                policy, selection, layer_index, q, out, kv_pages, lanes, shape
             )
+        if selects:
+            view = _view(layer_index, q[verify_rows], mass, cache, lanes, shape, policy)
             with jax.named_scope("select"):
-                indices, selected = policy.select(view, selection)
+                indices, selected, memory = run_policy(policy, view, selection)
             is_live = (lanes.verify.num_rows > 0)[:, None]
-            selected = jnp.where(is_live, selected, 0)
-            with jax.named_scope("gather"):
-                kv_pages = _gather_selected(kv_pages, indices, selected, lanes, impl)
-            if not fixed:
-                place = [_tail_places(lanes, shape, selected)]
-                kv_pages = _write_rows(kv_pages, place, rows[verify_rows])
-                selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
-                counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
-        return out, LayerCache(kv_pages, None if fixed else counts)
+            picked = indices, jnp.where(is_live, selected, 0)
+            if memory is not None:
+                put = cache.policy_state.at[lanes.verify.slots]
+                cache = cache._replace(policy_state=put.set(memory, mode="drop"))
+        indices, selected = picked
+        with jax.named_scope("gather"):
+            kv_pages = _gather_selected(kv_pages, indices, selected, lanes, impl)
+        if not fixed:
+            place = [_tail_places(lanes, shape, selected)]
+            kv_pages = _write_rows(kv_pages, place, rows[verify_rows])
+            selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
+            counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
+            cache = cache._replace(draft_counts=counts)
+        return out, cache._replace(kv_pages=kv_pages)
 
     return attend
+
+
+def _view(layer_index, queries, mass, cache, lanes, shape, policy):
+    """The SelectionView of a layer's verification; queries [E * Q, N, D]."""
+    verify, needs = lanes.verify, policy.needs
+    size, num_keys = queries.shape[-1], shape.table_width * shape.page_size
+    state = None
+    if policy.state_shape:
+        state = cache.policy_state.at[verify.slots].get(mode="clip")
+        is_new = verify.is_seed.reshape(-1, *[1] * (state.ndim - 1))
+        state = jnp.where(is_new, 0.0, state)
+
+    def keys():
+        table = lanes.full_table.at[verify.slots].get(mode="clip")
+        used = jnp.arange(num_keys) < (verify.starts + verify.num_rows)[:, None]
+        rows = read_rows(cache.kv_pages, table)[..., :size]
+        return jnp.where(used[:, None, :, None], rows, 0)
+
+    queries = queries.reshape(-1, shape.num_queries, *queries.shape[1:])
+    return SelectionView(
+        mass=mass,
+        queries=queries if "queries" in needs else None,
+        keys=keys if "keys" in needs else None,
+        num_queries=verify.num_rows,
+        lengths=verify.starts,
+        budgets=verify.budgets,
+        is_first=verify.is_seed,
+        state=state,
+        seeds=verify.seeds,
+        layer_index=layer_index,
+        num_kv_heads=cache.kv_pages.shape[1],
+        num_keys=num_keys,
+    )
 
 
 def _lane_groups(shape, lanes):

@@ -70,7 +70,7 @@ class Engine:
             self.shape,
             kv_dtype=kv_dtype,
             draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
-            fixed_counts=self.policy.fixed_counts,
+            policy=self.policy,
         )
         self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
         self._scheduler = Scheduler(self.shape)

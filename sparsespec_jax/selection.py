@@ -1,72 +1,18 @@
-"""Drafting policies: which committed tokens a draft reads until the next verification.
+"""The drafting policies by name, and the simple ones among them.
 
-A policy is data (what it needs of the verification) and one pure function from a
-`SelectionView` to positions. Any selection is lossless; it only moves acceptance. The
-tokens verified last are always in the draft cache, whatever the policy says.
+To add one, write a function as `policy.Policy` describes and name it in `POLICIES`, or
+pass the Policy itself as `SpeculationConfig.policy`.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import pathlib
+import runpy
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.select_tokens import select_tokens
 from sparsespec_jax import sampling
-
-
-class SelectionView(NamedTuple):
-    """What a policy sees of one layer's verification; E lanes, H KV heads."""
-
-    mass: jax.Array | None  # float32 [E, H, X], None unless the policy asks for it
-    lengths: jax.Array  # int32 [E], candidates are positions [0, length)
-    budgets: jax.Array  # int32 [E], tokens to select, <= cap
-    seeds: jax.Array  # uint32 [E, 2], request seeds
-    layer_index: int
-    num_kv_heads: int
-    num_keys: int  # X, static columns of a full table times the page size
-
-
-class SelectionOptions(NamedTuple):
-    """Static options of a selection, from SpeculationConfig."""
-
-    cap: int
-    per_layer: bool
-    num_recent: int
-    num_sinks: int
-    impl: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """A drafting policy.
-
-    `select(view, options)` returns (indices int32 [E, H, cap], counts int32 [E, H]):
-    distinct positions below `view.lengths`, at most `view.budgets` of them. One set
-    for all heads may be given as [E, 1, cap] and [E, 1], which copies longer rows.
-    `fixed_counts` promises counts of exactly min(budget, length) in every layer and
-    head, which lets a step compute lengths and places once instead of in each layer.
-    """
-
-    name: str
-    needs_mass: bool
-    select: Callable
-    fixed_counts: bool = False
-
-
-def top_mass(view, options):
-    """PillarAttn (arXiv 2512.01278, section 4.1): the keys of largest mass."""
-    indices, counts = select_tokens(
-        view.mass,
-        view.lengths,
-        view.budgets,
-        cap=options.cap,
-        num_recent=options.num_recent,
-        per_layer=options.per_layer,
-        impl=options.impl,
-    )
-    return (indices[:, :1], counts[:, :1]) if options.per_layer else (indices, counts)
+from sparsespec_jax.key_policies import double_sparsity, lserve, quest
+from sparsespec_jax.mass_policies import mass_policy
+from sparsespec_jax.policy import Policy, top_tokens
 
 
 def window(view, options):
@@ -79,8 +25,13 @@ def window(view, options):
     return indices[:, None], counts[:, None]
 
 
+def recents(view, options):
+    """The newest tokens only."""
+    return window(view, options._replace(num_sinks=0))
+
+
 def everything(view, options):
-    """The first tokens: at budget ratio 1 the dense draft, a probe of the loop."""
+    """The first tokens; with a budget of all, the dense draft that tests the loop."""
     counts = jnp.minimum(view.budgets, view.lengths)
     place = jnp.arange(options.cap, dtype=jnp.int32)[None, None]
     return jnp.broadcast_to(place, (counts.size, 1, options.cap)), counts[:, None]
@@ -94,17 +45,33 @@ def random(view, options):
     scores = jnp.broadcast_to(
         noise[:, None], (noise.shape[0], view.num_kv_heads, view.num_keys)
     )
-    return select_tokens(
-        scores, view.lengths, view.budgets, cap=options.cap, impl=options.impl
-    )
+    return top_tokens(view, scores, options._replace(num_recent=0, per_layer=False))
 
 
-POLICIES = {
-    "pillar": Policy("pillar", True, top_mass, True),
-    "window": Policy("window", False, window, True),
-    "full": Policy("full", False, everything, True),
-    "random": Policy("random", False, random, True),
-}
+_ALL = (
+    mass_policy("pillar"),
+    mass_policy("vegas", rows="edges", scope="layer"),
+    mass_policy("pillar_last", rows="last"),
+    mass_policy("pillar_widened", widen=0.7),
+    mass_policy("pillar_decay", decay=0.5),
+    mass_policy("pillar_window", window=2),
+    mass_policy("pillar_churn", max_churn=0.25),
+    mass_policy("pillar_anchors", anchor_every=2),
+    mass_policy("top_p", top_p=0.85),
+    mass_policy("h2o", decay=1.0, recent_share=0.5),
+    mass_policy("snapkv", frozen=True, smooth=5, recent_share=0.5),
+    quest(),
+    double_sparsity(),
+    lserve(),
+    Policy("window", (), window, fixed_counts=True),
+    Policy("recents", (), recents, fixed_counts=True),
+    Policy("full", (), everything, fixed_counts=True),
+    Policy("random", (), random, fixed_counts=True),
+    mass_policy("oracle", per_step=True),
+    quest("quest_step", per_step=True),
+    double_sparsity("double_sparsity_step", per_step=True),
+)
+POLICIES = {policy.name: policy for policy in _ALL}
 
 
 def resolve_policy(policy):
@@ -117,3 +84,20 @@ def resolve_policy(policy):
             f"got {policy!r}"
         )
     return POLICIES[policy]
+
+
+def load_policy(location):
+    """The Policy that a Python file defines, `location` being "path/to/file.py:NAME".
+
+    Raises:
+      ValueError: there is no such file or name, or it is no Policy.
+    """
+    path, _, name = location.rpartition(":")
+    if not path or not pathlib.Path(path).is_file():
+        raise ValueError(
+            f"policy_file must be FILE.py:NAME of a file, got {location!r}"
+        )
+    found = runpy.run_path(path).get(name)
+    if not isinstance(found, Policy):
+        raise ValueError(f"{path} must define {name} as a Policy, got {found!r}")
+    return found

@@ -14,6 +14,7 @@ class LayerCache(NamedTuple):
     kv_pages: jax.Array  # [P, H, ps, 2 * D]
     # int32 [S, H], selected rows at the head of a draft cache; None if counts are fixed
     draft_counts: jax.Array | None
+    policy_state: jax.Array  # float32 [S, ...], what the policy remembers; often empty
 
 
 class DecodeState(NamedTuple):
@@ -31,11 +32,8 @@ class DecodeState(NamedTuple):
     draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
 
 
-def new_state(model_config, shape, *, kv_dtype, draft_top_m, fixed_counts):
-    """An empty DecodeState for `shape` (StepShape); pages hold zeros.
-
-    `fixed_counts` is the policy's: whether every layer selects the same numbers.
-    """
+def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy):
+    """An empty DecodeState for `shape` (StepShape); pages hold zeros."""
     slots, rows = shape.num_slots, shape.num_queries
     pool = (
         shape.num_pages,
@@ -44,10 +42,16 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, fixed_counts):
         2 * model_config.head_dim,
     )
     drafts = (slots, shape.num_draft_tokens, draft_top_m)
+    fixed_counts, remembered = policy.fixed_counts, (0,)
+    if policy.state_shape and shape.num_draft_tokens:
+        num_keys = shape.table_width * shape.page_size
+        remembered = policy.state_shape(model_config.num_kv_heads, num_keys)
 
     def layer():
         counts = jnp.zeros((slots, model_config.num_kv_heads), jnp.int32)
-        return LayerCache(jnp.zeros(pool, kv_dtype), None if fixed_counts else counts)
+        memory = jnp.zeros((slots, *remembered), jnp.float32)
+        counts = None if fixed_counts else counts
+        return LayerCache(jnp.zeros(pool, kv_dtype), counts, memory)
 
     return DecodeState(
         layers=tuple(layer() for _ in range(model_config.num_layers)),
@@ -65,6 +69,12 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, fixed_counts):
             jnp.zeros(drafts, jnp.int32), jnp.zeros(drafts, jnp.float32)
         ),
     )
+
+
+def read_rows(kv_pages, tables):
+    """Rows [lanes, H, W * ps, 2D] of page tables [lanes, W]; junk where no page is."""
+    pages = kv_pages.at[tables].get(mode="clip").swapaxes(1, 2)
+    return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
 
 
 def pool_bytes_per_page(model_config, page_size, kv_dtype):

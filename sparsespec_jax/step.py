@@ -121,15 +121,21 @@ def _verification(state, plan, shape):
         starts=starts,
         num_rows=jnp.where(live, drafts + 1, 0),
         seeds=sampling.law_of(params).seed,
-        budgets=plan_lib.budget_tokens(
-            starts,
-            ratio=sampling.as_float(params[:, plan_lib.BUDGET_RATIO]),
-            floor=params[:, plan_lib.MIN_BUDGET],
-            cap=shape.max_budget,
-            xp=jnp,
-        ),
+        budgets=_budgets(params, starts, shape),
+        is_seed=is_seed & live,
     )
     return _Verification(lanes, tokens, is_seed & live)
+
+
+def _budgets(params, lengths, shape):
+    """Tokens to select int32 [...] at `lengths`, by the requests' own budgets."""
+    return plan_lib.budget_tokens(
+        lengths,
+        ratio=sampling.as_float(params[:, plan_lib.BUDGET_RATIO]),
+        floor=params[:, plan_lib.MIN_BUDGET],
+        cap=shape.max_budget,
+        xp=jnp,
+    )
 
 
 def _step_lanes(state, plan, verification, shape):
@@ -137,11 +143,16 @@ def _step_lanes(state, plan, verification, shape):
     drafting = shape.draft_lanes
     active = (plan["draft_mask"] != 0) & ~state.done
     none = jnp.zeros(0, jnp.int32)
+    draft_params = plan["slot_params"][:drafting]
+    draft_starts = jnp.maximum(state.lengths - state.draft_tails, 0)[:drafting]
     return StepLanes(
         draft_active=active[:drafting],
         draft_tails=(state.draft_tails + state.num_drafted)[:drafting],
         draft_counts=state.draft_counts,
         draft_table=state.draft_table,
+        draft_seeds=sampling.law_of(draft_params).seed,
+        draft_starts=draft_starts,
+        draft_budgets=_budgets(draft_params, draft_starts, shape),
         full_table=state.full_table,
         verify=verification.lanes,
         prefill_slots=plan.get("prefill_slots", none),
