@@ -6,6 +6,7 @@ updated in place.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -25,6 +26,8 @@ class GatherConfig:
     max_rows: int = 16  # rows of one CTA, at most a page
 
 
+# Compiled once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("interpret", "config"))
 def gather_kv_gpu(
     kv_pages: jax.Array,
     source_table: jax.Array,

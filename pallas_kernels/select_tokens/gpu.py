@@ -53,6 +53,11 @@ def choose_config(num_candidates: int) -> SelectConfig:
     return TUNED[min(fitting, default=max(TUNED))]
 
 
+# Compiled once for all layers of a model.
+@functools.partial(
+    jax.jit,
+    static_argnames=("cap", "num_recent", "per_layer", "interpret", "config"),
+)
 def select_tokens_gpu(
     scores: jax.Array,
     lengths: jax.Array,
