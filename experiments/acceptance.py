@@ -15,7 +15,6 @@ same too: the exit status is 1 if one differs from plain decoding (shared noise)
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import sys
 import time
@@ -23,15 +22,10 @@ import time
 from absl import app, flags
 
 from experiments import contexts as contexts_lib
+from experiments import measure as measure_lib
 from experiments import record
-from sparsespec_jax import (
-    Engine,
-    EngineConfig,
-    SamplingParams,
-    SpeculationConfig,
-    load_model,
-)
-from sparsespec_jax.selection import resolve_policy
+from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model
+from sparsespec_jax.selection import load_policy, resolve_policy
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
@@ -39,6 +33,9 @@ _ROWS = flags.DEFINE_list(
     "rows",
     ["pillar:0.05", "window:0.05", "full:1", "pillar:0.1", "pillar:0.2", "random:0.05"],
     "What to measure, in order: policy:budget_ratio.",
+)
+_POLICY_FILE = flags.DEFINE_string(
+    "policy_file", None, "FILE.py:NAME of a Policy of your own, to use in --rows."
 )
 _CONTEXTS = flags.DEFINE_string(
     "contexts", None, "JSON file of contexts (token ids): read, or written if missing."
@@ -62,16 +59,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
 def continue_contexts(engine, contexts):
-    """DecodeResults of all contexts, in order, by an engine that may be used again."""
-    for index, context in enumerate(contexts):
-        law = SamplingParams(
-            temperature=_TEMPERATURE.value,
-            seed=_SEED.value + 1000 + index,
-            max_tokens=_TOKENS.value + 1,
-            ignore_eos=True,
-        )
-        engine.add_request(context, law, prompt_index=index)
-    return contexts_lib.finish(engine)
+    """DecodeResults of all contexts under the flags' law, in order."""
+    return measure_lib.continue_contexts(
+        engine,
+        contexts,
+        temperature=_TEMPERATURE.value,
+        max_tokens=_TOKENS.value + 1,
+        seed=_SEED.value,
+    )
 
 
 def make_engine(model, policy, num_draft_tokens, ratio):
@@ -96,39 +91,8 @@ def make_engine(model, policy, num_draft_tokens, ratio):
     return Engine(model, speculation=speculation, engine=config)
 
 
-def summarise(results, lengths):
-    """Mean accepted drafts over contexts, with standard errors, in all and by range."""
-
-    def mean_and_error(values):
-        if not values:
-            return None
-        mean = sum(values) / len(values)
-        spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-        return {
-            "mean": mean,
-            "standard_error": math.sqrt(spread / len(values)),
-            "num_contexts": len(values),
-        }
-
-    accepted = [r.metrics.mean_accepted_draft_tokens for r in results]
-    total = sum((r.metrics for r in results[1:]), start=results[0].metrics)
-    by_range = {
-        f"{low}-{high}": mean_and_error(
-            [a for a, n in zip(accepted, lengths, strict=True) if low <= n < high]
-        )
-        for low, high in contexts_lib.RANGES
-    }
-    return {
-        "mean_accepted_draft_tokens": mean_and_error(accepted),
-        "by_context_length": by_range,
-        "acceptance_at_position": total.acceptance_at_position,
-        "accepted_histogram": total.accepted_histogram,
-        "kv_read_ratio": total.kv_read_ratio,
-    }
-
-
 def measure(model, contexts, wanted, write):
-    """All rows of the table for the (policy, budget_ratio) pairs `wanted`.
+    """All rows of the table for the (Policy, budget_ratio) pairs `wanted`.
 
     `write(rows, num_looping)` is called after each row.
     """
@@ -146,17 +110,22 @@ def measure(model, contexts, wanted, write):
         results = continue_contexts(engines[policy], contexts)
         same = sum(r.token_ids == t for r, t in zip(results, tokens, strict=True))
         row = {
-            "policy": policy,
+            "policy": policy.name,
             "budget_ratio": ratio,
             "identical_contexts": same,
             "wall_time_s": time.perf_counter() - start,
-            **summarise([results[i] for i in keep], lengths),
+            **measure_lib.summarise(
+                [results[i] for i in keep],
+                lengths,
+                policy=policy,
+                model_config=model.config,
+            ),
         }
         rows.append(row)
         write(rows, len(contexts) - len(keep))
         mean = row["mean_accepted_draft_tokens"]
         print(
-            f"{policy:8s} s={ratio:<5g} accepted {mean['mean']:.2f} "
+            f"{policy.name:8s} s={ratio:<5g} accepted {mean['mean']:.2f} "
             f"+- {mean['standard_error']:.2f} of {_K.value}; "
             f"{same} of {len(contexts)} contexts identical to plain decoding",
             flush=True,
@@ -188,10 +157,13 @@ def load_or_make_contexts(model):
     return contexts
 
 
-def parse_row(text):
-    """(policy, budget_ratio) of "policy:budget_ratio", checked before any work."""
-    policy, _, ratio = text.partition(":")
-    resolve_policy(policy)
+def parse_row(text, own=None):
+    """(Policy, budget_ratio) of "policy:budget_ratio", checked before any work.
+
+    `own` is a user's Policy, known by its name besides the project's.
+    """
+    name, _, ratio = text.partition(":")
+    policy = own if own and name == own.name else resolve_policy(name)
     return policy, SpeculationConfig(budget_ratio=float(ratio)).budget_ratio
 
 
@@ -199,9 +171,10 @@ def main(argv):
     """Make contexts, measure every policy, write the results file."""
     del argv
     try:
-        wanted = [parse_row(row) for row in _ROWS.value]
+        own = load_policy(_POLICY_FILE.value) if _POLICY_FILE.value else None
+        wanted = [parse_row(row, own) for row in _ROWS.value]
     except ValueError as error:
-        raise app.UsageError(f"--rows: {error}") from None
+        raise app.UsageError(str(error)) from None
     model = load_model(_MODEL.value, dtype=_DTYPE.value)
     contexts = load_or_make_contexts(model)
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])

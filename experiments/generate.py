@@ -18,7 +18,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import config as config_lib
-from experiments import record, report
+from experiments import equality, record
 from experiments.prompts import load_prompts
 from sparsespec_jax import Engine, load_model
 from sparsespec_jax.text import encode_prompt
@@ -140,18 +140,18 @@ def run(model, prompts, config, directory):
     longest = max(map(len, prompts)) + config.max_tokens
     environment = record.describe_environment()
     stats, tokens = {}, {}
-    for mode in report.MODES:
+    for mode in equality.MODES:
         engine = Engine(
             model, speculation=config.speculation(mode), engine=config.engine(longest)
         )
-        if mode == report.MODES[0]:
+        if mode == equality.MODES[0]:
             directory.write_environment(environment | {"impl": engine.impl})
         decode_missing(engine, prompts, config, mode=mode, directory=directory)
         records = [r for r in directory.records if r["mode"] == mode]
-        stats[mode] = report.stats_of(records, like=engine.stats(0.0))
+        stats[mode] = equality.stats_of(records, like=engine.stats(0.0))
         tokens[mode] = {r["index"]: r["token_ids"] for r in records}
-    comparison = report.compare(*(tokens[mode] for mode in report.MODES))
-    summary = {mode: stats[mode].to_dict() for mode in report.MODES}
+    comparison = equality.compare(*(tokens[mode] for mode in equality.MODES))
+    summary = {mode: stats[mode].to_dict() for mode in equality.MODES}
     directory.write_summary({"comparison": dataclasses.asdict(comparison)} | summary)
     return stats, comparison
 
@@ -160,11 +160,11 @@ def print_report(config, directory, stats, comparison):
     """Print texts, table and the closing lines of a finished run."""
     for item in sorted(directory.records, key=lambda r: r["index"]):
         if item["mode"] == "speculative":
-            print(report.excerpt(item), end="\n\n")
-    print(report.table(stats), end="\n\n")
+            print(equality.excerpt(item), end="\n\n")
+    print(equality.table(stats), end="\n\n")
     print(f"Results: {directory.path}")
     print(
-        report.closing_lines(
+        equality.closing_lines(
             comparison,
             stats["speculative"],
             is_deterministic=config.is_deterministic,

@@ -1,153 +1,201 @@
-"""What a run shows: equality with plain decoding, the statistics and the table."""
+"""One page of everything measured: the claim, what we found, on what, by what command.
+
+    python -m experiments.report --output experiments/results/REPORT.md
+
+Reads every results file and run directory below --results; writes Markdown, or HTML if
+the name ends in .html.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import html
+import json
+import pathlib
 
-from sparsespec_jax.metrics import (
-    DecodeStats,
-    RequestMetrics,
-    token_forwards_per_token,
-)
+from absl import app, flags
 
-MODES = ("plain", "speculative")
+from experiments import record
 
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Position-by-position equality of the speculative output with the plain one."""
-
-    num_tokens: int  # output tokens of plain decoding
-    num_identical: int  # of them, equal at the same place of the same prompt
-    divergences: tuple[tuple[int, int], ...]  # (prompt, first differing position)
-
-    @property
-    def is_identical(self) -> bool:
-        """True if every output has the same tokens and the same length."""
-        return not self.divergences
-
-
-def compare(plain: dict[int, list[int]], speculative: dict[int, list[int]]):
-    """Compare token ids by prompt index; both must hold the same prompts.
-
-    Raises:
-        ValueError: a prompt is missing on one side.
-    """
-    if plain.keys() != speculative.keys():
-        odd = sorted(plain.keys() ^ speculative.keys())
-        raise ValueError(f"prompts {odd} were decoded in one mode only")
-    identical, divergences = 0, []
-    for index in sorted(plain):
-        left, right = plain[index], speculative[index]
-        equal = [a == b for a, b in zip(left, right, strict=False)]
-        identical += sum(equal)
-        if left != right:
-            divergences.append((index, (equal + [False]).index(False)))
-    return Comparison(
-        num_tokens=sum(map(len, plain.values())),
-        num_identical=identical,
-        divergences=tuple(divergences),
-    )
-
-
-def stats_of(records, *, like: DecodeStats) -> DecodeStats:
-    """Totals of one mode's records over all sessions of a run.
-
-    A session's time and steps are those at its last finished request, so work that
-    an interruption threw away is counted up to there. What is not measured per
-    request (slots, bytes of weights and KV) is taken from `like`.
-    """
-    ends = {}
-    for r in records:
-        steps, seconds = ends.get(r["session"], (0, 0.0))
-        ends[r["session"]] = max(steps, r["step"]), max(seconds, r["elapsed_s"])
-    return dataclasses.replace(
-        like,
-        requests=tuple(RequestMetrics.from_dict(r["metrics"]) for r in records),
-        num_steps=sum(steps for steps, _ in ends.values()),
-        wall_time_s=sum(seconds for _, seconds in ends.values()),
-    )
-
-
-def excerpt(item: dict, num_chars: int = 700) -> str:
-    """The start of one record's text under a line that describes it."""
-    text = item["text"] if item["text"] is not None else str(item["token_ids"])
-    rest = len(text) - num_chars
-    if rest > 0:
-        text = f"{text[:num_chars]} ... ({rest} more characters)"
-    head = f"prompt {item['index']}, {len(item['token_ids'])} tokens"
-    return f"--- {head}, finish reason {item['finish_reason']} ---\n{text}"
-
-
-def table(stats: dict[str, DecodeStats]) -> str:
-    """The card of a run: one row per quantity, one column per mode."""
-    plain, spec = (stats[mode] for mode in MODES)
-    total = spec.total
-    forwards = token_forwards_per_token(
-        num_draft_tokens=total.max_draft_tokens,
-        mean_accepted_draft_tokens=total.mean_accepted_draft_tokens,
-    )
-    speedup = spec.tokens_per_s / plain.tokens_per_s
-    bound = spec.speed_of_light
-    rows = [
-        ("", *MODES),
-        ("output tokens", *_both(stats, lambda s: f"{s.total.num_output_tokens}")),
-        ("engine steps", *_both(stats, lambda s: f"{s.num_steps}")),
-        ("tokens/s", *_both(stats, lambda s: f"{s.tokens_per_s:.1f}")),
-        (
-            "acceptance length",
-            *_both(stats, lambda s: f"{s.total.mean_acceptance_length:.2f}"),
+# Files of single measurements: name prefix -> (claim, function of the file's content).
+FILES = {
+    "acceptance": (
+        "6.16 of 8 drafts accepted at s = 0.05 (arXiv 2512.01278, section 5)",
+        lambda d: "; ".join(map(_acceptance, d["rows"])),
+    ),
+    "lossless": (
+        "the output equals plain decoding's, token by token",
+        lambda d: (
+            f"{sum(r['num_differing_tokens'] for r in d['rows'])} of "
+            f"{sum(r['num_tokens'] for r in d['rows'])} tokens differ"
         ),
-        (
-            "  mean over requests",
-            *_both(
-                stats, lambda s: f"{s.mean_over_requests('mean_acceptance_length'):.2f}"
-            ),
-        ),
-        ("KV read per token", *_both(stats, _kv_per_token)),
-        ("speed-up, measured", "1.00", f"{speedup:.2f}"),
-        ("speed-up, bound by memory traffic", "1.00", f"{bound:.2f}"),
-        ("  measured / bound", "", f"{speedup / bound:.2f}"),
-        ("token forwards per token", "1.00", f"{forwards:.2f}"),
-    ]
-    lines = [f"{name:<34} {left:>12} {right:>12}" for name, left, right in rows]
-    return "\n".join([*lines, "", _acceptance_lines(total)])
+    ),
+}
 
 
-def closing_lines(
-    comparison: Comparison, spec: DecodeStats, *, is_deterministic: bool
-) -> str:
-    """The last lines of a run: equality, acceptance, KV traffic."""
-    total = spec.total
-    same = f"{comparison.num_identical} of {comparison.num_tokens} tokens identical"
-    lines = [f"{same} to plain decoding"]
-    if comparison.divergences and is_deterministic:
-        where = ", ".join(f"prompt {p} token {t}" for p, t in comparison.divergences)
-        lines.insert(0, f"NOT LOSSLESS: first differences at {where}")
-    elif comparison.divergences:
-        lines.append("(the ratio test keeps the law of the text, not its sample path)")
-    drafts = total.max_draft_tokens
-    lines.append(
-        f"acceptance length {total.mean_acceptance_length:.2f} of {drafts + 1} "
-        f"({total.mean_accepted_draft_tokens:.2f} of {drafts} drafts accepted)"
-    )
-    lines.append(f"KV bytes per token: {total.kv_read_ratio:.3f} of plain decoding")
-    return "\n".join(lines)
-
-
-def _both(stats, cell):
-    return tuple(cell(stats[mode]) for mode in MODES)
-
-
-def _kv_per_token(stats):
-    return f"{stats.kv_bytes_per_output_token / 1e6:.2f} MB"
-
-
-def _acceptance_lines(total):
-    positions = " ".join(f"{p:.2f}" for p in total.acceptance_at_position)
-    counts = " ".join(str(n) for n in total.accepted_histogram)
+def _acceptance(row):
+    mean = row["mean_accepted_draft_tokens"]
     return (
-        f"drafts accepted, by position 1..{total.max_draft_tokens}: {positions}\n"
-        f"verifications by drafts accepted, 0..{total.max_draft_tokens}: {counts}"
+        f"{row['policy']} s={row['budget_ratio']:g}: {mean['mean']:.2f} "
+        f"+- {mean['standard_error']:.2f}"
     )
+
+
+def _device(environment):
+    kinds = ", ".join(sorted(set(environment["devices"])))
+    if environment["backend"] == "cpu":
+        kinds = f"{environment['cpu']}, {environment['num_cores']} cores"
+    return kinds
+
+
+def _entry(path, claim, measured, environment):
+    return {
+        "claim": claim,
+        "measured": measured,
+        "device": _device(environment),
+        "command": environment["command"],
+        "source": path,
+    }
+
+
+def file_entries(results):
+    """Entries of the single results files that FILES knows."""
+    entries = []
+    for path in sorted(pathlib.Path(results).glob("*.json")):
+        known = FILES.get(path.name.partition("_")[0].removesuffix(".json"))
+        data = json.loads(path.read_text())
+        if known and "environment" in data:
+            claim, describe = known
+            entries.append(_entry(path, claim, describe(data), data["environment"]))
+    return entries
+
+
+def run_entries(results):
+    """(entry, tables) of the run directories: studies and generate's demo."""
+    for path in sorted(pathlib.Path(results).glob("**/summary.json")):
+        summary = json.loads(path.read_text())
+        environment = json.loads((path.parent / "environment.json").read_text())
+        if "claim" in summary:
+            _, records = record.load(path.parent)
+            table = study_table(summary, records)
+            measured = f"{len(records)} rows below"
+            yield _entry(path, summary["claim"], measured, environment), table
+        elif "comparison" in summary:
+            same = summary["comparison"]
+            length = summary["speculative"]["total"]["mean_acceptance_length"]
+            measured = (
+                f"{same['num_identical']} of {same['num_tokens']} tokens identical; "
+                f"acceptance length {length:.2f}"
+            )
+            claim = "the output equals plain decoding's, token by token"
+            yield _entry(path, claim, measured, environment), []
+
+
+def study_table(summary, records):
+    """Header and rows of one study: what varied, then every figure worth a column."""
+    rows = [found["row"] for found in records]
+    varied = [n for n in rows[0] if len({json.dumps(r[n]) for r in rows}) > 1]
+    names = [summary["x"], *(n for n in varied if n != summary["x"])]
+    figures = (
+        "mean_accepted_draft_tokens",
+        "committed_tokens_per_cycle",
+        "kv_read_ratio_with_scores",
+        "expected_accepted",
+        "recall",
+        "recall_oracle",
+        "recall_hindsight",
+        "recall_of_oracle",
+        "jaccard",
+        "count",
+    )
+    used = [n for n in figures if any(n in found for found in records)]
+    table = [[*names, *used]]
+    for found in records:
+        cells = [_setting(found["row"][n]) for n in names]
+        table.append([*cells, *(_figure(found.get(n)) for n in used)])
+    return table
+
+
+def _setting(value):
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _figure(value):
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return f"{value['mean']:.3g} +- {value['standard_error']:.2g}"
+    return f"{value:.3g}"
+
+
+def collect(results):
+    """[(entry, table)] of all that is found below `results`."""
+    singles = [(entry, []) for entry in file_entries(results)]
+    return singles + list(run_entries(results))
+
+
+def as_markdown(collected, folder):
+    """The page; sources and figures are linked relative to `folder`."""
+    lines = ["# What is measured", "", _row(["claim", "measured", "device", "command"])]
+    lines.append(_row(["---"] * 4))
+    for entry, _ in collected:
+        link = _relative(entry["source"], folder)
+        cells = [entry["claim"], f"[{entry['measured']}]({link})"]
+        lines.append(_row([*cells, entry["device"], f"`{entry['command']}`"]))
+    for entry, table in collected:
+        if table:
+            lines += ["", f"## {entry['source'].parent.name}", "", entry["claim"], ""]
+            lines += [_row(table[0]), _row(["---"] * len(table[0]))]
+            lines += [_row(cells) for cells in table[1:]]
+            figure = entry["source"].parent / "figure.png"
+            if figure.exists():
+                lines += ["", f"![{entry['claim']}]({_relative(figure, folder)})"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells):
+    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+
+def _relative(path, folder):
+    return pathlib.Path(path).resolve().relative_to(folder.resolve(), walk_up=True)
+
+
+def as_html(collected, folder):
+    """The same page as one HTML file."""
+
+    def table(rows):
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+            for row in rows
+        )
+        return f"<table border=1>{cells}</table>"
+
+    names = ("claim", "measured", "device", "command")
+    body = [table([names, *([e[n] for n in names] for e, _ in collected)])]
+    for entry, rows in collected:
+        if rows:
+            body += [f"<h2>{html.escape(entry['claim'])}</h2>", table(rows)]
+            figure = entry["source"].parent / "figure.svg"
+            if figure.exists():
+                body.append(f'<img src="{_relative(figure, folder)}">')
+    page = "".join(body)
+    return f"<!doctype html><meta charset=utf-8><h1>What is measured</h1>{page}\n"
+
+
+def main(argv):
+    """Write the page."""
+    del argv
+    output = pathlib.Path(flags.FLAGS.output)
+    collected = collect(flags.FLAGS.results)
+    if not collected:
+        raise app.UsageError(f"--results {flags.FLAGS.results} holds no results")
+    make = as_html if output.suffix == ".html" else as_markdown
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(make(collected, output.parent))
+    print(f"{output}: {len(collected)} results")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("results", "experiments/results", "Folder to read.")
+    flags.DEFINE_string("output", None, "The page to write.", required=True)
+    app.run(main)

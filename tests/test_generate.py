@@ -12,7 +12,7 @@ import time
 import pytest
 
 from experiments import config as config_lib
-from experiments import generate, record, report
+from experiments import equality, generate, record
 from experiments.config import GenerateConfig
 from sparsespec_jax.metrics import DecodeStats, RequestMetrics
 from sparsespec_jax.model_config import ModelConfig
@@ -117,15 +117,15 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
 
 
 def test_comparison_counts_by_position():
-    same = report.compare({0: [1, 2], 1: [3]}, {1: [3], 0: [1, 2]})
+    same = equality.compare({0: [1, 2], 1: [3]}, {1: [3], 0: [1, 2]})
     assert (same.num_tokens, same.num_identical) == (3, 3) and same.is_identical
-    found = report.compare({0: [1, 2, 3], 1: [4, 5]}, {0: [1, 9, 3], 1: [4]})
+    found = equality.compare({0: [1, 2, 3], 1: [4, 5]}, {0: [1, 9, 3], 1: [4]})
     assert (found.num_tokens, found.num_identical) == (5, 3)
     assert found.divergences == ((0, 1), (1, 1))
-    longer = report.compare({0: [1]}, {0: [1, 2]})
+    longer = equality.compare({0: [1]}, {0: [1, 2]})
     assert longer.num_identical == 1 and not longer.is_identical
     with pytest.raises(ValueError, match=r"prompts \[1\]"):
-        report.compare({0: [1], 1: [2]}, {0: [1]})
+        equality.compare({0: [1], 1: [2]}, {0: [1]})
 
 
 def stats(accepted, wall_time_s=2.0, k=2):
@@ -146,24 +146,24 @@ def stats(accepted, wall_time_s=2.0, k=2):
 
 def test_closing_lines_state_equality_acceptance_and_traffic():
     spec = stats([2, 1, 0])  # 7 tokens; plain reads 11 + ... + 16 = 81
-    same = report.compare({0: [1] * 7}, {0: [1] * 7})
-    lines = report.closing_lines(same, spec, is_deterministic=True).splitlines()
+    same = equality.compare({0: [1] * 7}, {0: [1] * 7})
+    lines = equality.closing_lines(same, spec, is_deterministic=True).splitlines()
     assert lines == [
         "7 of 7 tokens identical to plain decoding",
         "acceptance length 2.00 of 3 (1.00 of 2 drafts accepted)",
         f"KV bytes per token: {50 / 81:.3f} of plain decoding",
     ]
-    other = report.compare({0: [1] * 7}, {0: [1] * 6 + [2]})
-    lines = report.closing_lines(other, spec, is_deterministic=True).splitlines()
+    other = equality.compare({0: [1] * 7}, {0: [1] * 6 + [2]})
+    lines = equality.closing_lines(other, spec, is_deterministic=True).splitlines()
     assert lines[0] == "NOT LOSSLESS: first differences at prompt 0 token 6"
     assert lines[1].startswith("6 of 7")
-    lines = report.closing_lines(other, spec, is_deterministic=False).splitlines()
+    lines = equality.closing_lines(other, spec, is_deterministic=False).splitlines()
     assert "ratio test" in lines[1]
 
 
 def test_table_states_both_modes_and_the_bound():
     plain, spec = stats([0] * 6, wall_time_s=1.0, k=0), stats([2, 1, 0])
-    text = report.table({"plain": plain, "speculative": spec})
+    text = equality.table({"plain": plain, "speculative": spec})
     rows = {line[:34].strip(): line[34:].split() for line in text.splitlines()}
     assert rows["tokens/s"] == ["7.0", "3.5"]
     assert rows["acceptance length"] == ["1.00", "2.00"]
@@ -282,7 +282,7 @@ def test_sessions_add_up_in_the_statistics():
         {"session": s, "step": n, "elapsed_s": t, "metrics": metrics.to_dict()}
         for s, n, t in rows
     ]
-    total = report.stats_of(records, like=stats([]))
+    total = equality.stats_of(records, like=stats([]))
     assert (total.num_steps, total.wall_time_s) == (15, 3.0)
     assert total.tokens_per_s == 5.0
 

@@ -1,0 +1,104 @@
+"""Acceptance and traffic of decoded contexts, with intervals over contexts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from experiments import contexts as contexts_lib
+from sparsespec_jax import SamplingParams
+
+_RESAMPLES = 2000
+
+
+def continue_contexts(engine, contexts, *, temperature, max_tokens, seed):
+    """DecodeResults of all contexts, in order, by an engine that may be used again.
+
+    Context i is continued by `max_tokens` tokens with the noise of seed + 1000 + i.
+    """
+    for index, context in enumerate(contexts):
+        law = SamplingParams(
+            temperature=temperature,
+            seed=seed + 1000 + index,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+        )
+        engine.add_request(context, law, prompt_index=index)
+    return contexts_lib.finish(engine)
+
+
+def mean_and_error(values):
+    """Mean, standard error and 95 % bootstrap interval over contexts; None of none."""
+    values = np.array([v for v in values if not math.isnan(v)], float)
+    if not values.size:
+        return None
+    spread = values.std(ddof=1) if values.size > 1 else 0.0
+    draws = np.random.default_rng(0).integers(0, values.size, (_RESAMPLES, values.size))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return {
+        "mean": float(values.mean()),
+        "standard_error": float(spread / math.sqrt(values.size)),
+        "interval": [float(low), float(high)],
+        "num_contexts": int(values.size),
+    }
+
+
+def conditional_acceptance(metrics):
+    """[k]: chance that draft i is accepted if all before it are; None if none were."""
+    reached = [metrics.num_verify_steps, *metrics.accepted_at_position[:-1]]
+    return [
+        hit / all_ if all_ else None
+        for hit, all_ in zip(metrics.accepted_at_position, reached, strict=True)
+    ]
+
+
+def score_share(policy, *, num_rows, group_size, head_dim):
+    """KV caches' worth that scoring moves per verification, besides attention.
+
+    Mass writes and reads one logit per (row, query head, key) in the type of the KV;
+    a policy that needs keys reads K once more. Anchored policies score in every n-th
+    layer only. Per-step policies read K in each draft step (num_rows - 1 of them).
+    """
+    share = 0.0
+    if "keys" in policy.needs:
+        share = 0.5
+    elif "edge_mass" in policy.needs:
+        share = min(2, num_rows) * group_size / head_dim
+    elif "mass" in policy.needs:
+        share = num_rows * group_size / head_dim
+    if policy.per_step:
+        return 0.5 * (num_rows - 1)
+    return share / policy.anchor_every
+
+
+def summarise(results, lengths, *, policy, model_config):
+    """One row's figures over contexts of the given lengths, in all and by range."""
+    accepted = [r.metrics.mean_accepted_draft_tokens for r in results]
+    total = sum((r.metrics for r in results[1:]), start=results[0].metrics)
+    by_range = {
+        f"{low}-{high}": mean_and_error(
+            [a for a, n in zip(accepted, lengths, strict=True) if low <= n < high]
+        )
+        for low, high in contexts_lib.RANGES
+    }
+    share = score_share(
+        policy,
+        num_rows=total.max_draft_tokens + 1,
+        group_size=model_config.group_size,
+        head_dim=model_config.head_dim,
+    )
+    reads = total.kv_tokens_read
+    committed = mean_and_error([a + 1 for a in accepted])
+    scored = (reads.decode + share * reads.verify) / max(1, total.plain_kv_tokens)
+    return {
+        "mean_accepted_draft_tokens": mean_and_error(accepted),
+        "committed_tokens_per_cycle": committed,
+        "by_context_length": by_range,
+        "acceptance_at_position": total.acceptance_at_position,
+        "conditional_acceptance": conditional_acceptance(total),
+        "accepted_histogram": total.accepted_histogram,
+        "kv_read_ratio": total.kv_read_ratio,
+        "score_share": share,
+        "kv_read_ratio_with_scores": scored,
+    }

@@ -1,0 +1,1 @@
+"""One module per question; its header names the claim, the cost and what to expect."""

@@ -1,0 +1,78 @@
+"""What a study is: rows to measure and the axes of their figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass
+
+from sparsespec_jax import SpeculationConfig
+
+MODES = ("decode", "replay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement; ValueError if a field is wrong."""
+
+    mode: str = "decode"
+    policy: str = "pillar"  # or replay.HINDSIGHT in replay
+    budget_ratio: float = 0.05
+    min_budget: int = 0
+    num_draft_tokens: int = 8
+    temperature: float = 0.65
+    mass_rows: str = "all"
+    scope: str = "kv_head"
+    acceptor: str = "shared_noise"
+    num_recent: int = 0
+    contexts: tuple[int, int] = (0, 1 << 20)  # only those of a length in [low, high)
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        self.speculation("pillar")
+
+    def speculation(self, policy):
+        """SpeculationConfig of the row with `policy`."""
+        names = {f.name for f in dataclasses.fields(SpeculationConfig)}
+        values = {n: v for n, v in dataclasses.asdict(self).items() if n in names}
+        return SpeculationConfig(**values | {"policy": policy})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a module of experiments/studies returns from get_study()."""
+
+    claim: str  # of the paper, and where it stands
+    x: str  # field of Row on the horizontal axis of the figure
+    series: str  # field of Row that tells the lines apart
+    y: str = "mean_accepted_draft_tokens"
+    rows: tuple[Row, ...]
+
+
+def study_names():
+    """Names of the modules in experiments/studies."""
+    from experiments import studies
+
+    return sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
+
+
+def load_study(name):
+    """(Study, header text) of a module; ValueError if there is none of that name."""
+    if name not in study_names():
+        raise ValueError(f"study must be one of {study_names()}, got {name!r}")
+    module = importlib.import_module(f"experiments.studies.{name}")
+    return module.get_study(), module.__doc__
+
+
+def smoke_rows(rows):
+    """At most one row per mode and policy, at most four, with cycles of two drafts."""
+    kept = {}
+    for row in rows:
+        kept.setdefault((row.mode, row.policy), row)
+    small = dict(num_draft_tokens=2, contexts=(0, 1 << 20))
+    return [
+        dataclasses.replace(row, **small, budget_ratio=max(0.2, row.budget_ratio))
+        for row in list(kept.values())[:4]
+    ]

@@ -1,0 +1,317 @@
+"""Studies: what they measure is right by hand, resumes, and runs from the shell."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import figures, measure, record, replay, report, study
+from experiments.study_config import Row, Study, load_study, smoke_rows, study_names
+from sparsespec_jax import model as model_lib
+from sparsespec_jax.metrics import RequestMetrics
+from sparsespec_jax.policy import SelectionOptions
+from sparsespec_jax.selection import POLICIES
+
+OWN_POLICY = """
+import jax.numpy as jnp
+from sparsespec_jax import Policy
+
+
+def oldest(view, options):
+    counts = jnp.minimum(view.budgets, view.lengths)
+    place = jnp.arange(options.cap, dtype=jnp.int32)[None, None]
+    return jnp.broadcast_to(place, (counts.size, 1, options.cap)), counts[:, None]
+
+
+MINE = Policy("oldest", (), oldest)
+"""
+
+
+@pytest.fixture
+def own_policy(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_POLICY)
+    return f"{path}:MINE"
+
+
+# -- replay -------------------------------------------------------------------------
+
+K, LENGTH, ROWS = 3, 64, 27  # six cycles of four and three rows of drafts
+
+
+@pytest.fixture(scope="module")
+def recording(tiny_model):
+    tokens = jax.random.randint(jax.random.key(1), (LENGTH,), 0, 97)
+    return replay.record_text(
+        tiny_model.config, tiny_model.params, tokens, LENGTH - ROWS, num_rows=ROWS
+    )
+
+
+def replayed(model, recording, name, *, budget_ratio=0.15, hindsight=False, **changes):
+    row = Row(num_draft_tokens=K, budget_ratio=budget_ratio)
+    policy = POLICIES[name]
+    selection = SelectionOptions(
+        cap=LENGTH, per_layer=False, num_recent=0, num_sinks=1, impl="reference"
+    )
+    return replay.replay(
+        model,
+        recording,
+        policy=policy,
+        options=replay.ReplayOptions(K, "all", selection, hindsight),
+        speculation=row.speculation(policy),
+        temperature=0.65,
+        num_cycles=6,
+        **changes,
+    )
+
+
+def test_a_recording_is_the_dense_run(tiny_model, recording):
+    config, params = tiny_model.config, tiny_model.params
+    tokens = jax.random.randint(jax.random.key(1), (LENGTH,), 0, 97)
+    hidden, _ = model_lib.forward(
+        config, params, tokens, jnp.arange(LENGTH), model_lib.causal_attend,
+        (None,) * config.num_layers,
+    )  # fmt: skip
+    expected = model_lib.logits(config, params, hidden[-ROWS:])
+    np.testing.assert_allclose(recording.logits, expected, atol=1e-5)
+    np.testing.assert_array_equal(recording.tokens, tokens[-ROWS:])
+
+
+def test_a_dense_draft_overlaps_fully(tiny_model, recording):
+    found = replayed(tiny_model, recording, "full", budget_ratio=1.0)
+    for name in ("overlap", "agreement", "recall"):
+        np.testing.assert_allclose(found[name], 1.0, atol=1e-5)
+    assert replay.summarise(found)["expected_accepted"] == pytest.approx(K, abs=1e-4)
+
+
+def test_recall_by_hand(tiny_model, recording):
+    """One number of the window policy from the recorded queries and keys alone."""
+    found = replayed(tiny_model, recording, "window")
+    start = LENGTH - ROWS  # of the first cycle; its first draft query is row K + 1
+    query = np.asarray(recording.queries)[1, K + 1, 2:4]  # KV head 1 of layer 1
+    keys = np.asarray(recording.keys)[1, 1]
+    logits = query @ keys.T / np.sqrt(keys.shape[-1])
+    logits[:, start + K + 2 :] = -np.inf
+    prob = np.exp(logits - logits.max(1, keepdims=True))
+    prob = (prob / prob.sum(1, keepdims=True)).mean(0)
+    count = int(np.ceil(0.15 * start))
+    chosen = [0, *range(start - count + 1, start)]
+    expected = prob[chosen].sum() / prob[:start].sum()
+    assert found["recall"][0, 1, 1, 0] == pytest.approx(expected, rel=1e-4)
+    best = np.sort(prob[:start])[::-1][:count].sum() / prob[:start].sum()
+    assert found["recall_oracle"][0, 1, 1, 0] == pytest.approx(best, rel=1e-4)
+
+
+def test_the_ladder_is_ordered(tiny_model, recording):
+    found = {
+        name: replayed(tiny_model, recording, name)
+        for name in ("oracle", "pillar", "random")
+    }
+    later = replayed(tiny_model, recording, "pillar", hindsight=True)
+    oracle = found["oracle"]
+    np.testing.assert_allclose(oracle["recall"], oracle["recall_oracle"], rtol=1e-4)
+    np.testing.assert_allclose(later["recall"], later["recall_hindsight"], rtol=1e-4)
+    heads = oracle["recall_query_head_oracle"]
+    assert (heads >= oracle["recall_oracle"] - 1e-5).all()
+    means = [
+        x["recall"].mean() for x in (oracle, later, found["pillar"], found["random"])
+    ]
+    assert means == sorted(means, reverse=True)
+    assert len(set(means)) == 4
+
+
+@pytest.mark.parametrize("name", ["h2o", "pillar_churn", "pillar_anchors", "top_p"])
+def test_replay_runs_policies_that_remember_or_share(tiny_model, recording, name):
+    found = replayed(tiny_model, recording, name, budget_ratio=0.3)
+    if name == "pillar_anchors":  # both layers use the lower one's set
+        np.testing.assert_array_equal(found["churn"][:, 0], found["churn"][:, 1])
+    if name == "pillar_churn":
+        # A quarter, rounded up, and what the growing budget adds.
+        count = np.floor(found["count"][1:])
+        free = replayed(tiny_model, recording, "pillar", budget_ratio=0.3)
+        limit = (np.ceil(0.25 * count) + 2)[..., :1].max() / count.min()
+        assert found["churn"].max() <= limit < free["churn"].max()
+    if name == "top_p":
+        assert len(np.unique(found["count"])) > 1
+
+
+# -- figures over contexts ------------------------------------------------------------
+
+
+def test_intervals_cover_the_mean_and_shrink():
+    rng = np.random.default_rng(3)
+    few = measure.mean_and_error(rng.normal(4, 1, 10))
+    many = measure.mean_and_error(rng.normal(4, 1, 1000))
+    for found in (few, many):
+        low, high = found["interval"]
+        assert low < found["mean"] < high
+        assert high - low == pytest.approx(4 * found["standard_error"], rel=0.3)
+    assert many["standard_error"] < few["standard_error"] / 3
+    assert measure.mean_and_error([]) is None
+
+
+def test_conditional_acceptance_by_hand():
+    metrics = RequestMetrics(max_draft_tokens=3, accepted_histogram=[2, 4, 0, 2])
+    assert measure.conditional_acceptance(metrics) == [6 / 8, 2 / 6, 1.0]
+    none = RequestMetrics(max_draft_tokens=2, accepted_histogram=[5, 0, 0])
+    assert measure.conditional_acceptance(none) == [0.0, None]
+
+
+def test_score_shares_by_hand():
+    shape = dict(num_rows=9, group_size=4, head_dim=128)
+    share = {n: measure.score_share(p, **shape) for n, p in POLICIES.items()}
+    assert share["pillar"] == 9 * 4 / 128
+    assert share["vegas"] == 2 * 4 / 128
+    assert share["pillar_anchors"] == share["pillar"] / 2
+    assert share["quest"] == share["pillar_last"] == 0.5
+    assert share["oracle"] == 4.0  # K once in each of eight draft steps
+    assert share["window"] == share["random"] == 0
+
+
+# -- studies --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_study_loads_and_says_what_to_expect(name):
+    found, header = load_study(name)
+    for word in ("Claim:", "Command:", "Expected", "Cost:"):
+        assert word in header
+    assert f"--study {name}" in header
+    fields = {f.name for f in dataclasses.fields(Row)}
+    assert {found.x, found.series} <= fields
+    assert len(set(found.rows)) == len(found.rows)
+    for row in found.rows:
+        assert row.policy == replay.HINDSIGHT or row.policy in POLICIES
+
+
+def test_no_study_of_another_name():
+    with pytest.raises(ValueError, match="study must be one of .*'ladder'.*'lader'"):
+        load_study("lader")
+
+
+def test_wrong_rows_are_refused():
+    with pytest.raises(ValueError, match="mode must be one of"):
+        Row(mode="decoded")
+    with pytest.raises(ValueError, match="budget_ratio"):
+        Row(budget_ratio=0.0)
+
+
+def small_bench(rows):
+    setting = study.Setting(max_tokens=20, num_slots=2, page_size=4, impl=None, seed=0)
+    contexts = study.smoke_contexts()
+    return study.Bench(study.tiny_model(), contexts, setting, POLICIES, rows)
+
+
+def test_an_interrupted_study_measures_only_what_is_missing(tmp_path):
+    rows = smoke_rows([Row(), Row(policy="window"), Row(mode="replay")])
+    with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
+        assert study.run(directory, small_bench(rows), rows[:2])
+    before = directory.records
+    with record.RunDirectory(tmp_path, config={}, resume=True) as directory:
+        assert study.run(directory, small_bench(rows), rows)
+    assert directory.records[:2] == before and len(directory.records) == 3
+    assert [r["row"]["mode"] for r in directory.records] == [
+        "decode", "decode", "replay",
+    ]  # fmt: skip
+    assert before[0]["identical_contexts"] == 2
+    assert 0 < directory.records[2]["recall"]["mean"] < 1
+
+
+def test_engines_are_shared_over_budgets():
+    rows = [Row(num_draft_tokens=2, budget_ratio=s) for s in (0.1, 0.6)]
+    bench = small_bench(rows)
+    found = [bench.measure(row) for row in rows]
+    assert bench._engine_of.cache_info().currsize == 2  # one more for plain decoding
+    accepted = [f["mean_accepted_draft_tokens"]["mean"] for f in found]
+    assert accepted[0] < accepted[1]
+
+
+def test_a_differing_text_is_reported(tmp_path):
+    rows = smoke_rows([Row(policy="window")])
+    bench = small_bench(rows)
+    bench._plain = lambda temperature: [(1,) * 20, (2,) * 20]
+    bench._not_looping = lambda chosen, temperature: chosen
+    with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
+        assert not study.run(directory, bench, rows)
+
+
+def run_module(name, *arguments):
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
+    run = tmp_path / "run"
+    done = run_module(
+        "study", "--study=ablations", f"--output_dir={run}", "--smoke",
+        f"--policy_file={own_policy}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    _, records = record.load(run)
+    assert [r["row"]["policy"] for r in records][:2] == ["oldest", "pillar"]
+    assert all(r["identical_contexts"] == 2 for r in records)
+    done = run_module("figures", f"--results={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (run / "figure.png").stat().st_size > 5000
+    assert "<svg" in (run / "figure.svg").read_text()
+    for name in ("page.md", "page.html"):
+        done = run_module(
+            "report", f"--results={tmp_path}", f"--output={tmp_path / name}"
+        )
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / name).read_text()
+        assert "oldest" in text and "arXiv 2512.01278" in text and "figure." in text
+
+
+def test_bad_input_ends_before_any_work(tmp_path):
+    out = f"--output_dir={tmp_path / 'x'}"
+    for arguments, message in {
+        ("--study=lader", out): "--study",
+        ("--study=ladder", out, "--policy_file=none.py:P"): "FILE.py:NAME",
+    }.items():
+        done = run_module("study", *arguments)
+        assert done.returncode == 1 and message in done.stderr + done.stdout
+    done = run_module("acceptance", "--output=x", "--rows=pilar:1")
+    assert done.returncode == 1 and "policy must be one of" in done.stderr + done.stdout
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_page_of_the_committed_results():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    collected = report.collect(root / "experiments" / "results")
+    sources = {entry["source"].name for entry, _ in collected}
+    assert {"acceptance_smollm2_cpu.json", "lossless_smollm2_cpu.json"} <= sources
+    page = report.as_markdown(collected, root / "experiments" / "results")
+    assert "0 of 24576 tokens differ" in page
+
+
+def test_lines_of_a_figure_name_what_else_varies():
+    def found(policy, s, mean):
+        row = study.as_json(Row(policy=policy, budget_ratio=s))
+        return {"row": row, "recall": {"mean": mean, "interval": [mean, mean]}}
+
+    summary = {"x": "budget_ratio", "y": "recall", "series": "policy"}
+    records = [found("pillar", 0.1, 1.0), found("window", 0.1, 2.0)]
+    lines = figures.lines_of(summary, [*records, found("pillar", 0.2, 3.0)])
+    assert lines["pillar"] == [(0.1, 1.0, 1.0, 1.0), (0.2, 3.0, 3.0, 3.0)]
+    assert set(lines) == {"pillar", "window"}
+
+
+def test_smoke_rows_are_few_and_small():
+    rows = smoke_rows(load_study("policies")[0].rows)
+    assert len(rows) == 4 and all(r.num_draft_tokens == 2 for r in rows)
+    assert isinstance(Study(claim="", x="policy", series="mode", rows=()), Study)
+
+
+def test_headers_are_docstrings():
+    folder = pathlib.Path(study.__file__).parent / "studies"
+    for path in folder.glob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text()))
+    assert json.dumps(study.as_json(Row()))
