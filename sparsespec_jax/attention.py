@@ -65,7 +65,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
     """
     groups = _lane_groups(shape, lanes)
     tables, q_lengths = _tables_and_rows(lanes, shape)
-    drafting = shape.num_draft_tokens > 0
+    drafting = shape.draft_lanes > 0
     selection = SelectionOptions(
         cap=shape.max_budget,
         per_layer=options.scope == "layer",

@@ -20,6 +20,7 @@ from sparsespec_jax.config import (
 from sparsespec_jax.metrics import DecodeStats, RequestMetrics
 from sparsespec_jax.outputs import Output, Outputs
 from sparsespec_jax.plan import StepOutcome
+from sparsespec_jax.proposers import resolve_proposer
 from sparsespec_jax.request import Request, token_array
 from sparsespec_jax.scheduler import Scheduler
 from sparsespec_jax.selection import resolve_policy
@@ -59,6 +60,7 @@ class Engine:
         self.config = engine or EngineConfig()
         self.impl = sizes.resolve_impl(self.config.impl)
         self.policy = resolve_policy(self.speculation.policy)
+        self.proposer = resolve_proposer(self.speculation.proposer)
         self.max_length = sizes.resolve_max_length(model, self.config)
         sizes.check_vocabulary(model.config, self.speculation)
         self.shape = sizes.make_shape(self.speculation, self.config, self.max_length)
@@ -77,7 +79,7 @@ class Engine:
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._outputs = Outputs(
             self._scheduler,
-            max_budget=self.shape.max_budget,
+            max_budget=self.shape.max_budget if self.shape.draft_lanes else 0,
             max_draft_tokens=self.shape.num_draft_tokens,
             with_acceptance=choose_num_draft_tokens is not None,
         )
@@ -307,6 +309,7 @@ class Engine:
             self.model.config,
             shape or self.shape,
             policy=self.policy,
+            proposer=self.proposer,
             options=step_options(self.speculation),
             filters=filters,
             impl=self.impl,

@@ -180,7 +180,8 @@ class Outputs:
         else:
             drafts = num_rows - 1
             metrics.record_verification(num_accepted=num_accepted, num_drafted=drafts)
-            reads.draft += drafts * output.draft_cache + drafts * (drafts + 1) // 2
+            if self._max_budget:
+                reads.draft += drafts * output.draft_cache + drafts * (drafts + 1) // 2
             reads.verify += request.committed + num_rows
             tail = num_accepted + 1
         reads.gather += selected

@@ -39,6 +39,7 @@ class StepShape:
     max_budget: int  # static width of a selection
     prefill_lanes: int
     prefill_chunk: int
+    drafts_at_once: bool = False  # a proposer drafts in the verifying step itself
 
     @property
     def num_queries(self):
@@ -47,13 +48,18 @@ class StepShape:
 
     @property
     def verify_lanes(self):
-        """Verifications per step, E = ceil(S / (K + 1))."""
-        return -(-self.num_slots // self.num_queries)
+        """Verifications per step, E = ceil(S / cycle)."""
+        return -(-self.num_slots // self.cycle)
+
+    @property
+    def cycle(self):
+        """Steps from one verification of a slot to the next: K + 1, or 1."""
+        return 1 if self.drafts_at_once else self.num_queries
 
     @property
     def draft_lanes(self):
-        """Draft lanes per step: one per slot, none in plain decoding."""
-        return self.num_slots if self.num_draft_tokens else 0
+        """Draft lanes per step: one per slot, none where no step drafts a token."""
+        return 0 if self.cycle == 1 else self.num_slots
 
     @property
     def max_table_updates(self):

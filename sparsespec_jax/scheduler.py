@@ -143,7 +143,7 @@ class Scheduler:
     def plan(self):
         """Plan one step: (StepPlan or None if idle, PlannedVerifies)."""
         self._admit()
-        now = self._step % self.shape.num_queries
+        now = self._step % self.shape.cycle
         self._step += 1
         self._assign_phases(now)
         prefilling = self._prefilling[: self.shape.prefill_lanes]
@@ -220,7 +220,7 @@ class Scheduler:
         """
         if not self._ready:
             return
-        cycle, lanes = self.shape.num_queries, self.shape.verify_lanes
+        cycle, lanes = self.shape.cycle, self.shape.verify_lanes
         phases, reach = self._arrays.phase, self._arrays.reach
         has_phase = phases != NO_PHASE
         held = phases[has_phase]
@@ -248,7 +248,7 @@ class Scheduler:
             request.verifies_in_flight += 1
         reach = arrays.reach[slots]
         self._grow_full(slots, reach + self.shape.num_queries, updates)
-        if self.shape.num_draft_tokens:
+        if self.shape.draft_lanes:
             self._grow_draft(slots, reach, updates)
         arrays.reach[slots] = reach + rows
 
@@ -316,7 +316,7 @@ class Scheduler:
 
     def _draft_pages(self, length, ratio, floor):
         drafts = self._widest.num_draft_tokens
-        if not drafts:
+        if not self._widest.draft_lanes:
             return 0
         cap = self.shape.max_budget
         rows = budget_tokens(length, ratio=ratio, floor=floor, cap=cap)

@@ -49,7 +49,9 @@ def make_shape(speculation, config, max_length):
     page_size, drafts = config.page_size, speculation.num_draft_tokens
     cap = largest_budget(speculation, max_length)
     table = pages_for(max_length + drafts, page_size)
-    draft_table = pages_for(cap + 2 * drafts + 1, page_size) if drafts else 0
+    at_once = speculation.proposer != "self"
+    copies = drafts and not at_once
+    draft_table = pages_for(cap + 2 * drafts + 1, page_size) if copies else 0
     return StepShape(
         num_slots=config.num_slots,
         num_draft_tokens=drafts,
@@ -60,6 +62,7 @@ def make_shape(speculation, config, max_length):
         max_budget=max(cap, 1),
         prefill_lanes=config.prefill_lanes,
         prefill_chunk=config.prefill_chunk,
+        drafts_at_once=at_once,
     )
 
 

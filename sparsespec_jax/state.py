@@ -30,6 +30,7 @@ class DecodeState(NamedTuple):
     draft_tails: jax.Array  # int32 [S], committed rows behind the selected ones
     done: jax.Array  # bool [S], stopped or never started
     draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
+    history: jax.Array  # int32 [S, X] token ids for a proposer, else [S, 0]
 
 
 def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy):
@@ -43,8 +44,8 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy):
     )
     drafts = (slots, shape.num_draft_tokens, draft_top_m)
     fixed_counts, remembered = policy.fixed_counts, (0,)
-    if policy.state_shape and shape.num_draft_tokens:
-        num_keys = shape.table_width * shape.page_size
+    num_keys = shape.table_width * shape.page_size
+    if policy.state_shape and shape.draft_lanes:
         remembered = policy.state_shape(model_config.num_kv_heads, num_keys)
 
     def layer():
@@ -68,6 +69,7 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy):
         draft_law=DraftLaw(
             jnp.zeros(drafts, jnp.int32), jnp.zeros(drafts, jnp.float32)
         ),
+        history=jnp.zeros((slots, num_keys * shape.drafts_at_once), jnp.int32),
     )
 
 

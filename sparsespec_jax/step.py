@@ -44,7 +44,7 @@ class _Verification(NamedTuple):
 
 
 @functools.cache
-def make_step(model_config, shape, *, policy, options, filters, impl):
+def make_step(model_config, shape, *, policy, options, filters, impl, proposer=None):
     """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
 
     `buffer` is a packed StepPlan; the outcome is what StepOutcome.from_packed reads.
@@ -74,10 +74,13 @@ def make_step(model_config, shape, *, policy, options, filters, impl):
                 state = _store_drafts(
                     scores[: shape.draft_lanes], state, plan, lanes, options, filters
                 )
-            return _commit(
+            state, outcome = _commit(
                 state, plan, verification, verified, laws,
                 scores[shape.draft_lanes :], shape, filters,
             )  # fmt: skip
+        if proposer is not None and shape.num_draft_tokens:
+            state = _propose(state, plan, verification.lanes, tokens, shape, proposer)
+        return state, outcome
 
     return jax.jit(step, static_argnames="prefill", donate_argnums=1)
 
@@ -253,6 +256,42 @@ def _store_drafts(scores, state, plan, lanes, options, filters):
     )
 
 
+def _propose(state, plan, lanes, tokens, shape, proposer):
+    """Keep the step's tokens [T] in the histories and draft for the verified slots."""
+    verify_rows = shape.verify_lanes * shape.num_queries
+    groups = [(lanes.slots, lanes.starts, lanes.num_rows, tokens[:verify_rows])]
+    if tokens.size > verify_rows:
+        names = ("prefill_slots", "prefill_starts", "prefill_counts")
+        groups.append((*(plan[name] for name in names), tokens[verify_rows:]))
+    history = state.history
+    for slots, starts, counts, ids in groups:
+        ids = ids.reshape(slots.size, -1)
+        row = jnp.arange(ids.shape[1])[None]
+        place = jnp.where(
+            row < counts[:, None], starts[:, None] + row, history.shape[1]
+        )
+        history = history.at[slots[:, None], place].set(ids, mode="drop")
+    slots = lanes.slots
+    known = state.lengths.at[slots].get(mode="clip")
+    pending = state.tokens.at[slots, 0].get(mode="clip")
+    history = history.at[slots, known].set(pending, mode="drop")
+    count = shape.num_draft_tokens
+    texts = history.at[slots].get(mode="clip")
+    drafts = proposer.propose(texts, known + 1, count)
+    law = state.draft_law
+    if law.token_ids.size:  # the ratio test: all of the draft's law on one token
+        ids = law.token_ids.at[slots, :count, 0].set(drafts, mode="drop")
+        law = law._replace(
+            token_ids=ids, probs=law.probs.at[slots, :count, 0].set(1.0, mode="drop")
+        )
+    return state._replace(
+        history=history,
+        draft_law=law,
+        tokens=state.tokens.at[slots, 1 : count + 1].set(drafts, mode="drop"),
+        num_drafted=state.num_drafted.at[slots].set(count, mode="drop"),
+    )
+
+
 def _commit(state, plan, verification, verified, laws, scores, shape, filters):
     """Advance the verified slots and describe what they emitted."""
     lanes, rows = verification.lanes, shape.num_queries
@@ -294,6 +333,7 @@ def _commit(state, plan, verification, verified, laws, scores, shape, filters):
         draft_tails=put(state.draft_tails, verified.num_accepted + 1),
         done=put(state.done, done),
         draft_law=state.draft_law,
+        history=state.history,
     )
     accepted = jnp.where(verification.is_seed, plan_lib.NOT_SEED, verified.num_accepted)
     bits = jax.lax.bitcast_convert_type(chosen_logprobs, jnp.int32)

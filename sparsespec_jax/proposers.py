@@ -1,0 +1,75 @@
+"""Drafts from something other than the model's own sparse attention.
+
+A proposer is any hashable object with `propose(history, lengths, num_drafts)`: from the
+token ids int32 [E, X] of E requests, of which the first `lengths` [E] are known, it
+returns the drafts int32 [E, num_drafts] that follow. It runs inside the compiled step,
+right after acceptance, so every request is verified in every step. Any proposal is
+lossless; the draft law is a single token each.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class NGram:
+    """Prompt lookup: what followed an earlier occurrence of the newest tokens.
+
+    The longest suffix of at most `max_match` tokens that occurs before wins; of equally
+    long ones, the earliest. Without one of `min_match` tokens the newest is repeated.
+    The defaults are those used against SparseSpec (n from 1 to 7).
+
+    Raises:
+      ValueError: not 1 <= min_match <= max_match.
+    """
+
+    min_match: int = 1
+    max_match: int = 7
+
+    def __post_init__(self):
+        if not 1 <= self.min_match <= self.max_match:
+            raise ValueError(
+                f"min_match ({self.min_match}) must be at least 1 and at most "
+                f"max_match ({self.max_match})"
+            )
+
+    def propose(self, history, lengths, num_drafts):
+        """See the module; reads max_match + num_drafts times the history."""
+        place = jnp.arange(history.shape[1])[None]
+        last = lengths[:, None] - 1
+        run = jnp.zeros(history.shape, jnp.int32)
+        matches = jnp.ones(history.shape, bool)
+        for back in range(self.max_match):
+            moved = jnp.roll(history, back, axis=1)
+            newest = jnp.take_along_axis(history, jnp.maximum(last - back, 0), axis=1)
+            matches &= (moved == newest) & (place >= back)
+            run += matches
+        # An occurrence ends before the newest token.
+        run = jnp.where((place < last) & (run >= self.min_match), run, 0)
+        end = jnp.argmax(run, axis=1)[:, None]
+        found = jnp.take_along_axis(run, end, axis=1) > 0
+        end = jnp.where(found, end, last)
+        # Past the known tokens, the stretch since the occurrence repeats itself.
+        step = jnp.arange(num_drafts)[None] % jnp.maximum(last - end, 1)
+        source = jnp.where(found, end + 1 + step, last)
+        return jnp.take_along_axis(history, jnp.maximum(source, 0), axis=1)
+
+
+PROPOSERS = {"ngram": NGram()}
+
+
+def resolve_proposer(proposer):
+    """The proposer named or given, None for "self"; ValueError for an unknown one."""
+    if proposer == "self":
+        return None
+    if isinstance(proposer, str):
+        if proposer not in PROPOSERS:
+            raise ValueError(
+                f"proposer must be 'self', one of {tuple(PROPOSERS)} or an object with "
+                f"a propose function, got {proposer!r}"
+            )
+        return PROPOSERS[proposer]
+    if not callable(getattr(proposer, "propose", None)):
+        raise ValueError(f"proposer has no propose function: {proposer!r}")
+    return proposer
