@@ -82,12 +82,14 @@ def summarise(results, lengths, *, policy, model_config):
         )
         for low, high in contexts_lib.RANGES
     }
-    share = score_share(
-        policy,
-        num_rows=total.max_draft_tokens + 1,
-        group_size=model_config.group_size,
-        head_dim=model_config.head_dim,
-    )
+    share = 0.0
+    if total.kv_tokens_read.gather:  # a draft cache was filled: something selected
+        share = score_share(
+            policy,
+            num_rows=total.max_draft_tokens + 1,
+            group_size=model_config.group_size,
+            head_dim=model_config.head_dim,
+        )
     reads = total.kv_tokens_read
     committed = mean_and_error([a + 1 for a in accepted])
     scored = (reads.decode + share * reads.verify) / max(1, total.plain_kv_tokens)

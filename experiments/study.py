@@ -273,13 +273,15 @@ def _define_flags():
     flags.DEFINE_integer("seed", 0, "Seed of the continuations.")
     flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
     flags.DEFINE_string("policy_file", None, "FILE.py:NAME, rows of that policy too.")
+    flags.DEFINE_list("skip", [], "Policies to leave out.")
     flags.DEFINE_bool("smoke", False, "A tiny random model and a few rows only.")
     flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 
 
 def rows_of(study, values, own):
     """The rows to run: the study's, and the user's policy in its first place."""
-    rows = list(study.rows)
+    skip = [resolve_policy(name).name for name in values.skip]
+    rows = [row for row in study.rows if row.policy not in skip]
     if own:
         rows.insert(0, dataclasses.replace(rows[0], policy=own.name))
     for row in rows:

@@ -26,6 +26,7 @@ class Row:
     scope: str = "kv_head"
     acceptor: str = "shared_noise"
     num_recent: int = 0
+    proposer: str = "self"
     contexts: tuple[int, int] = (0, 1 << 20)  # only those of a length in [low, high)
 
     def __post_init__(self):

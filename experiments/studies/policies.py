@@ -21,7 +21,8 @@ POLICIES = (
 def get_study():
     """All policies at s = 0.05, and top-p under a wider ceiling."""
     rows = [Row(policy=p, budget_ratio=1.0 if p == "full" else 0.05) for p in POLICIES]
-    rows.insert(6, Row(policy="top_p", budget_ratio=0.2))
+    rows.insert(2, Row(proposer="ngram"))
+    rows.insert(7, Row(policy="top_p", budget_ratio=0.2))
     return Study(
         claim="PillarAttn accepts 6.16 of 8 drafts at s = 0.05, more than Quest and a "
         "sliding window (arXiv 2512.01278, section 5)",
