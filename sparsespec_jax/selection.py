@@ -94,9 +94,7 @@ def load_policy(location):
     """
     path, _, name = location.rpartition(":")
     if not path or not pathlib.Path(path).is_file():
-        raise ValueError(
-            f"policy_file must be FILE.py:NAME of a file, got {location!r}"
-        )
+        raise ValueError(f"a policy file is given as FILE.py:NAME, got {location!r}")
     found = runpy.run_path(path).get(name)
     if not isinstance(found, Policy):
         raise ValueError(f"{path} must define {name} as a Policy, got {found!r}")

@@ -1,5 +1,8 @@
 """Every policy: valid selections by hand-made numbers, and never another token."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from sparsespec_jax import Policy
 from sparsespec_jax.key_policies import label_scores, page_scores
 from sparsespec_jax.mass_policies import mass_policy
 from sparsespec_jax.policy import SelectionOptions, SelectionView, top_tokens
-from sparsespec_jax.selection import POLICIES, resolve_policy
+from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
 from tests.engine_helpers import make_prompts, run, tokens_of
 
 LANES, HEADS, KEYS, ROWS, SIZE = 3, 2, 40, 4, 8
@@ -336,3 +339,30 @@ def test_a_forgotten_state_is_named(tiny_model, prompts):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="policy must be one of .*'pillar'.*'pilar'"):
         resolve_policy("pilar")
+
+
+# -- the document -------------------------------------------------------------------
+
+DOCUMENT = pathlib.Path(__file__).resolve().parents[1] / "docs" / "policies.md"
+
+
+def test_the_document_lists_every_policy():
+    rows = re.findall(r"^\| (`.*?) \|", DOCUMENT.read_text(), re.M)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(POLICIES)
+
+
+def test_policies_of_the_document_run_from_a_file(tmp_path, tiny_model, prompts, plain):
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    path = tmp_path / "mine.py"
+    path.write_text("\n".join(blocks[1:]))
+    for name in ("RECENT_MASS", "SMOOTHED"):
+        policy = load_policy(f"{path}:{name}")
+        assert tokens_of(run(tiny_model, prompts, policy=policy)) == plain
+    for location, message in {
+        f"{path}:NONE": "must define NONE as a Policy, got None",
+        "nowhere.py:P": "given as FILE.py:NAME, got 'nowhere.py:P'",
+        str(path): "FILE.py:NAME",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_policy(location)
