@@ -63,7 +63,9 @@ class Engine:
         self.proposer = resolve_proposer(self.speculation.proposer)
         self.max_length = sizes.resolve_max_length(model, self.config)
         sizes.check_vocabulary(model.config, self.speculation)
-        self.shape = sizes.make_shape(self.speculation, self.config, self.max_length)
+        self.shape = sizes.make_shape(
+            self.speculation, self.config, self.max_length, self.impl
+        )
         kv_dtype = self.params["embed"]["weight"].dtype
         sizes.check_memory(model.config, self.shape, kv_dtype)
         ratio_test = self.speculation.acceptor == "ratio_test"

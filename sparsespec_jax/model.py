@@ -80,6 +80,26 @@ class Projection(nn.Module):
         return y
 
 
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis, times scale; in float32."""
+    wide = x.astype(jnp.float32)
+    power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(power + eps) * scale.astype(jnp.float32)
+
+
+class Scale(nn.Module):
+    """The learnt factor [size] of a norm."""
+
+    size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Return the factor."""
+        ones = nn.initializers.ones_init()
+        return self.param("scale", ones, (self.size,), self.dtype)
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square norm over the last axis, in float32."""
 
@@ -91,10 +111,8 @@ class RmsNorm(nn.Module):
         """Return x [..., n] normalised and scaled, in dtype."""
         ones = nn.initializers.ones_init()
         scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(jnp.float32)
-        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * jax.lax.rsqrt(power + self.eps) * scale).astype(self.dtype)
+        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return _rms_norm(x, scale, self.eps).astype(self.dtype)
 
 
 class Layer(nn.Module):
@@ -110,8 +128,6 @@ class Layer(nn.Module):
         c = self.config
         norm = functools.partial(RmsNorm, c.norm_eps, self.dtype)
         q, k, v = self._queries_keys_values(norm(name="input_norm")(x))
-        if c.qk_norm:
-            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed, cache = attend(self.index, q, k, v, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
@@ -128,6 +144,16 @@ class Layer(nn.Module):
         c = self.config
         features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
         qkv = Projection(features, self.dtype, c.attention_bias, name="qkv")(x)
+        if c.qk_norm:
+            # All heads in one pass: slices of their own would cost a launch each.
+            head = jnp.arange(c.group_size + 2)[None, None, :, None]
+            q_scale, k_scale = (
+                Scale(c.head_dim, self.dtype, name=name)()[None, None, None]
+                for name in ("q_norm", "k_norm")
+            )
+            scale = jnp.where(head == c.group_size, k_scale, q_scale)
+            normed = _rms_norm(qkv, scale, c.norm_eps).astype(self.dtype)
+            qkv = jnp.where(head == c.group_size + 1, qkv, normed)
         q = qkv[:, :, : c.group_size].reshape(-1, c.num_heads, c.head_dim)
         return q, qkv[:, :, c.group_size], qkv[:, :, c.group_size + 1]
 

@@ -1,5 +1,6 @@
 """Sizes of an engine, checked against model, platform and memory before any work."""
 
+import math
 import os
 
 import jax
@@ -8,6 +9,7 @@ from pallas_kernels import default_impl
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
 from sparsespec_jax.state import pool_bytes_per_page
 
+_GPU_MASS_KEYS = 2048  # keys of a table that the GPU kernels take without padding
 _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
 
 
@@ -44,7 +46,7 @@ def check_vocabulary(model_config, speculation):
         )
 
 
-def make_shape(speculation, config, max_length):
+def make_shape(speculation, config, max_length, impl):
     """StepShape of an engine; pages for all slots at full length unless given."""
     page_size, drafts = config.page_size, speculation.num_draft_tokens
     cap = largest_budget(speculation, max_length)
@@ -52,12 +54,14 @@ def make_shape(speculation, config, max_length):
     at_once = speculation.proposer != "self"
     copies = drafts and not at_once
     draft_table = pages_for(cap + 2 * drafts + 1, page_size) if copies else 0
+    # Columns of a table cost nothing, a pad of the mass in every layer does.
+    block = math.lcm(_GPU_MASS_KEYS, page_size) // page_size if impl == "gpu" else 1
     return StepShape(
         num_slots=config.num_slots,
         num_draft_tokens=drafts,
         num_pages=config.num_pages or config.num_slots * (table + draft_table),
         page_size=page_size,
-        table_width=table,
+        table_width=-(-table // block) * block,
         draft_table_width=max(draft_table, 1),
         max_budget=max(cap, 1),
         prefill_lanes=config.prefill_lanes,

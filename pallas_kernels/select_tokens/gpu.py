@@ -42,15 +42,21 @@ class SelectConfig:
 TUNED = {
     512: SelectConfig(num_warpgroups=1, per_thread=4),
     2048: SelectConfig(num_warpgroups=2, per_thread=8),
-    8192: SelectConfig(num_warpgroups=4, per_thread=16),
-    32768: SelectConfig(num_warpgroups=4, per_thread=64),
 }
+_MOST_PER_THREAD = 64  # candidates that fit the registers
 
 
 def choose_config(num_candidates: int) -> SelectConfig:
-    """Returns the tuned configuration; longer rows are read again for every bit."""
-    fitting = [size for size in TUNED if size >= num_candidates]
-    return TUNED[min(fitting, default=max(TUNED))]
+    """Returns the tuned configuration; longer rows are read again for every bit.
+
+    Beyond 2048 candidates the row of a thread grows by 4, so that multiples of 2048
+    need no padding.
+    """
+    for size, config in TUNED.items():
+        if num_candidates <= size:
+            return config
+    per_thread = min(_MOST_PER_THREAD, 4 * -(-num_candidates // 2048))
+    return SelectConfig(num_warpgroups=4, per_thread=per_thread)
 
 
 # Compiled once for all layers of a model.
