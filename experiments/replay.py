@@ -68,8 +68,8 @@ def record_text(config, params, tokens, first, *, num_rows):
     return Recording(keys, values, queries, scores, rows, jnp.int32(first))
 
 
-def _probabilities(recording, row, count):
-    """Dense attention [L, H, G, count, X] of `count` rows from `row` on."""
+def attention_rows(recording, row, count):
+    """Dense attention [L, H, G, count, X] of `count` recorded rows from `row` on."""
     queries = jax.lax.dynamic_slice_in_dim(recording.queries, row, count, 1)
     layers, _, num_heads, size = queries.shape
     heads, num_keys = recording.keys.shape[1:3]
@@ -123,15 +123,15 @@ def _select(policy, options, recording, row, rows_used, start, budget, carry):
     if policy.per_step:
 
         def one(draft_row):
-            mass = _probabilities(recording, draft_row, 1)[:, :, :, 0].mean(2)
+            mass = attention_rows(recording, draft_row, 1)[:, :, :, 0].mean(2)
             view = _view(recording, draft_row, 1, mass, start, budget, None, is_first)
             return as_result(view, *policy.select(view, selection))
 
         mask, counts = jax.lax.map(one, row + k + 1 + jnp.arange(k))
         return mask, counts, state
-    probabilities = _probabilities(recording, row, k + 1)
+    probabilities = attention_rows(recording, row, k + 1)
     if options.hindsight:
-        probabilities = _probabilities(recording, row + k + 1, k)
+        probabilities = attention_rows(recording, row + k + 1, k)
     elif rows_used == "edges":
         probabilities = probabilities[:, :, :, jnp.array([0, k])]
     mass = probabilities.mean((2, 3))
@@ -160,7 +160,7 @@ def _top_recall(probability, counts):
 
 def _recalls(recording, row, k, mask, counts, start):
     """Recall of the selection and of the oracles, by name, each [L, H, k]."""
-    probability = _probabilities(recording, row + k + 1, k)  # [L, H, G, k, X]
+    probability = attention_rows(recording, row + k + 1, k)  # [L, H, G, k, X]
     candidate = jnp.arange(probability.shape[-1]) < start
     old = jnp.where(candidate, probability, 0.0)
     group = old.mean(2)

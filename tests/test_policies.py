@@ -1,5 +1,6 @@
 """Every policy: valid selections by hand-made numbers, and never another token."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax import Policy
+from sparsespec_jax import Engine, Policy
 from sparsespec_jax.key_policies import label_scores, page_scores
 from sparsespec_jax.mass_policies import mass_policy
 from sparsespec_jax.policy import SelectionOptions, SelectionView, top_tokens
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
-from tests.engine_helpers import make_prompts, run, tokens_of
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 
 LANES, HEADS, KEYS, ROWS, SIZE = 3, 2, 40, 4, 8
 OPTIONS = SelectionOptions(
@@ -226,29 +227,45 @@ def plain(tiny_model, prompts):
     return tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
 
 
+def continued(model, **speculation):
+    """Token ids and metrics of short prompts, whose steps never prefill."""
+    engine = Engine(
+        model,
+        speculation=dataclasses.replace(SPECULATION, **speculation),
+        engine=dataclasses.replace(ENGINE, max_length=48),
+    )
+    for prompt, law in zip(make_prompts(97, (1, 2, 4, 3, 4)), LAWS, strict=False):
+        engine.add_request(prompt, law)
+    results = {}
+    while engine.has_work:
+        results |= {r.request_id: r for r in engine.step()}
+    return [results[i].token_ids for i in sorted(results)], engine.finished_metrics
+
+
+@pytest.fixture(scope="module")
+def short_plain(tiny_model):
+    return continued(tiny_model, num_draft_tokens=0)[0]
+
+
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_policy_changes_a_token(tiny_model, prompts, plain, name):
-    got = run(tiny_model, prompts, policy=name)
-    assert tokens_of(got) == plain
-    assert got.stats.total.num_verify_steps > 20
+def test_no_policy_changes_a_token(tiny_model, short_plain, name):
+    tokens, metrics = continued(tiny_model, policy=name)
+    assert tokens == short_plain
+    assert sum(m.num_verify_steps for m in metrics) > 20
 
 
-@pytest.mark.parametrize("name", ["oracle", "quest_step", "double_sparsity_step"])
-def test_a_per_step_policy_with_the_whole_budget_is_a_dense_draft(
-    tiny_model, prompts, name
-):
-    got = run(tiny_model, prompts, policy=name, budget_ratio=1.0)
-    histogram = got.stats.total.accepted_histogram
+@pytest.mark.parametrize("name", ["oracle", "quest_step"])
+def test_a_per_step_policy_with_the_whole_budget_is_a_dense_draft(tiny_model, name):
+    _, metrics = continued(tiny_model, policy=name, budget_ratio=1.0)
+    histogram = sum(metrics[1:], start=metrics[0]).accepted_histogram
     assert histogram[:-1] == [0, 0, 0] and histogram[-1] > 20
 
 
-def test_the_oracle_accepts_more_than_its_round_form(tiny_model, prompts):
-    accepted = {
-        name: run(
-            tiny_model, prompts, policy=name, min_budget=6, budget_ratio=1e-3
-        ).stats.total.num_accepted_draft_tokens
-        for name in ("oracle", "pillar", "recents")
-    }
+def test_the_oracle_accepts_more_than_its_round_form(tiny_model):
+    accepted = {}
+    for name in ("oracle", "pillar", "recents"):
+        _, metrics = continued(tiny_model, policy=name, min_budget=6, budget_ratio=1e-3)
+        accepted[name] = sum(m.num_accepted_draft_tokens for m in metrics)
     assert accepted["oracle"] > accepted["pillar"] > accepted["recents"]
 
 
