@@ -243,6 +243,11 @@ class Engine:
             )
         self._scheduler.set_num_draft_tokens(num_draft_tokens)
 
+    def choose_with(self, chooser):
+        """Let `chooser` (see the constructor) pick k every few steps from now on."""
+        self._choose = chooser
+        self._outputs.with_acceptance = True
+
     # -- the loop ---------------------------------------------------------------
 
     def step(self):
@@ -265,7 +270,7 @@ class Engine:
             self._choose_num_draft_tokens()
         plan, planned = self._scheduler.plan()
         if plan is not None:
-            outcome = self._run(plan)
+            outcome = self.run_plan(plan)
             outcome.copy_to_host_async()
             self._in_flight.append((planned, outcome))
             self.num_steps += 1
@@ -294,12 +299,17 @@ class Engine:
         self._filters |= filters
         for shape in self._shapes():
             for prefill in (False, True):
-                self._run(shape.new_plan(prefill=prefill)).block_until_ready()
+                self.run_plan(shape.new_plan(prefill=prefill)).block_until_ready()
+
+    def replace_state(self, **fields):
+        """Put arrays in place of fields of the DecodeState, to time made-up caches."""
+        self._state = self._state._replace(**fields)
 
     def _shapes(self):
         return [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
 
-    def _run(self, plan):
+    def run_plan(self, plan):
+        """Dispatch one step of a StepPlan; its packed outcome, not waited for."""
         buffer = jax.device_put(plan.buffer)  # of this step alone: never written again
         self._state, outcome = self._step(self._filters, plan.shape)(
             self.params, self._state, buffer, prefill=plan.prefill

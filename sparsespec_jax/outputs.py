@@ -45,7 +45,7 @@ class Outputs:
         self._scheduler = scheduler
         self._max_budget = max_budget
         self._unfinished = {}
-        self._with_acceptance = with_acceptance
+        self.with_acceptance = with_acceptance
         self._judged = np.zeros(max_draft_tokens)
         self._accepted = np.zeros(max_draft_tokens)
         self.num_emitted = 0  # tokens, of all requests
@@ -87,7 +87,7 @@ class Outputs:
         num_rows = planned.num_rows
         selected = self._selected(planned, is_seed)
         self._scheduler.commit(planned, np.where(is_seed, num_rows, accepted + 1))
-        if self._with_acceptance:
+        if self.with_acceptance:
             self._count_acceptance(num_rows - 1, accepted, ~is_seed)
         lanes = zip(
             planned.requests,

@@ -1,0 +1,159 @@
+"""Times the compiled steps of an engine on its device, for the cost model.
+
+    engine = Engine(model, speculation=SpeculationConfig(draft_token_choices=(0, 4)))
+    engine.choose_with(Chooser(load_or_measure(engine)))
+
+Steps run on made-up caches: every slot at the same context length, nothing read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.cost_model import CostModel
+from sparsespec_jax.default_model import user_cache_dir
+from sparsespec_jax.plan import pages_for
+
+_CYCLES = 2  # timed cycles of k + 1 steps
+_LEAST_STEPS = 12
+_SHARES = (0.05, 0.3, 1.0)  # context lengths, of the longest that fits
+
+
+def load_or_measure(engine, directory=None) -> CostModel:
+    """The CostModel of an idle engine: measured once per device, then read.
+
+    Args:
+      engine: an Engine without requests.
+      directory: where results are kept; default: step_costs in the user's cache.
+
+    Raises:
+      ValueError: the engine has work, or its pool is too small for any cache.
+    """
+    key = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "model": str(engine.model.config),
+        "dtype": str(engine.params["embed"]["weight"].dtype),
+        "shape": str(engine.shape),
+        "speculation": str(engine.speculation),
+        "impl": engine.impl,
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder = pathlib.Path(directory or user_cache_dir() / "step_costs")
+    path = folder / f"{digest}.json"
+    if path.exists():
+        steps = json.loads(path.read_text())["steps"]
+        return CostModel({int(k): tuple(map(tuple, v)) for k, v in steps.items()})
+    model = CostModel(measure(engine))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"key": key, "steps": model.steps}, indent=1))
+    temporary.replace(path)
+    return model
+
+
+def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
+    """Context tokens and seconds of a step, by k; see CostModel.
+
+    Args:
+      engine: an Engine without requests; its caches are overwritten.
+      lengths: context lengths to measure; default: three up to the longest that fits.
+
+    Raises:
+      ValueError: the engine has work, or a length does not fit.
+    """
+    if engine.has_work:
+        raise ValueError(
+            "the engine has unfinished requests: measure before adding any"
+        )
+    longest = longest_context(engine)
+    if lengths is None:
+        lengths = sorted({max(2, int(longest * share)) for share in _SHARES})
+    if max(lengths) > longest or min(lengths) < 1:
+        raise ValueError(f"lengths must lie in [1, {longest}], got {lengths}")
+    engine.warm_up()
+    steps, slots = {}, engine.shape.num_slots
+    for k in engine.draft_token_choices:
+        points = [
+            (0.0 + n * engine.shape.num_slots, _time(engine, k, n)) for n in lengths
+        ]
+        steps[k] = tuple(points)
+    engine.replace_state(**_state_fields(engine, 0, idle=True))
+    return steps
+
+
+def longest_context(engine) -> int:
+    """Tokens that every slot can hold at once, with room for the timed cycles."""
+    shape = engine.shape
+    pages = shape.num_pages // shape.num_slots - shape.draft_table_width
+    room = (_CYCLES + _LEAST_STEPS) * shape.num_queries
+    longest = min(pages * shape.page_size, engine.max_length) - room
+    if longest < 2:
+        raise ValueError(
+            f"{shape.num_pages} pages leave no room for {shape.num_slots} caches: "
+            "raise num_pages"
+        )
+    return longest
+
+
+def _time(engine, k, length) -> float:
+    """Median seconds of a step of k drafts with `length` tokens in every slot."""
+    shape = engine.shape.with_draft_tokens(k)
+    engine.replace_state(**_state_fields(engine, length))
+    plans = [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
+    cycles = max(_CYCLES, -(-_LEAST_STEPS // len(plans)))
+    times = []
+    for cycle in range(cycles + 1):
+        start = time.perf_counter()
+        for plan in plans:
+            outcome = engine.run_plan(plan)
+        outcome.block_until_ready()
+        if cycle:  # the first one only fills the draft caches
+            times.append((time.perf_counter() - start) / len(plans))
+    return float(np.median(times))
+
+
+def _state_fields(engine, length, *, idle=False):
+    """Small arrays of a state in which every slot is at `length`, or none is used."""
+    shape, slots = engine.shape, engine.shape.num_slots
+    full = pages_for(shape.page_size * shape.num_pages // slots, shape.page_size)
+    full = min(full - shape.draft_table_width, shape.table_width)
+    page = np.arange(slots * full, dtype=np.int32).reshape(slots, full)
+    table = np.full((slots, shape.table_width), shape.num_pages, np.int32)
+    table[:, :full] = page
+    draft = np.arange(slots * shape.draft_table_width, dtype=np.int32)
+    draft = slots * full + draft.reshape(slots, -1)
+    if idle:
+        table[:], draft = shape.num_pages, np.full_like(draft, shape.num_pages)
+    return {
+        "full_table": jnp.asarray(table),
+        "draft_table": jnp.asarray(draft),
+        "lengths": jnp.full(slots, length, jnp.int32),
+        "num_drafted": jnp.zeros(slots, jnp.int32),
+        "draft_tails": jnp.zeros(slots, jnp.int32),
+        "done": jnp.full(slots, idle),
+    }
+
+
+def _plan(engine, shape, phase):
+    """A step in which the slots of `phase` verify and all others draft."""
+    plan = shape.new_plan(prefill=False)
+    views = plan.views
+    law = SamplingParams(temperature=1.0, ignore_eos=True)
+    views["slot_params"][:] = plan_lib.slot_params(
+        law, 0, engine.max_length + 1, (), engine.speculation
+    )
+    slots = np.arange(shape.num_slots)
+    verifying = slots[slots % shape.num_queries == phase]
+    views["verify_slots"][: len(verifying)] = verifying
+    views["draft_mask"][:] = slots % shape.num_queries != phase
+    return plan

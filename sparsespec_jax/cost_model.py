@@ -1,0 +1,103 @@
+"""When not to speculate: the number of drafts that the measured step times favour.
+
+A step of every k is timed once per device at a few context lengths. In between, its
+time is taken as linear in the context tokens over all slots: weights, launches and
+sampling do not depend on them, the KV cache read does. Tokens per second then follow
+from the acceptance seen so far, and k = 0 is one of the choices. Host only, no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+_PRIOR = 0.8  # acceptance of a draft, given the drafts before it, before any is judged
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Measured seconds of a step, by k.
+
+    `steps[k]` holds pairs of context tokens (all slots) and seconds, by tokens.
+
+    Raises:
+      ValueError: a k without two different context sizes.
+    """
+
+    steps: dict[int, tuple[tuple[float, float], ...]]
+
+    def __post_init__(self):
+        for k, points in self.steps.items():
+            tokens = [t for t, _ in points]
+            if len(points) < 2 or tokens != sorted(set(tokens)):
+                raise ValueError(
+                    f"steps[{k}] is {points}: give at least two pairs of (context "
+                    "tokens, seconds), by increasing tokens"
+                )
+
+    def seconds(self, k: int, context_tokens: float) -> float:
+        """Time of one step at `context_tokens` over all slots."""
+        tokens, times = np.array(self.steps[k]).T
+        if context_tokens > tokens[-1]:
+            slope = (times[-1] - times[-2]) / (tokens[-1] - tokens[-2])
+            return float(times[-1] + slope * (context_tokens - tokens[-1]))
+        return float(np.interp(context_tokens, tokens, times))
+
+    def tokens_per_s(self, k, *, num_running, context_tokens, acceptance) -> float:
+        """Expected rate with k drafts.
+
+        `acceptance` holds the share of drafts accepted by position, NaN where unknown.
+        """
+        committed = 1.0 + accepted_drafts(acceptance, k)
+        steps = (k + 1) * self.seconds(k, context_tokens)
+        return num_running * committed / steps
+
+
+def accepted_drafts(acceptance, k: int) -> float:
+    """Expected accepted drafts of k, from shares by position, NaN where unknown.
+
+    An unknown position takes the mean conditional acceptance of the known ones.
+    """
+    known = [share for share in acceptance if not math.isnan(share)]
+    if not known:
+        conditional = _PRIOR
+    elif known[-1] <= 0.0:
+        conditional = 0.0
+    else:
+        conditional = known[-1] ** (1 / len(known))
+    total, share = 0.0, 1.0
+    for position in range(k):
+        share = known[position] if position < len(known) else share * conditional
+        total += share
+    return total
+
+
+class Chooser:
+    """Picks k for an Engine (`choose_num_draft_tokens`); leaves one only for a gain.
+
+    A switch idles up to a cycle, so another k must promise `margin` more.
+    """
+
+    def __init__(self, cost_model: CostModel, *, margin: float = 0.03):
+        self.cost_model = cost_model
+        self.margin = margin
+        self.current = max(cost_model.steps)
+
+    def __call__(self, *, num_running, context_tokens, acceptance) -> int:
+        """The k to go on with."""
+        if num_running:
+            load = dict(
+                num_running=num_running,
+                context_tokens=context_tokens,
+                acceptance=acceptance,
+            )
+            rates = {
+                k: self.cost_model.tokens_per_s(k, **load)
+                for k in self.cost_model.steps
+            }
+            best = max(rates, key=rates.get)
+            if rates[best] > (1 + self.margin) * rates[self.current]:
+                self.current = best
+        return self.current

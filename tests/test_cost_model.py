@@ -1,0 +1,104 @@
+"""The choice of k from measured step times, and the measurement itself."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from sparsespec_jax import Engine, calibrate
+from sparsespec_jax.cost_model import Chooser, CostModel, accepted_drafts
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
+
+NAN = math.nan
+
+# Weights take 1 s a step; KV of plain decoding 1 s per 1000 tokens, of k = 4 a fifth
+# for verification and a tenth for drafts.
+MODEL = CostModel({0: ((0, 1.0), (1000, 2.0)), 4: ((0, 1.0), (1000, 1.3))})
+
+
+def test_time_is_linear_between_and_beyond_the_points():
+    assert MODEL.seconds(0, 0) == 1.0
+    assert MODEL.seconds(0, 500) == pytest.approx(1.5)
+    assert MODEL.seconds(4, 3000) == pytest.approx(1.9)
+
+
+def test_expected_acceptance_from_shares_by_position():
+    assert accepted_drafts((0.9, 0.8, 0.7), 2) == pytest.approx(1.7)
+    assert accepted_drafts((0.5, 0.25, NAN), 3) == pytest.approx(0.875)
+    assert accepted_drafts((NAN, NAN), 1) == pytest.approx(0.8)
+    assert accepted_drafts((0.0, NAN), 2) == 0.0
+    assert accepted_drafts((), 0) == 0.0
+
+
+def test_rate_of_a_hand_computed_load():
+    load = dict(num_running=10, context_tokens=1000, acceptance=(0.9,) * 4)
+    assert MODEL.tokens_per_s(0, **load) == pytest.approx(10 / 2.0)
+    assert MODEL.tokens_per_s(4, **load) == pytest.approx(10 * 4.6 / (5 * 1.3))
+
+
+@pytest.mark.parametrize(
+    ("context_tokens", "share", "wanted"),
+    [(0, 0.9, 0), (1000, 0.9, 4), (1000, 0.2, 0), (100_000, 0.5, 4)],
+)
+def test_the_chooser_picks_the_faster_k(context_tokens, share, wanted):
+    choose = Chooser(MODEL)
+    load = dict(num_running=4, acceptance=(share,) * 4)
+    assert choose(context_tokens=context_tokens, **load) == wanted
+
+
+def test_the_chooser_stays_for_less_than_the_margin():
+    nearly = CostModel({0: ((0, 1.0), (10, 1.0)), 1: ((0, 1.0), (10, 1.0))})
+    load = dict(num_running=1, context_tokens=5)
+    choose = Chooser(nearly, margin=0.03)
+    assert choose(acceptance=(0.99,), **load) == 1
+    assert choose(acceptance=(0.5,), **load) == 0
+    assert choose(acceptance=(0.99,), **load) == 0  # 2 % of an equal rate less
+    assert choose(num_running=0, context_tokens=0, acceptance=(1.0,)) == 0
+
+
+@pytest.mark.parametrize("points", [(), ((0, 1.0),), ((5, 1.0), (5, 2.0))])
+def test_a_cost_model_needs_two_context_sizes(points):
+    with pytest.raises(ValueError, match="at least two"):
+        CostModel({0: points})
+
+
+@pytest.fixture
+def engine(tiny_model):
+    speculation = dataclasses.replace(SPECULATION, draft_token_choices=(0, 3))
+    config = dataclasses.replace(ENGINE, max_length=160)
+    return Engine(tiny_model, speculation=speculation, engine=config)
+
+
+def test_measured_once_then_read(engine, tmp_path):
+    first = calibrate.load_or_measure(engine, tmp_path)
+    assert set(first.steps) == {0, 3}
+    for points in first.steps.values():
+        assert [t for t, _ in points] == sorted({t for t, _ in points})
+        assert all(seconds > 0 for _, seconds in points)
+    (path,) = tmp_path.glob("*.json")
+    recorded = json.loads(path.read_text())
+    recorded["steps"]["0"][0][1] = 123.0
+    path.write_text(json.dumps(recorded))
+    assert calibrate.load_or_measure(engine, tmp_path).steps[0][0][1] == 123.0
+
+
+def test_an_engine_that_was_measured_and_chooses_emits_the_same(tiny_model, engine):
+    prompts = make_prompts(tiny_model.config.vocab_size)
+    plain = tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
+    engine.choose_with(Chooser(CostModel(calibrate.measure(engine))))
+    compiled = engine.num_compilations
+    ids = [engine.add_request(p, law) for p, law in zip(prompts, LAWS, strict=True)]
+    results = {}
+    while engine.has_work:
+        results |= {r.request_id: r for r in engine.step()}
+    assert [results[i].token_ids for i in ids] == plain
+    assert engine.num_compilations == compiled
+
+
+def test_measuring_needs_an_idle_engine_and_lengths_that_fit(engine):
+    with pytest.raises(ValueError, match="lengths must lie"):
+        calibrate.measure(engine, [10**6])
+    engine.add_request([1, 2, 3], LAWS[0])
+    with pytest.raises(ValueError, match="unfinished requests"):
+        calibrate.measure(engine)
