@@ -83,10 +83,7 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
     engine.warm_up()
     steps, slots = {}, engine.shape.num_slots
     for k in engine.draft_token_choices:
-        points = [
-            (0.0 + n * engine.shape.num_slots, _time(engine, k, n)) for n in lengths
-        ]
-        steps[k] = tuple(points)
+        steps[k] = tuple((float(n * slots), _time(engine, k, n)) for n in lengths)
     engine.replace_state(**_state_fields(engine, 0, idle=True))
     return steps
 
