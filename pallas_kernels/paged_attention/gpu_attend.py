@@ -34,6 +34,13 @@ from pallas_kernels.paged_attention.gpu_mass import pack
 _WGMMA = plgpu.Layout.WGMMA
 _WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _SMALLEST = 2.0**-100  # of the largest probability of a row in a block
+# A warp holds two half rows; what a thread holds are four neighbours.
+_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (2, 64), (4,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -78,7 +85,7 @@ class _Attend:
     maxima: Any  # out: float32 [segments, blocks, 64], or None
     q_s: Any
     kv_s: Any
-    out_s: Any
+    tile_s: Any
     mass_s: Any
     weight_s: Any
     q_bar: Any
@@ -115,20 +122,29 @@ class _Attend:
         )
 
     def cursor(self, index, block) -> _Cursor:
-        """Returns the cursor at a block, its page looked up."""
+        """Returns the cursor at a block of a segment."""
         segment = self.segment(index)
         key = jnp.minimum(block * BLOCK, jnp.maximum(segment.visible - 1, 0))
-        page = self.table[segment.tile.lane, lax.div(key, self.spec.page_size)]
-        return _Cursor(index, block, segment.visible, segment.tile.lane, page)
+        lane = segment.tile.lane
+        return _Cursor(index, block, segment.visible, lane, self.page(lane, key))
+
+    def page(self, lane, key):
+        """Returns the page of a key."""
+        return self.table[lane, lax.div(key, self.spec.page_size)]
 
     def advance(self, cursor: _Cursor) -> _Cursor:
         """Returns the cursor at the next block."""
-        at = lax.cond(
-            cursor.block + 1 >= num_blocks(cursor.visible),
-            lambda: (self.next_segment(cursor.segment), jnp.int32(0)),
-            lambda: (cursor.segment, cursor.block + 1),
+        block = cursor.block + 1
+
+        def stay():
+            page = self.page(cursor.lane, block * BLOCK)
+            return cursor._replace(block=block, page=page)
+
+        return lax.cond(
+            block < num_blocks(cursor.visible),
+            stay,
+            lambda: self.cursor(self.next_segment(cursor.segment), jnp.int32(0)),
         )
-        return self.cursor(*at)
 
     # ----------------------------------------------------------------- copies
 
@@ -145,7 +161,7 @@ class _Attend:
             def _copy(first=first, key=key):
                 page = cursor.page
                 if page_size < BLOCK:
-                    page = self.table[cursor.lane, lax.div(key, page_size)]
+                    page = self.page(cursor.lane, key)
                 row = pl.multiple_of(lax.rem(key, page_size), copy_rows)
                 plgpu.copy_gmem_to_smem(
                     self.pages.at[page, head, pl.ds(row, copy_rows)],
@@ -246,7 +262,7 @@ class _Attend:
             )
             self.maxima[index, block] = m + jnp.log2(largest)
 
-    def attend_block(self, segment: _Segment, queries, block, slot, last_block, state):
+    def attend_block(self, segment: _Segment, block, slot, last_block, state):
         """Returns (sum of values, maximum, sum) of all rows with one more block."""
         spec = self.spec
         acc, m, total = state
@@ -256,7 +272,7 @@ class _Attend:
         self.zero_unused_values(segment, values_s, first_key)
 
         def multiply_keys(acc_ref):
-            plgpu.wgmma(acc_ref, queries, keys_s.T)
+            plgpu.wgmma(acc_ref, self.tile_s, keys_s.T)
             return acc_ref[...]
 
         s = pl.run_scoped(multiply_keys, plgpu.ACC((TILE, BLOCK), jnp.float32))
@@ -304,21 +320,26 @@ class _Attend:
         def _copy():
             self.copy_queries(self.next_segment(segment.index))
 
+    def place_queries(self):
+        """Moves the queries that have arrived to where the matrix unit reads them."""
+        plgpu.barrier_wait(self.q_bar)
+        queries = plgpu.load(self.q_s, layout=_ROWS, optimized=False)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.tile_s[...] = queries
+        plgpu.commit_smem()
+
     def attend_segment(self, index, start, i, cursor: _Cursor):
         """Computes this CTA's part of a segment; returns the next i and cursor."""
         spec, segment = self.spec, self.segment(index)
         first = jnp.maximum(self.low - start, 0)
         last = jnp.minimum(self.high - start, num_blocks(segment.visible))
-        plgpu.barrier_wait(self.q_bar)
-        queries = self.q_s
-        if not spec.interpret:
-            queries = plgpu.load(queries, layout=_WGMMA, optimized=False)
+        self.place_queries()
 
         def step(block, carry):
             i, cursor, state = carry
             slot = lax.rem(i, spec.config.num_stages)
             plgpu.barrier_wait(self.kv_bar.at[slot])
-            state = self.attend_block(segment, queries, block, slot, last - 1, state)
+            state = self.attend_block(segment, block, slot, last - 1, state)
             cursor = self.copy_block_if_mine(i + spec.config.num_stages, cursor)
             return i + 1, cursor, state
 
@@ -335,16 +356,15 @@ class _Attend:
         """Writes the normalised sum of values of all rows and the log of the sum."""
         tile = segment.tile
         self.log_sums[segment.index + self.cta] = m + jnp.log2(total)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-        self.out_s[...] = acc.astype(self.spec.dtype)
+        self.tile_s[...] = acc.astype(self.spec.dtype)
         plgpu.commit_smem()
         part = part_row(self.spec, tile.row, tile.rows, segment.head, self.cta)
 
         def copy(n, _):
             row = pl.multiple_of(n * 8, 8)
             to = pl.multiple_of(part + row, 8)
-            source = self.out_s.at[pl.ds(row, 8)]
+            source = self.tile_s.at[pl.ds(row, 8)]
             plgpu.copy_smem_to_gmem(source, self.parts.at[pl.ds(to, 8)])
 
         lax.fori_loop(0, lax.div(tile.rows, 8), copy, None)
