@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
-    GROUP,
     TILE,
     Spec,
     full,
@@ -102,8 +101,7 @@ class _Attend:
             scale = ((1 << bits) - 1) / largest
             words = pack(kept * lax.broadcast_in_dim(scale, p.shape, [0]), bits)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for i, word in enumerate(words):
-                self.mass_s[:, pl.ds(i * GROUP, GROUP)] = word
+            self.mass_s[...] = jnp.concatenate(words, axis=1)
             plgpu.commit_smem()
             index = segment.index - first
             plgpu.copy_smem_to_gmem(
@@ -289,15 +287,24 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
 
 def _scratch(spec: Spec, has_mass: bool) -> list:
     """Returns the shared memory of one CTA: of its `Stream`, then of `_Attend`."""
-    D, config = spec.head_size, spec.config
+    D, words, config = spec.head_size, spec.mass_words, spec.config
     copies = BLOCK // min(config.copy_rows, spec.page_size, BLOCK)
     smem = functools.partial(plgpu.SMEM, transforms=_TILED)
     return [
-        plgpu.SMEM((TILE, D), spec.dtype),
+        _rows((TILE, D), 64, spec.dtype),
         smem((config.num_stages, BLOCK, 2 * D), spec.dtype),
         plgpu.Barrier(num_arrivals=spec.tile_queries),
         plgpu.Barrier(num_arrivals=copies, num_barriers=config.num_stages),
         smem((TILE, D), spec.dtype),
-        plgpu.SMEM((TILE, spec.mass_words), jnp.int32) if has_mass else None,
+        _rows((TILE, words), words, jnp.int32) if has_mass else None,
         smem((TILE, BLOCK), spec.dtype) if spec.interpret else None,
     ]
+
+
+def _rows(shape, columns: int, dtype):
+    """Returns shared memory of rows as they lie, for copies of any number of rows.
+
+    Without transforms the compiler may choose a swizzle, for multiples of 8 rows only.
+    """
+    transforms = (plgpu.TilingTransform((1, columns)),)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)

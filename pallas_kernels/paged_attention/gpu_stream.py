@@ -165,6 +165,7 @@ class Stream:
                 self.queries.at[tile.token + query, heads],
                 self.q_s.at[pl.ds(i * group_size, group_size)],
                 self.q_bar,
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )
 
         def skip(i, _):
