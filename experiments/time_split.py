@@ -117,15 +117,17 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
     """Milliseconds per step by category, the idle share, and kernels per step.
 
     Idle is the part of the time from the first kernel to the last one's end in which
-    nothing runs.
+    nothing runs; between steps, its num_steps - 1 longest gaps.
     """
     total = dict.fromkeys(CATEGORIES, 0.0)
-    busy, end = 0.0, kernels[0].start
+    busy, end, gaps = 0.0, kernels[0].start, []
     for kernel in kernels:
         total[category(kernel.name, scopes)] += kernel.duration
         last = kernel.start + kernel.duration
+        gaps.append(max(0.0, kernel.start - end))
         busy += max(0.0, last - max(end, kernel.start))
         end = max(end, last)
+    between = sum(sorted(gaps)[-(num_steps - 1) :]) if num_steps > 1 else 0.0
     window = end - kernels[0].start
     per_step = 1e-6 / num_steps
     return {
@@ -133,6 +135,7 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
         "window_ms_per_step": window * per_step,
         "idle_ms_per_step": (window - busy) * per_step,
         "idle_share": (window - busy) / window,
+        "idle_between_steps_share": between / window,
         "kernels_per_step": len(kernels) / num_steps,
         "num_steps": num_steps,
         "window_s": window * 1e-9,

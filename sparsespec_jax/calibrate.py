@@ -80,7 +80,6 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
         lengths = sorted({max(2, int(longest * share)) for share in _SHARES})
     if max(lengths) > longest or min(lengths) < 1:
         raise ValueError(f"lengths must lie in [1, {longest}], got {lengths}")
-    engine.warm_up()
     steps, slots = {}, engine.shape.num_slots
     for k in engine.draft_token_choices:
         steps[k] = tuple((float(n * slots), _time(engine, k, n)) for n in lengths)

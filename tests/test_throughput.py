@@ -1,0 +1,122 @@
+"""The throughput experiment: its loads, the time split of a trace, one small run."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import time_split
+from experiments.loads import LOADS
+from experiments.time_split import Kernel
+
+SCOPES = {
+    "loop_add_fusion_1": "jit(step)/Transformer/layer_0/add",
+    "input_scatter_fusion": "jit(step)/Transformer/layer_0/write_rows/scatter",
+    "input_reduce_fusion_2": "jit(step)/sample/reduce",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("loop_add_fusion_1", "dense"),
+        ("loop_add_fusion.1", "dense"),
+        ("input_scatter_fusion", "attention"),
+        ("paged_attention_finish_mosaic_gpu_kernel", "attention"),
+        ("select_tokens_mosaic_gpu_kernel", "selection"),
+        ("gather_kv_mosaic_gpu_kernel", "gather"),
+        ("input_reduce_fusion_2", "sampling"),
+        ("MemcpyH2D", "copies"),
+        ("nvjet_sm90_unknown", "dense"),
+    ],
+)
+def test_kernels_are_sorted_by_scope(name, wanted):
+    assert time_split.category(name, SCOPES) == wanted
+
+
+def test_time_split_of_two_hand_made_steps():
+    ms = 1e6
+    kernels = [
+        Kernel("nvjet", 0 * ms, 2 * ms),
+        Kernel("gather_kv", 1 * ms, 2 * ms),  # overlaps by one
+        Kernel("nvjet", 5 * ms, 4 * ms),  # after two of nothing
+        Kernel("gather_kv", 9 * ms, 1 * ms),
+    ]
+    got = time_split.split(kernels, {}, num_steps=2)
+    assert got["ms_per_step"]["dense"] == pytest.approx(3.0)
+    assert got["ms_per_step"]["gather"] == pytest.approx(1.5)
+    assert got["window_ms_per_step"] == pytest.approx(5.0)
+    assert got["idle_ms_per_step"] == pytest.approx(1.0)
+    assert got["idle_share"] == pytest.approx(0.2)
+    assert got["kernels_per_step"] == 2
+    (first, second) = time_split.largest(kernels, 2)
+    assert first == {"name": "nvjet", "us_per_step": 3000.0, "runs_per_step": 1.0}
+    assert second["us_per_step"] == pytest.approx(1500.0)
+
+
+def test_gaps_between_steps_are_the_longest_ones():
+    kernels = [Kernel("a", t, 10.0) for t in (0, 11, 30, 41, 62, 73)]
+    got = time_split.split(kernels, {}, num_steps=3)
+    assert got["idle_share"] == pytest.approx(23 / 83)
+    assert got["idle_between_steps_share"] == pytest.approx((9 + 11) / 83)
+
+
+def test_scopes_come_from_the_compiled_program():
+    @jax.jit
+    def stepping(plan, x):
+        with jax.named_scope("sample"):
+            y = jnp.sort(x) * plan[0]
+        return y @ x
+
+    stepping(jnp.ones(77, jnp.int32), jnp.ones(8)).block_until_ready()
+    paths = time_split.scopes_of("jit_stepping", 77).values()
+    assert any("/sample/" in path for path in paths)
+    assert time_split.scopes_of("jit_stepping", 78) == {}
+
+
+def test_no_trace_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no trace"):
+        time_split.load_kernels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype="float16"),
+        dict(num_requests=0),
+        dict(new_tokens=0),
+        dict(num_draft_tokens=0),
+        dict(temperature=-1.0),
+        dict(forced_acceptance=9.0),
+        dict(lag=5),
+    ],
+)
+def test_a_wrong_load_is_refused(options):
+    with pytest.raises(ValueError):
+        dataclasses.replace(LOADS["qwen3_8b_64x512x4096"], **options)
+
+
+def test_a_small_load_end_to_end(tmp_path):
+    output = tmp_path / "results.json"
+    command = [
+        sys.executable, "-m", "experiments.throughput", "--load=smollm2_256x4096",
+        "--num_requests=2", "--num_slots=2", "--new_tokens=12", "--page_size=16",
+        "--dtype=float32", "--prefill_lanes=1", "--trace_steps=0",
+        "--num_draft_tokens=2", f"--output={output}",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    results = json.loads(output.read_text())
+    metrics = results["metrics"]
+    assert metrics["forced_acceptance"] is None
+    assert 0 < metrics["kv_share"] < 1
+    assert metrics["speedup"] == pytest.approx(
+        metrics["spec_decode_tokens_per_s"] / metrics["ar_decode_tokens_per_s"]
+    )
+    for run in (results["runs"]["plain"][0], results["runs"]["speculative"][0]):
+        assert run["stats"]["total"]["num_output_tokens"] == 24
+        parts = ("prefill", "decode", "tail")
+        assert sum(run[part]["tokens"] for part in parts) == 24
