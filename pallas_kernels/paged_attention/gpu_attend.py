@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
+    GROUP,
     TILE,
     Spec,
     full,
@@ -105,7 +106,8 @@ class _Attend:
             plgpu.commit_smem()
             index = segment.index - first
             plgpu.copy_smem_to_gmem(
-                self.mass_s.at[pl.ds(0, count)], self.probabilities.at[index, block]
+                self.mass_s.at[pl.ds(0, count)],
+                self.probabilities.at[index, block, pl.ds(0, count)],
             )
             self.maxima[index, block] = m + jnp.log2(largest)
 
@@ -252,7 +254,7 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
     if has_mass:
         first, last = spec.mass_segments
         lead = (last - first, spec.mass_blocks)
-        stored = (*lead, spec.mass_tile_rows, spec.mass_words)
+        stored = (*lead, max(GROUP, spec.mass_tile_rows), spec.mass_words)
         out_type.append(jax.ShapeDtypeStruct(stored, jnp.int32))
         out_type.append(jax.ShapeDtypeStruct((*lead, TILE), jnp.float32))
 

@@ -35,12 +35,15 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
     num_tokens = last.first_token + last.num_lanes * last.num_queries
     shape = (num_tokens, H * spec.group_size, spec.head_size)
     outputs = [jax.ShapeDtypeStruct(shape, spec.dtype)]
+    scratch = []
     num_mass, chunks = 0, spec.mass_blocks // MASS_BLOCKS
     if stored:
         num_lanes = spec.groups[spec.mass_group].num_lanes
         num_mass = num_lanes * H * chunks
         shape = (num_lanes, H, spec.mass_blocks, BLOCK)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        tiles = spec.groups[spec.mass_group].tiles_per_lane
+        scratch = [plgpu.SMEM((tiles, TILE), jnp.float32)]
 
     def body(ends, kv_lengths, q_lengths, parts, log_sums, *rest):
         work = lax.axis_index("work")
@@ -68,7 +71,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
         grid=(num_mass + num_tokens * H,),
         grid_names=("work",),
         kernel_name="paged_attention_finish",
-        scratch_types=[plgpu.SMEM((TILE,), jnp.float32)] if stored else [],
+        scratch_types=scratch,
         **spec.options,
     )(ends, kv_lengths, q_lengths, parts, log_sums, *stored)
 

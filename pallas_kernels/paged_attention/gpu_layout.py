@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.api import LaneGroup
 BLOCK = 64  # keys of one step
 TILE = 64  # query rows of one matrix instruction
 GROUP = 8  # neighbouring keys of a block whose probabilities are packed alike
-MASS_BLOCKS = 32  # key blocks of one CTA that writes mass
+MASS_BLOCKS = 16  # key blocks of one CTA that writes mass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

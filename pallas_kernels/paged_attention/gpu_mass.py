@@ -24,9 +24,19 @@ from pallas_kernels.paged_attention.gpu_layout import (
 )
 
 _PARTS = 2  # parts loaded at once
-_ROWS = 4  # rows of probabilities loaded ahead
+_WARPS = 4  # of a CTA; each sums one block at a time
 _WORD = 32
 _ROUNDER = 2.0**23  # a float32 between it and twice it has no fraction
+
+
+# A warp holds one block; a thread two neighbouring columns of one row.
+_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((_WARPS, GROUP, GROUP), (2,))),
+    warp_dims=(-4,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+_KEYS = _LAYOUT.reduce(1)
 
 
 def pack(levels, bits: int) -> list:
@@ -77,78 +87,78 @@ def mass_chunk(
     final,
 ):
     """Writes the mass of 1024 keys of one lane and KV head."""
-    H, G, group = spec.num_heads, spec.group_size, spec.groups[spec.mass_group]
+    G, group = spec.group_size, spec.groups[spec.mass_group]
     is_edges = spec.mass_rows == "edges"
+    tiles = 1 if is_edges else group.tiles_per_lane
     lane_index = group.first_lane + lane
     q_len = q_lengths[lane_index]
     base = kv_lengths[lane_index, head] - q_len
     used = jnp.minimum(q_len, 2 if is_edges else group.num_queries) * G
-    first_block = pl.multiple_of(chunk * MASS_BLOCKS, MASS_BLOCKS)
-    blocks = pl.ds(first_block, MASS_BLOCKS)
-    bits = spec.config.mass_bits
-    # Every thread holds two neighbouring columns of one block.
-    layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((MASS_BLOCKS, GROUP), (MASS_BLOCKS // 4, GROUP), (2,))),
-        warp_dims=(-5,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
+    first_block = chunk * MASS_BLOCKS
+    levels = (1 << spec.config.mass_bits) - 1
+    share = 1.0 / (jnp.maximum(used, 1) * levels).astype(jnp.float32)
 
-    def add_tile(number, acc):
-        index = (lane * group.tiles_per_lane + number) * H + head
+    def segment(number):
+        return (lane * group.tiles_per_lane + number) * spec.num_heads + head
+
+    @pl.when(first_block * BLOCK < base)
+    def _finals():
+        def write(number, _):
+            index = spec.mass_segments[0] + segment(number)
+            _final_log_sums(spec, index, ends, log_sums, final.at[number])
+
+        lax.fori_loop(0, tiles, write, None)
+        plgpu.commit_smem()
+
+    def add_tile(block, number, acc):
         rows = jnp.clip(used - number * group.step * G, 0, group.step * G)
+        tile = (probabilities.at[segment(number)], maxima.at[segment(number)])
+        return _add_rows(spec, block, rows, *tile, final.at[number], acc)
 
-        def load(row):
-            row = jnp.clip(row, 0, rows - 1)
-            words = [
-                plgpu.load(
-                    probabilities.at[index, blocks, row, pl.ds(first, GROUP)],
-                    layout=layout,
-                    optimized=False,
-                )
-                for first in range(0, spec.mass_words, GROUP)
-            ]
-            m = maxima.at[index, blocks, row]
-            return words, plgpu.load(m, layout=layout.reduce(1), optimized=False)
-
-        def add_rows(i, carry):
-            acc, loaded = carry
-            ahead = [load((i + 1) * _ROWS + k) for k in range(_ROWS)]
-            for k, (words, m) in enumerate(loaded):
-                row = i * _ROWS + k
-                w = jnp.exp2(m - final[jnp.minimum(row, rows - 1)])
-                w = w * jnp.where(row < rows, 1.0, 0.0)
-                w = lax.broadcast_in_dim(w, acc[0].shape, [0])
-                numbers = unpack(words, bits)
-                pairs = zip(acc, numbers, strict=True)
-                acc = [a + n.astype(jnp.float32) * w for a, n in pairs]
-            return acc, ahead
-
-        def add_all(acc):
-            loaded = [load(k) for k in range(_ROWS)]
-            segment = spec.mass_segments[0] + index
-            _final_log_sums(spec, segment, ends, log_sums, final)
-            steps = lax.div(rows + (_ROWS - 1), _ROWS)
-            return lax.fori_loop(0, steps, add_rows, (acc, loaded))[0]
-
-        return lax.cond(rows > 0, add_all, lambda acc: acc, acc)
-
-    acc = [full((MASS_BLOCKS, GROUP), 0.0, layout) for _ in range(BLOCK // GROUP)]
-    for number in range(1 if is_edges else group.tiles_per_lane):
-        acc = lax.cond(
-            first_block * BLOCK < base,
-            functools.partial(add_tile, number),
-            lambda acc: acc,
-            acc,
+    def step(i, _):
+        block = first_block + i * _WARPS
+        add = functools.partial(
+            lax.fori_loop, 0, tiles, functools.partial(add_tile, block)
         )
-    block = plgpu.broadcasted_iota(jnp.int32, acc[0].shape, 0, layout=layout)
-    column = plgpu.broadcasted_iota(jnp.int32, acc[0].shape, 1, layout=layout)
-    key = (block + first_block) * BLOCK + column
-    share = 1.0 / (jnp.maximum(used, 1) * ((1 << bits) - 1)).astype(jnp.float32)
-    for i, a in enumerate(acc):
-        is_candidate = key + i * GROUP < base
-        columns = pl.ds(i * GROUP, GROUP)
-        mass[lane, head, blocks, columns] = jnp.where(is_candidate, a * share, 0.0)
+        shape = (_WARPS, GROUP, GROUP)
+        acc = [full(shape, 0.0, _LAYOUT) for _ in range(BLOCK // GROUP)]
+        acc = lax.cond(block * BLOCK < base, add, lambda acc: acc, acc)
+        for group, x in enumerate(acc):
+            x = x.sum(axis=1) * share
+            key = block * BLOCK + group * GROUP
+            key += BLOCK * plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_KEYS)
+            key += plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_KEYS)
+            to = (lane, head, pl.ds(block, _WARPS), pl.ds(group * GROUP, GROUP))
+            mass[to] = jnp.where(key < base, x, 0.0)
+
+    lax.fori_loop(0, MASS_BLOCKS // _WARPS, step, None)
+
+
+def _add_rows(spec: Spec, block, rows, probabilities, maxima, final, acc):
+    """Returns sums with those of the first `rows` rows of four blocks of a tile."""
+    bits, count = spec.config.mass_bits, spec.mass_tile_rows
+    blocks = pl.ds(block, _WARPS)
+    for wanted in range(0, count, GROUP):
+        # The last rows are read again where 8 more would be too many.
+        first = max(0, min(wanted, count - GROUP))
+        eight = pl.ds(first, GROUP)
+
+        def load(ref, layout):
+            return plgpu.load(ref, layout=layout, optimized=False)
+
+        words = [
+            load(probabilities.at[blocks, eight, pl.ds(word, GROUP)], _LAYOUT)
+            for word in range(0, spec.mass_words, GROUP)
+        ]
+        w = load(maxima.at[blocks, eight], _LAYOUT.reduce(2))
+        end = load(final.at[eight], _LAYOUT.reduce((0, 2)))
+        w = jnp.exp2(w - lax.broadcast_in_dim(end, w.shape, [1]))
+        row = plgpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=_LAYOUT.reduce(2))
+        w = jnp.where((row >= wanted - first) & (row < rows - first), w, 0.0)
+        w = lax.broadcast_in_dim(w, acc[0].shape, [0, 1])
+        pairs = zip(acc, unpack(words, bits), strict=True)
+        acc = [a + n.astype(jnp.float32) * w for a, n in pairs]
+    return acc
 
 
 def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
@@ -173,4 +183,3 @@ def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
     steps = lax.div(last - first + (_PARTS - 1), _PARTS)
     m, total = lax.fori_loop(0, steps, add, init)
     final[...] = m + jnp.log2(total)
-    plgpu.commit_smem()
