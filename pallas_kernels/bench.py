@@ -2,7 +2,7 @@
 
     python -m pallas_kernels.bench --output experiments/results/kernels_h100.json
 
-One compiled program runs the same call for several layers of a step: queries, scores,
+One compiled program runs the same call for the layers of a step: queries, scores,
 pools or tables differ from layer to layer, lengths do not. Its time is divided by the
 layers; the median over repeats is reported. Inputs exceed the L2 cache. Errors are
 against the float32 references, with needles and NaN in every unused row.
@@ -31,7 +31,7 @@ from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.select_tokens import select_tokens
 
-_LAYERS = 8
+_LAYERS = 32  # of one program, as models have; half as many selections
 _REPEATS = 7
 _POOL_BYTES = 1.5e9  # of one pool; layers take turns in it
 _NEEDLE_LOGIT = 12.0
@@ -209,7 +209,7 @@ def bench_select(name: str, impl: str) -> dict:
     shape = (len(case.lengths), case.num_heads, case.num_candidates)
     lengths = jnp.asarray(case.lengths, jnp.int32)
     budgets = jnp.asarray(case.budgets, jnp.int32)
-    keys = jax.random.split(jax.random.key(0), 2 * _LAYERS)
+    keys = jax.random.split(jax.random.key(0), _LAYERS // 2)
     scores = [jax.nn.softmax(3 * jax.random.normal(key, shape)) for key in keys]
     options = dict(cap=case.cap, num_recent=case.num_recent, per_layer=case.per_layer)
     select = functools.partial(select_tokens, **options, impl=impl)
@@ -225,7 +225,7 @@ def bench_select(name: str, impl: str) -> dict:
     rows = [(score.reshape(-1, case.num_candidates),) for score in scores]
     return dict(
         us=us,
-        tied_us=time_us(select, [(tied, lengths, budgets)] * (2 * _LAYERS)),
+        tied_us=time_us(select, [(tied, lengths, budgets)] * (_LAYERS // 2)),
         exact=all(same),
         top_k_us=time_us(lambda x: jax.lax.top_k(x, case.cap), rows),
     )
