@@ -22,8 +22,6 @@ from pallas_kernels.paged_attention.gpu_layout import (
 )
 from pallas_kernels.paged_attention.gpu_mass import mass_chunk
 
-_PARTS = 2  # parts loaded at once
-
 
 def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
     """Returns the output [T, N, D] and, if wanted, the mass [lanes, H, blocks, 64].
@@ -108,6 +106,7 @@ def _merge_token(
 ):
     """Writes the output of one token and KV head, summed over its parts."""
     D, H, G = spec.head_size, spec.num_heads, spec.group_size
+    at_once = spec.parts_at_once
     # A row of D values lies across all 128 threads, so that G may be any number.
     vector = max(1, D // 128)
     layout = plgpu.Layout.TILED(
@@ -139,7 +138,7 @@ def _merge_token(
 
     def add(i, carry):
         acc, m, total = carry
-        loaded = [load(first + i * _PARTS + k) for k in range(_PARTS)]
+        loaded = [load(first + i * at_once + k) for k in range(at_once)]
         for x, w in loaded:
             m_new = jnp.maximum(m, w)
             old, new = jnp.exp2(m - m_new), jnp.exp2(w - m_new)
@@ -153,7 +152,7 @@ def _merge_token(
         full((G,), 1.5 * MASK_VALUE, layout.reduce(1)),
         full((G,), 0.0, layout.reduce(1)),
     )
-    steps = lax.div(last - first + (_PARTS - 1), _PARTS)
+    steps = lax.div(last - first + (at_once - 1), at_once)
     acc, _, total = lax.fori_loop(0, steps, add, init)
     total = jnp.where(total == 0.0, 1.0, total)
     acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])

@@ -137,6 +137,12 @@ class Spec:
         return self.num_tiles * self.num_heads
 
     @property
+    def parts_at_once(self) -> int:
+        """Parts of a segment loaded together: as many as equal segments would have."""
+        parts = -(-self.config.num_ctas // self.num_segments) + 1
+        return max(2, min(parts, 24 // self.group_size))  # registers for 24 rows
+
+    @property
     def edge_group(self) -> int | None:
         """The group whose rows start with its first and last valid query."""
         return self.mass_group if self.mass_rows == "edges" else None

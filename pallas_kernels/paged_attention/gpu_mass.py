@@ -23,7 +23,6 @@ from pallas_kernels.paged_attention.gpu_layout import (
     parts_of,
 )
 
-_PARTS = 2  # parts loaded at once
 _WARPS = 4  # of a CTA; each sums one block at a time
 _WORD = 32
 _ROUNDER = 2.0**23  # a float32 between it and twice it has no fraction
@@ -163,7 +162,7 @@ def _add_rows(spec: Spec, block, rows, probabilities, maxima, final, acc):
 
 def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
     """Writes the log sums of the rows of a segment over all its parts."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
+    layout, at_once = plgpu.Layout.WGMMA.reduce(1), spec.parts_at_once
     first, last = parts_of(ends, segment, spec)
 
     def load(cta):
@@ -173,13 +172,13 @@ def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
 
     def add(i, carry):
         m, total = carry
-        for w in [load(first + i * _PARTS + k) for k in range(_PARTS)]:
+        for w in [load(first + i * at_once + k) for k in range(at_once)]:
             m_new = jnp.maximum(m, w)
             total = total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)
             m = m_new
         return m, total
 
     init = (full((TILE,), 1.5 * MASK_VALUE, layout), full((TILE,), 0.0, layout))
-    steps = lax.div(last - first + (_PARTS - 1), _PARTS)
+    steps = lax.div(last - first + (at_once - 1), at_once)
     m, total = lax.fori_loop(0, steps, add, init)
     final[...] = m + jnp.log2(total)
