@@ -75,6 +75,7 @@ class Engine:
             kv_dtype=kv_dtype,
             draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
             policy=self.policy,
+            proposer=self.proposer,
         )
         self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
         self._scheduler = Scheduler(self.shape)

@@ -206,18 +206,23 @@ class Transformer(nn.Module):
         positions: jax.Array,
         attend: Attend,
         caches: tuple[Cache, ...],
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        feature_layers: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, tuple[Cache, ...], jax.Array | None]:
         """Normed hidden states [T, hidden] of tokens [T] at positions [T].
 
-        caches: one pytree a layer, passed through attend and returned in order.
+        caches: one pytree a layer, passed through attend and returned in order. The
+        third value holds the streams behind `feature_layers`, [T, n * hidden].
         """
         cos, sin = rope_tables(positions, self.config)
         x = self.embed(tokens)
-        new_caches = []
+        new_caches, streams = [], []
         for layer, cache in zip(self.layer, caches, strict=True):
             x, cache = layer(x, cos, sin, attend, cache)
             new_caches.append(cache)
-        return self.final_norm(x), tuple(new_caches)
+            streams.append(x)
+        features = [streams[i] for i in feature_layers]
+        features = jnp.concatenate(features, -1) if features else None
+        return self.final_norm(x), tuple(new_caches), features
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits of normed hidden states [R, hidden], float32 [R, V]."""
@@ -230,7 +235,7 @@ class Transformer(nn.Module):
         """Logits [T, V] of one text [T]: touches every parameter, for init."""
         positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         caches = (None,) * self.config.num_layers
-        hidden, _ = self(tokens, positions, causal_attend, caches)
+        hidden, _, _ = self(tokens, positions, causal_attend, caches)
         return self.logits(hidden)
 
 
@@ -246,8 +251,17 @@ def forward(
 
     tokens, positions: int32 [T], of any mix of requests; ids must lie in [0, V).
     """
+    return forward_with_features(config, params, tokens, positions, attend, caches)[:2]
+
+
+def forward_with_features(
+    config, params, tokens, positions, attend, caches, feature_layers=()
+):
+    """As `forward`, and the streams behind `feature_layers` [T, n * hidden] or None."""
     module = Transformer(config, dtype=params_dtype(params))
-    return module.apply({"params": params}, tokens, positions, attend, caches)
+    return module.apply(
+        {"params": params}, tokens, positions, attend, caches, feature_layers
+    )
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -5,11 +5,30 @@ token ids int32 [E, X] of E requests, of which the first `lengths` [E] are known
 returns the drafts int32 [E, num_drafts] that follow. It runs inside the compiled step,
 right after acceptance, so every request is verified in every step. Any proposal is
 lossless; the draft law is a single token each.
+
+One that remembers has `init_memory(shape)`, a pytree kept in the device state, weights
+included, and instead `propose_from(view, memory, num_drafts)`, which returns (drafts,
+memory) from a `ProposalView`; `feature_layers` names the streams that it reads.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+
+
+class ProposalView(NamedTuple):
+    """What a proposer that remembers sees after a verification; E lanes."""
+
+    slots: jax.Array  # int32 [E], num_slots for an idle lane
+    starts: jax.Array  # int32 [E], committed length before
+    num_rows: jax.Array  # int32 [E], rows verified, rejected ones included
+    is_seed: jax.Array  # bool [E], first verification of a request
+    lengths: jax.Array  # int32 [E], committed length now; the pending token's position
+    history: jax.Array  # int32 [E, X], token ids up to the pending one
+    features: jax.Array | None  # [E, Q, n * hidden] of `feature_layers`
+    params: Any  # the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +89,7 @@ def resolve_proposer(proposer):
                 f"a propose function, got {proposer!r}"
             )
         return PROPOSERS[proposer]
-    if not callable(getattr(proposer, "propose", None)):
-        raise ValueError(f"proposer has no propose function: {proposer!r}")
+    name = "propose_from" if hasattr(proposer, "init_memory") else "propose"
+    if not callable(getattr(proposer, name, None)):
+        raise ValueError(f"proposer has no {name} function: {proposer!r}")
     return proposer

@@ -1,6 +1,6 @@
 """The device state: one donated pytree that only the compiled step replaces."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,10 @@ class DecodeState(NamedTuple):
     done: jax.Array  # bool [S], stopped or never started
     draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
     history: jax.Array  # int32 [S, X] token ids for a proposer, else [S, 0]
+    proposer_memory: Any  # pytree of a proposer that remembers, else None
 
 
-def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy):
+def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy, proposer=None):
     """An empty DecodeState for `shape` (StepShape); pages hold zeros."""
     slots, rows = shape.num_slots, shape.num_queries
     pool = (
@@ -70,6 +71,9 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy):
             jnp.zeros(drafts, jnp.int32), jnp.zeros(drafts, jnp.float32)
         ),
         history=jnp.zeros((slots, num_keys * shape.drafts_at_once), jnp.int32),
+        proposer_memory=proposer.init_memory(shape)
+        if hasattr(proposer, "init_memory")
+        else None,
     )
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from sparsespec_jax import acceptance, sampling
 from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.attention import StepLanes, VerifyLanes, make_attend
-from sparsespec_jax.model import forward, logits
+from sparsespec_jax.model import forward_with_features, logits
+from sparsespec_jax.proposers import ProposalView
 from sparsespec_jax.state import DecodeState
 
 
@@ -59,9 +60,10 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
         lanes = _step_lanes(state, plan, verification, shape)
         tokens, positions = _tokens(state, plan, verification, lanes, shape)
         attend = make_attend(lanes, shape, policy, options, impl)
-        hidden, layers = forward(
-            model_config, params, tokens, positions, attend, state.layers
-        )
+        hidden, layers, features = forward_with_features(
+            model_config, params, tokens, positions, attend, state.layers,
+            getattr(proposer, "feature_layers", ()),
+        )  # fmt: skip
         rows = shape.draft_lanes + shape.verify_lanes * shape.num_queries
         scores = logits(model_config, params, hidden[:rows])
         state = state._replace(layers=tuple(layers))
@@ -79,7 +81,10 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
                 scores[shape.draft_lanes :], shape, filters,
             )  # fmt: skip
         if proposer is not None and shape.num_draft_tokens:
-            state = _propose(state, plan, verification.lanes, tokens, shape, proposer)
+            state = _propose(
+                state, plan, verification.lanes, tokens, features, params, shape,
+                proposer,
+            )  # fmt: skip
         return state, outcome
 
     return jax.jit(step, static_argnames="prefill", donate_argnums=1)
@@ -256,7 +261,7 @@ def _store_drafts(scores, state, plan, lanes, options, filters):
     )
 
 
-def _propose(state, plan, lanes, tokens, shape, proposer):
+def _propose(state, plan, lanes, tokens, features, params, shape, proposer):
     """Keep the step's tokens [T] in the histories and draft for the verified slots."""
     verify_rows = shape.verify_lanes * shape.num_queries
     groups = [(lanes.slots, lanes.starts, lanes.num_rows, tokens[:verify_rows])]
@@ -277,7 +282,17 @@ def _propose(state, plan, lanes, tokens, shape, proposer):
     history = history.at[slots, known].set(pending, mode="drop")
     count = shape.num_draft_tokens
     texts = history.at[slots].get(mode="clip")
-    drafts = proposer.propose(texts, known + 1, count)
+    memory = state.proposer_memory
+    if memory is None:
+        drafts = proposer.propose(texts, known + 1, count)
+    else:
+        if features is not None:
+            features = features[:verify_rows].reshape(*slots.shape, count + 1, -1)
+        view = ProposalView(
+            slots, lanes.starts, lanes.num_rows, lanes.is_seed, known, texts,
+            features, params,
+        )  # fmt: skip
+        drafts, memory = proposer.propose_from(view, memory, count)
     law = state.draft_law
     if law.token_ids.size:  # the ratio test: all of the draft's law on one token
         ids = law.token_ids.at[slots, :count, 0].set(drafts, mode="drop")
@@ -286,6 +301,7 @@ def _propose(state, plan, lanes, tokens, shape, proposer):
         )
     return state._replace(
         history=history,
+        proposer_memory=memory,
         draft_law=law,
         tokens=state.tokens.at[slots, 1 : count + 1].set(drafts, mode="drop"),
         num_drafted=state.num_drafted.at[slots].set(count, mode="drop"),
@@ -334,6 +350,7 @@ def _commit(state, plan, verification, verified, laws, scores, shape, filters):
         done=put(state.done, done),
         draft_law=state.draft_law,
         history=state.history,
+        proposer_memory=state.proposer_memory,
     )
     accepted = jnp.where(verification.is_seed, plan_lib.NOT_SEED, verified.num_accepted)
     bits = jax.lax.bitcast_convert_type(chosen_logprobs, jnp.int32)
