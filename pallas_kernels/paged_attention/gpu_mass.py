@@ -122,13 +122,12 @@ def mass_chunk(
         shape = (_WARPS, GROUP, GROUP)
         acc = [full(shape, 0.0, _LAYOUT) for _ in range(BLOCK // GROUP)]
         acc = lax.cond(block * BLOCK < base, add, lambda acc: acc, acc)
-        for group, x in enumerate(acc):
-            x = x.sum(axis=1) * share
-            key = block * BLOCK + group * GROUP
-            key += BLOCK * plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_KEYS)
-            key += plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_KEYS)
-            to = (lane, head, pl.ds(block, _WARPS), pl.ds(group * GROUP, GROUP))
-            mass[to] = jnp.where(key < base, x, 0.0)
+        x = jnp.concatenate([x.sum(axis=1) for x in acc], axis=1) * share
+        key = BLOCK * (
+            block + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_KEYS)
+        )
+        key += plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_KEYS)
+        mass[lane, head, pl.ds(block, _WARPS)] = jnp.where(key < base, x, 0.0)
 
     lax.fori_loop(0, MASS_BLOCKS // _WARPS, step, None)
 
