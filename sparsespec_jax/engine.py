@@ -67,7 +67,7 @@ class Engine:
             self.speculation, self.config, self.max_length, self.impl
         )
         kv_dtype = self.params["embed"]["weight"].dtype
-        sizes.check_memory(model.config, self.shape, kv_dtype)
+        sizes.check_memory(model.config, self.shape, kv_dtype, self.policy)
         ratio_test = self.speculation.acceptor == "ratio_test"
         self._state = new_state(
             model.config,

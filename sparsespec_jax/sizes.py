@@ -81,16 +81,32 @@ def largest_budget(speculation, max_length):
     return int(budget)
 
 
-def check_memory(model_config, shape, kv_dtype):
-    """ValueError, with the pages that would fit, if the pool exceeds free memory."""
+def check_memory(model_config, shape, kv_dtype, policy):
+    """ValueError, with the pages that would fit, if the pool exceeds free memory.
+
+    What the policy remembers comes first: it is allocated beside the pool.
+    """
     per_page = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
-    fit = int(_MEMORY_SHARE * free_memory_bytes()) // per_page
+    remembered = policy_bytes(model_config, shape, policy)
+    free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered
+    fit = max(0, free // per_page)
     if shape.num_pages > fit:
         raise ValueError(
             f"{shape.num_pages} KV pages of {per_page} bytes need "
-            f"{shape.num_pages * per_page / 2**30:.1f} GiB, at most {fit} pages fit: "
-            "lower num_slots or max_length, or set num_pages"
+            f"{shape.num_pages * per_page / 2**30:.1f} GiB, at most {fit} pages fit"
+            + (f" beside {remembered} bytes of policy state" if remembered else "")
+            + ": lower num_slots or max_length, or set num_pages"
         )
+
+
+def policy_bytes(model_config, shape, policy):
+    """Bytes of what a policy remembers, of all slots and layers."""
+    if not (policy.state_shape and shape.draft_lanes):
+        return 0
+    state = policy.state_shape(
+        model_config.num_kv_heads, shape.table_width * shape.page_size
+    )
+    return 4 * math.prod(state) * shape.num_slots * model_config.num_layers
 
 
 def free_memory_bytes():

@@ -353,6 +353,19 @@ def test_a_forgotten_state_is_named(tiny_model, prompts):
         run(tiny_model, prompts, policy=policy)
 
 
+def test_what_a_policy_remembers_is_counted(tiny_model):
+    huge = Policy(
+        "huge", ("mass",), POLICIES["pillar"].select,
+        state_shape=lambda heads, keys: (1 << 40,),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="0 pages fit beside .* bytes of policy state"):
+        Engine(
+            tiny_model,
+            speculation=dataclasses.replace(SPECULATION, policy=huge),
+            engine=dataclasses.replace(ENGINE, max_length=48),
+        )
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="policy must be one of .*'pillar'.*'pilar'"):
         resolve_policy("pilar")

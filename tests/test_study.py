@@ -15,6 +15,7 @@ import pytest
 from experiments import figures, measure, record, replay, report, study
 from experiments.study_config import Row, Study, load_study, smoke_rows, study_names
 from sparsespec_jax import model as model_lib
+from sparsespec_jax import save_checkpoint
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.policy import SelectionOptions
 from sparsespec_jax.selection import POLICIES
@@ -268,6 +269,23 @@ def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
         assert done.returncode == 0, done.stderr
         text = (tmp_path / name).read_text()
         assert "oldest" in text and "arXiv 2512.01278" in text and "figure." in text
+
+
+def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
+    save_checkpoint(study.tiny_model(), tmp_path / "tiny")
+    contexts, out = tmp_path / "contexts.json", tmp_path / "out.json"
+    contexts.write_text(json.dumps(study.smoke_contexts()))
+    done = run_module(
+        "acceptance", f"--model={tmp_path / 'tiny'}", f"--contexts={contexts}",
+        f"--policy_file={own_policy}", "--rows=oldest:0.2", f"--output={out}",
+        "--max_tokens=16", "--num_draft_tokens=2", "--prefix_length=80",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["policy"] == "oldest" and row["identical_contexts"] == 2
+    accepted = row["mean_accepted_draft_tokens"]["mean"]
+    assert row["committed_tokens_per_cycle"]["mean"] == pytest.approx(accepted + 1)
+    assert row["score_share"] == 0 and row["kv_read_ratio"] > 0
 
 
 def test_bad_input_ends_before_any_work(tmp_path):
