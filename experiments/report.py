@@ -16,28 +16,62 @@ from absl import app, flags
 
 from experiments import record
 
-# Files of single measurements: name prefix -> (claim, function of the file's content).
+
+def _acceptance(data):
+    return "; ".join(
+        f"{row['policy']} s={row['budget_ratio']:g}: "
+        + _figure(row["mean_accepted_draft_tokens"])
+        for row in data["rows"]
+    )
+
+
+def _lossless(data):
+    differing = sum(row["num_differing_tokens"] for row in data["rows"])
+    return f"{differing} of {sum(r['num_tokens'] for r in data['rows'])} tokens differ"
+
+
+def _kernels(data):
+    found = [
+        f"{name} {case['fraction_of_read']:.2f}"
+        for name, case in data["cases"].items()
+        if "fraction_of_read" in case
+    ]
+    return "of the read rate: " + ", ".join(found) if found else _other(data)
+
+
+def _throughput(data):
+    if "metrics" not in data:
+        return _other(data)
+    metrics = data["metrics"]
+    forced = metrics["forced_acceptance"] is not None
+    return (
+        f"{metrics['speedup']:.2f} times plain decoding, bound "
+        f"{metrics['speed_of_light']:.2f}"
+        + ("; acceptance forced, random weights" if forced else "")
+    )
+
+
+def _other(data):
+    return "see the file"
+
+
+# Files of single measurements: how a name begins -> (claim, what its content says).
 FILES = {
-    "acceptance": (
+    "acceptance_": (
         "6.16 of 8 drafts accepted at s = 0.05 (arXiv 2512.01278, section 5)",
-        lambda d: "; ".join(map(_acceptance, d["rows"])),
+        _acceptance,
     ),
-    "lossless": (
-        "the output equals plain decoding's, token by token",
-        lambda d: (
-            f"{sum(r['num_differing_tokens'] for r in d['rows'])} of "
-            f"{sum(r['num_tokens'] for r in d['rows'])} tokens differ"
-        ),
+    "lossless_": ("the output equals plain decoding's, token by token", _lossless),
+    "kernels_": (
+        "attention, selection and gather run near the memory's rate",
+        _kernels,
+    ),
+    "throughput": (
+        "up to 2.13 times plain decoding (arXiv 2512.01278, section 6)",
+        _throughput,
     ),
 }
-
-
-def _acceptance(row):
-    mean = row["mean_accepted_draft_tokens"]
-    return (
-        f"{row['policy']} s={row['budget_ratio']:g}: {mean['mean']:.2f} "
-        f"+- {mean['standard_error']:.2f}"
-    )
+OTHER = ("measured for the claim that its command names", _other)
 
 
 def _device(environment):
@@ -58,14 +92,20 @@ def _entry(path, claim, measured, environment):
 
 
 def file_entries(results):
-    """Entries of the single results files that FILES knows."""
+    """Entries of the single results files, those that say what they ran on."""
     entries = []
     for path in sorted(pathlib.Path(results).glob("*.json")):
-        known = FILES.get(path.name.partition("_")[0].removesuffix(".json"))
         data = json.loads(path.read_text())
-        if known and "environment" in data:
-            claim, describe = known
-            entries.append(_entry(path, claim, describe(data), data["environment"]))
+        if not isinstance(data, dict) or not {"environment", "device"} & data.keys():
+            continue
+        known = (FILES[begin] for begin in FILES if path.name.startswith(begin))
+        claim, describe = next(known, OTHER)
+        environment = data.get("environment") or {
+            "devices": [data["device"]],
+            "backend": "",
+            "command": "python -m pallas_kernels.bench",
+        }
+        entries.append(_entry(path, claim, describe(data), environment))
     return entries
 
 

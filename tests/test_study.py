@@ -308,6 +308,8 @@ def test_the_page_of_the_committed_results():
     assert {"acceptance_smollm2_cpu.json", "lossless_smollm2_cpu.json"} <= sources
     page = report.as_markdown(collected, root / "experiments" / "results")
     assert "0 of 24576 tokens differ" in page
+    kernels = next(e for e, _ in collected if e["source"].name == "kernels_h100.json")
+    assert "H100" in kernels["device"] and "verify_8k 0.8" in kernels["measured"]
 
 
 def test_lines_of_a_figure_name_what_else_varies():
