@@ -71,7 +71,7 @@ def smoke_rows(rows):
     """At most one row per mode and policy, at most four, with cycles of two drafts."""
     kept = {}
     for row in rows:
-        kept.setdefault((row.mode, row.policy), row)
+        kept.setdefault((row.mode, row.policy, row.proposer), row)
     small = dict(num_draft_tokens=2, contexts=(0, 1 << 20))
     return [
         dataclasses.replace(row, **small, budget_ratio=max(0.2, row.budget_ratio))

@@ -55,6 +55,7 @@ _ALL = (
     mass_policy("pillar_widened", widen=0.7),
     mass_policy("pillar_decay", decay=0.5),
     mass_policy("pillar_window", window=2),
+    mass_policy("pillar_mixed", decay=0.5, widen=0.7),
     mass_policy("pillar_churn", max_churn=0.25),
     mass_policy("pillar_anchors", anchor_every=2),
     mass_policy("top_p", top_p=0.85),

@@ -21,6 +21,7 @@ def get_study():
         Row(policy="pillar_decay"),
         Row(policy="pillar_window"),
         Row(policy="pillar_widened"),
+        Row(policy="pillar_mixed"),
         Row(policy="pillar_churn"),
         Row(policy="pillar_anchors"),
     ]

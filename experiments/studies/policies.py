@@ -13,8 +13,9 @@ from experiments.study_config import Row, Study
 
 POLICIES = (
     "pillar", "oracle", "window", "full", "vegas", "pillar_last", "pillar_widened",
-    "pillar_decay", "pillar_window", "pillar_churn", "pillar_anchors", "h2o", "snapkv",
-    "quest", "quest_step", "double_sparsity", "lserve", "recents", "random",
+    "pillar_decay", "pillar_mixed", "pillar_window", "pillar_churn", "pillar_anchors",
+    "h2o", "snapkv", "quest", "quest_step", "double_sparsity", "lserve", "recents",
+    "random",
 )  # fmt: skip
 
 
