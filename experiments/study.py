@@ -52,13 +52,14 @@ class Setting:
 
 
 class Bench:
-    """Measures rows; keeps plain texts, recordings, and engines for several budgets."""
+    """Measures rows; keeps plain texts, recordings, and the engine of the last row."""
 
     def __init__(self, model, contexts, setting, policies, rows):
         self.model, self.contexts, self.setting = model, contexts, setting
         self.policies, self.rows = policies, rows
         self._plain = functools.cache(self._decode_plainly)
-        self._engine_of = functools.cache(self._make_engine)
+        # One at a time: each holds a pool for all contexts.
+        self._engine_of = functools.lru_cache(maxsize=1)(self._make_engine)
         self._recording_of = functools.cache(self._record)
 
     def measure(self, row):

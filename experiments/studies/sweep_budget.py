@@ -18,7 +18,7 @@ def get_study():
         series="policy",
         rows=tuple(
             Row(policy=policy, budget_ratio=s)
+            for policy in ("pillar", "window", "vegas", "oracle")
             for s in (0.05, 0.02, 0.1, 0.2, 0.4)
-            for policy in ("pillar", "vegas", "oracle", "window")
         ),
     )

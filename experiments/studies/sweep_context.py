@@ -20,8 +20,8 @@ def get_study():
         series="policy",
         rows=tuple(
             Row(policy=policy, contexts=span, budget_ratio=ratio, min_budget=floor)
+            for policy in ("pillar", "window")
             for ratio, floor in ((0.05, 0), (1e-3, 100))
             for span in RANGES
-            for policy in ("pillar", "window")
         ),
     )

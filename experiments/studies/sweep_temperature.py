@@ -14,8 +14,8 @@ def get_study():
     """Four temperatures, and the ratio test where sampling is random."""
     rows = [
         Row(policy=policy, temperature=t)
-        for t in (0.0, 0.3, 0.65, 1.0)
         for policy in ("pillar", "window")
+        for t in (0.0, 0.3, 0.65, 1.0)
     ]
     rows += [Row(temperature=t, acceptor="ratio_test") for t in (0.65, 1.0)]
     return Study(
