@@ -34,7 +34,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
     shape = (num_tokens, H * spec.group_size, spec.head_size)
     outputs = [jax.ShapeDtypeStruct(shape, spec.dtype)]
     scratch = []
-    num_mass, chunks = 0, spec.mass_blocks // MASS_BLOCKS
+    num_mass, chunks = 0, -(-spec.mass_blocks // MASS_BLOCKS)
     if stored:
         num_lanes = spec.groups[spec.mass_group].num_lanes
         num_mass = num_lanes * H * chunks

@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention.api import LaneGroup
 BLOCK = 64  # keys of one step
 TILE = 64  # query rows of one matrix instruction
 GROUP = 8  # neighbouring keys of a block whose probabilities are packed alike
+WARPS = 4  # of a CTA; each sums the mass of one block at a time
 MASS_BLOCKS = 16  # key blocks of one CTA that writes mass
 
 
@@ -204,7 +205,7 @@ class Spec:
     def mass_blocks(self) -> int:
         """Key blocks of the mass per lane and head."""
         blocks = -(-self.table_width * self.page_size // BLOCK)
-        return round_up(blocks, MASS_BLOCKS)
+        return round_up(blocks, WARPS)
 
     @property
     def options(self) -> dict:

@@ -18,19 +18,19 @@ from pallas_kernels.paged_attention.gpu_layout import (
     GROUP,
     MASS_BLOCKS,
     TILE,
+    WARPS,
     Spec,
     full,
     parts_of,
 )
 
-_WARPS = 4  # of a CTA; each sums one block at a time
 _WORD = 32
 _ROUNDER = 2.0**23  # a float32 between it and twice it has no fraction
 
 
 # A warp holds one block; a thread two neighbouring columns of one row.
 _LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((_WARPS, GROUP, GROUP), (2,))),
+    plgpu.Tiling(((WARPS, GROUP, GROUP), (2,))),
     warp_dims=(-4,),
     lane_dims=(-3, -2),
     vector_dim=-1,
@@ -115,11 +115,11 @@ def mass_chunk(
         return _add_rows(spec, block, rows, *tile, final.at[number], acc)
 
     def step(i, _):
-        block = first_block + i * _WARPS
+        block = first_block + i * WARPS
         add = functools.partial(
             lax.fori_loop, 0, tiles, functools.partial(add_tile, block)
         )
-        shape = (_WARPS, GROUP, GROUP)
+        shape = (WARPS, GROUP, GROUP)
         acc = [full(shape, 0.0, _LAYOUT) for _ in range(BLOCK // GROUP)]
         acc = lax.cond(block * BLOCK < base, add, lambda acc: acc, acc)
         x = jnp.concatenate([x.sum(axis=1) for x in acc], axis=1) * share
@@ -127,15 +127,16 @@ def mass_chunk(
             block + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_KEYS)
         )
         key += plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_KEYS)
-        mass[lane, head, pl.ds(block, _WARPS)] = jnp.where(key < base, x, 0.0)
+        mass[lane, head, pl.ds(block, WARPS)] = jnp.where(key < base, x, 0.0)
 
-    lax.fori_loop(0, MASS_BLOCKS // _WARPS, step, None)
+    num_blocks = jnp.minimum(spec.mass_blocks - first_block, MASS_BLOCKS)
+    lax.fori_loop(0, lax.div(num_blocks, WARPS), step, None)
 
 
 def _add_rows(spec: Spec, block, rows, probabilities, maxima, final, acc):
     """Returns sums with those of the first `rows` rows of four blocks of a tile."""
     bits, count = spec.config.mass_bits, spec.mass_tile_rows
-    blocks = pl.ds(block, _WARPS)
+    blocks = pl.ds(block, WARPS)
     for wanted in range(0, count, GROUP):
         # The last rows are read again where 8 more would be too many.
         first = max(0, min(wanted, count - GROUP))
