@@ -106,12 +106,12 @@ def measure(num_requests, context, num_steps):
     times = {"plan": [], "commit": []}
     for _ in range(warm_up + num_steps):
         start = time.perf_counter()
-        step_plan, planned = scheduler.plan()
+        step_plan, planned, _ = scheduler.plan()
         times["plan"].append(time.perf_counter() - start)
         packed = random_outcome(planned, step_plan, rng)
         start = time.perf_counter()
         outcome = StepOutcome.from_packed(packed, planned.num_queries)
-        outputs.commit(planned, outcome, [], None)
+        outputs.commit(planned, outcome, 0, [], None)
         times["commit"].append(time.perf_counter() - start)
     row = {"num_requests": num_requests, "verify_lanes": shape.verify_lanes}
     for name, values in times.items():

@@ -11,6 +11,7 @@ ACCEPTORS = ("shared_noise", "ratio_test", "forced")
 MASS_ROWS = ("all", "edges")
 SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
+KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 MAX_STOP_TOKEN_IDS = 8
 
@@ -167,6 +168,11 @@ class EngineConfig:
     prefill_chunk: int = 128  # prompt tokens of one prefill lane and step
     prefill_lanes: int = 1  # prompts prefilled in the same step
     lag: int = 1  # steps between dispatch and reading the outcome, 0..2
+    # Where pages run short: spill to host memory, recompute, or never let it happen by
+    # reserving the limit or (oracle) the length that add_request is told.
+    kv_policy: str = "offload"
+    host_pages: int | None = None  # taken in host memory; None: what slots can need
+    host_chunk_pages: int = 16  # pages copied at a time
     impl: str | None = None  # kernels; None: the platform's own
 
     def __post_init__(self):
@@ -179,5 +185,9 @@ class EngineConfig:
         _require_int("prefill_chunk", self.prefill_chunk, 1)
         _require_int("prefill_lanes", self.prefill_lanes, 1)
         _require_int("lag", self.lag, 0, 2)
+        _require_choice("kv_policy", self.kv_policy, KV_POLICIES)
+        if self.host_pages is not None:
+            _require_int("host_pages", self.host_pages, 0)
+        _require_int("host_chunk_pages", self.host_chunk_pages, 1)
         if self.impl is not None:
             _require_choice("impl", self.impl, IMPLS)

@@ -4,29 +4,22 @@ This file alone holds both the device state and the request records.
 """
 
 import dataclasses
-import time
 from collections import deque
 
 import jax
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax import sizes
-from sparsespec_jax.config import (
-    MAX_STOP_TOKEN_IDS,
-    EngineConfig,
-    SamplingParams,
-    SpeculationConfig,
-)
-from sparsespec_jax.metrics import DecodeStats, RequestMetrics
-from sparsespec_jax.outputs import Output, Outputs
+from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.intake import check_prompt, make_output, make_request
+from sparsespec_jax.metrics import DecodeStats
+from sparsespec_jax.offload import HostPages
+from sparsespec_jax.outputs import Outputs
 from sparsespec_jax.plan import StepOutcome
 from sparsespec_jax.proposers import resolve_proposer
-from sparsespec_jax.request import Request, token_array
 from sparsespec_jax.scheduler import Scheduler
 from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import new_state, pool_bytes_per_page
 from sparsespec_jax.step import make_step, step_options
-from sparsespec_jax.text import OutputText, encode_prompt
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 
@@ -78,7 +71,22 @@ class Engine:
             proposer=self.proposer,
         )
         self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
-        self._scheduler = Scheduler(self.shape)
+        page_bytes = self.shape.page_size * self.kv_bytes_per_token
+        num_chunks = sizes.num_host_chunks(
+            self.config, self.shape, page_bytes, self.max_length
+        )
+        chunk_pages = self.config.host_chunk_pages
+        self._scheduler = Scheduler(
+            self.shape,
+            kv_policy=self.config.kv_policy,
+            num_host_chunks=num_chunks,
+            chunk_pages=chunk_pages,
+        )
+        self._host_pages = None
+        if num_chunks:
+            self._host_pages = HostPages(
+                self._state, num_chunks=num_chunks, chunk_pages=chunk_pages
+            )
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._outputs = Outputs(
             self._scheduler,
@@ -86,7 +94,7 @@ class Engine:
             max_draft_tokens=self.shape.num_draft_tokens,
             with_acceptance=choose_num_draft_tokens is not None,
         )
-        self._in_flight = deque()  # (PlannedVerifies, device outcome)
+        self._in_flight = deque()  # (PlannedVerifies, device outcome, params version)
         self._next_id = 0
         self._filters = False
         self.num_steps = 0
@@ -115,78 +123,80 @@ class Engine:
 
     def check_request(self, prompt, sampling):
         """Token ids of `prompt`; ValueError if the request could never be served."""
-        tokens = encode_prompt(
-            prompt, self.model.tokenizer, self.model.config.vocab_size
-        )
-        total = len(tokens) + sampling.max_tokens
-        if total > self.max_length:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens and max_tokens={sampling.max_tokens}"
-                f" make {total}, max_length is {self.max_length}: shorten one of them"
-                + ("" if total > self.model.config.max_length else " or raise it")
-            )
-        if sampling.stop and self.model.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        stops = plan_lib.stop_ids(self.model.config.eos_ids, sampling)
-        if len(stops) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(
-                f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
-                f"supported, got {sorted(stops)}"
-            )
+        tokens = check_prompt(self.model, prompt, sampling, self.max_length)
         self._scheduler.check(self._request(tokens, sampling))
         return tokens
 
-    def add_request(self, prompt, sampling=None, *, prompt_index=None):
+    def add_request(
+        self, prompt, sampling=None, *, prompt_index=None, expected_tokens=None
+    ):
         """Queue a prompt; returns its request id (a list of ids if n > 1).
+
+        The samples of one prompt share its pages. `expected_tokens` is how many tokens
+        it will emit, which `kv_policy="oracle"` plans with.
 
         Raises:
           ValueError: as `check_request`; nothing is queued then.
         """
         sampling = sampling or SamplingParams()
         tokens = self.check_request(prompt, sampling)
-        ids = [
-            self._add_sample(tokens, sampling, prompt_index, sample)
-            for sample in range(sampling.n)
-        ]
+        group = self._next_id if sampling.n > 1 else None
+        ids = []
+        for sample in range(sampling.n):
+            request = self._request(tokens, sampling, sample)
+            request.prompt_group = group
+            if expected_tokens is not None:
+                request.expected_length = len(tokens) + expected_tokens
+            self._add(request, sampling, prompt_index, sample)
+            ids.append(request.request_id)
         return ids[0] if sampling.n == 1 else ids
 
-    def _add_sample(self, tokens, sampling, prompt_index, sample):
-        request = self._request(tokens, sampling, sample)
-        request_id, self._next_id = self._next_id, self._next_id + 1
+    def resume_request(self, prompt, sampling, progress, *, prompt_index=None):
+        """Queue a request that an earlier engine began; returns its request id.
+
+        `progress` is its `RequestProgress`; the rest of the text is the one it would
+        have had.
+
+        Raises:
+          ValueError: as `check_request`, or more tokens than `max_tokens`.
+        """
+        tokens = self.check_request(prompt, sampling)
+        emitted = list(progress.token_ids)
+        if len(emitted) >= sampling.max_tokens:
+            raise ValueError(
+                f"{len(emitted)} tokens are emitted, max_tokens is "
+                f"{sampling.max_tokens}: the request had ended"
+            )
+        request = self._request(tokens, sampling, progress.sample_index)
+        request.tokens.extend(emitted)
+        output = self._add(request, sampling, prompt_index, progress.sample_index)
+        self._outputs.resume(output, progress)
+        return request.request_id
+
+    def _add(self, request, sampling, prompt_index, sample):
+        """Queue a request under the next id; returns its Output."""
+        request.request_id, self._next_id = self._next_id, self._next_id + 1
         self._scheduler.add(request)
         self._filters |= sampling.filters
-        output = Output(
-            request=request,
-            sampling=sampling,
-            prompt_index=request_id if prompt_index is None else prompt_index,
-            sample_index=sample,
-            text=OutputText(self.model.tokenizer, sampling.stop),
-            stop_ids=plan_lib.stop_ids(self.model.config.eos_ids, sampling),
-            metrics=RequestMetrics(
-                max_draft_tokens=self.speculation.num_draft_tokens,
-                num_prompt_tokens=len(tokens),
-            ),
-            submitted_s=time.perf_counter(),
+        output = make_output(
+            self.model,
+            request,
+            sampling,
+            self.speculation,
+            prompt_index=prompt_index,
+            sample=sample,
         )
         self._outputs.add(output)
-        return request_id
+        return output
 
     def _request(self, tokens, sampling, sample=0):
-        limit = len(tokens) + sampling.max_tokens
-        return Request(
+        return make_request(
+            self.model,
+            tokens,
+            sampling,
+            self.speculation,
             request_id=self._next_id,
-            tokens=token_array(tokens),
-            num_prompt=len(tokens),
-            limit=limit,
-            budget_ratio=self.speculation.budget_ratio,
-            min_budget=self.speculation.min_budget,
-            slot_params=plan_lib.slot_params(
-                sampling,
-                sample,
-                limit,
-                plan_lib.stop_ids(self.model.config.eos_ids, sampling),
-                self.speculation,
-            ),
+            sample=sample,
         )
 
     def abort(self, request_id):
@@ -269,24 +279,81 @@ class Engine:
     def _step_into(self, results, events):
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
-        plan, planned = self._scheduler.plan()
+        plan, planned, moves = self._scheduler.plan()
+        if self._host_pages is not None:
+            self._state = self._host_pages.move(self._state, moves)
         if plan is not None:
             outcome = self.run_plan(plan)
             outcome.copy_to_host_async()
-            self._in_flight.append((planned, outcome))
+            self._in_flight.append((planned, outcome, self.params_version))
             self.num_steps += 1
         # With nothing left to plan, read what is still in flight.
         keep = self.config.lag if plan is not None else 0
+        self._read(keep, results, events)
+
+    def _read(self, keep, results, events):
+        """Read the outcomes of all steps but the last `keep`."""
         while len(self._in_flight) > keep:
-            planned, packed = self._in_flight.popleft()
+            planned, packed, version = self._in_flight.popleft()
             outcome = StepOutcome.from_packed(packed, planned.num_queries)
-            self._outputs.commit(planned, outcome, results, events)
+            self._outputs.commit(planned, outcome, version, results, events)
+
+    def pause(self):
+        """Wait for every step under way; returns the results that came with them.
+
+        Nothing is lost and nothing need be restored: the next `step` goes on.
+        """
+        results = []
+        self._read(0, results, None)
+        return results
+
+    def update_params(self, params):
+        """Decode with other weights of the same shapes from the next step on.
+
+        KV already written stays; results say how many tokens each version gave.
+
+        Raises:
+          ValueError: names, shapes or types differ from those in use.
+        """
+        old, new = (
+            jax.tree.map(lambda x: (x.shape, x.dtype), p) for p in (self.params, params)
+        )
+        if old != new:
+            raise ValueError(
+                "params must have the names, shapes and types of those in use: load "
+                "them for the same model and dtype"
+            )
+        self.params, self.params_version = params, self.params_version + 1
+
+    def progress(self, known):
+        """RequestProgress of unfinished requests that have emitted something new.
+
+        `known` maps request ids to the number of emitted tokens the caller has.
+        """
+        return self._outputs.progress(known)
+
+    @property
+    def context_tokens(self):
+        """Tokens of the requests in slots, those in flight at their most."""
+        return self._scheduler.context_tokens
+
+    @property
+    def kv_usage(self):
+        """Load of the KV cache now and what page pressure cost so far: a dict."""
+        scheduler = self._scheduler
+        return {
+            "utilisation": scheduler.kv.utilisation,
+            "num_running": scheduler.num_running,
+            "num_preempted": scheduler.num_preempted,
+            "num_waiting": len(scheduler.waiting),
+            **dataclasses.asdict(scheduler.kv.counters),
+        }
 
     def _choose_num_draft_tokens(self):
         self._next_choice = self.num_steps + _CHOOSE_EVERY
         self.set_num_draft_tokens(
             self._choose(
-                num_running=self._scheduler.num_active,
+                num_running=self._scheduler.num_running,
                 context_tokens=self._scheduler.context_tokens,
                 acceptance=self._outputs.acceptance,
             )
@@ -301,6 +368,12 @@ class Engine:
         for shape in self._shapes():
             for prefill in (False, True):
                 self.run_plan(shape.new_plan(prefill=prefill)).block_until_ready()
+        if self._host_pages is not None:
+            self._state = self._host_pages.warm_up(self._state)
+
+    def drop_page_copies(self):
+        """Leave out the copies of spilled pages, to time what they cost; lossy."""
+        self._host_pages = None
 
     def replace_state(self, **fields):
         """Put arrays in place of fields of the DecodeState, to time made-up caches."""
@@ -351,5 +424,6 @@ class Engine:
             wall_time_s=wall_time_s,
             kv_bytes_per_token=self.kv_bytes_per_token,
             weight_bytes=sizes.weight_bytes(self.model),
+            kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
         )

@@ -56,9 +56,9 @@ class RequestMetrics:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_draft_tokens: int = 0  # drafts that a verification judged
-    num_undrafted_steps: int = 0  # verify steps without drafts while k could be > 0
+    num_short_steps: int = 0  # verify steps of fewer drafts than k, or at k = 0 of none
     accepted_histogram: list[int] = field(default_factory=list)
-    # ^ [k + 1]: verify steps that accepted exactly i drafts, undrafted ones left out
+    # ^ [k + 1]: verify steps that accepted exactly i drafts, short ones left out
     kv_tokens_read: KvTokens = field(default_factory=KvTokens)
     plain_kv_tokens: int = 0  # what plain decoding would read for the same output
     time_to_first_token_s: float = 0.0  # from submission
@@ -80,9 +80,6 @@ class RequestMetrics:
                 f"({num_drafted}), and that within max_draft_tokens "
                 f"({self.max_draft_tokens})"
             )
-        if self.max_draft_tokens and not num_drafted:
-            self.num_undrafted_steps += 1
-            return
         self.accepted_histogram[num_accepted] += 1
         self.num_draft_tokens += num_drafted
 
@@ -191,6 +188,7 @@ class DecodeStats:
     wall_time_s: float  # compilation excluded
     kv_bytes_per_token: int  # K and V of one token over all layers and KV heads
     weight_bytes: int  # weights that one step reads
+    kv_usage: dict | None = None  # of the KV cache, as Engine.kv_usage at the end
     forced_acceptance: float | None = None  # mean asked for; then the text is lossy
 
     @property
@@ -253,6 +251,7 @@ class DecodeStats:
             "kv_bytes_per_output_token",
             "speed_of_light",
             "forced_acceptance",
+            "kv_usage",
         )
         values = {name: getattr(self, name) for name in scalars}
         values["total"] = self.total.to_dict()

@@ -1,6 +1,7 @@
 """The growing outputs: outcomes of steps in, finished results out. No jax."""
 
 import array
+import copy
 import dataclasses
 import time
 
@@ -11,7 +12,7 @@ from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.plan import budget_tokens
 from sparsespec_jax.request import Request
-from sparsespec_jax.results import DecodeResult, StreamEvent
+from sparsespec_jax.results import DecodeResult, RequestProgress, StreamEvent
 from sparsespec_jax.text import OutputText
 
 
@@ -28,6 +29,7 @@ class Output:
     metrics: RequestMetrics
     submitted_s: float
     logprobs: array.array = dataclasses.field(default_factory=lambda: array.array("f"))
+    params_versions: list = dataclasses.field(default_factory=list)  # [version, tokens]
     draft_cache: int = 0  # rows that the last verification left for drafts to read
     given_text: int = 0  # characters of the text that a stream has seen
 
@@ -76,9 +78,43 @@ class Outputs:
         with np.errstate(invalid="ignore"):
             return tuple((self._accepted / self._judged).tolist())
 
-    def commit(self, planned, outcome, results, events):
+    def resume(self, output, progress):
+        """Give an output the tokens (already its request's) that it had before."""
+        self.num_silent -= 1
+        self.max_new_tokens -= len(progress.token_ids)
+        output.logprobs.extend(progress.logprobs)
+        output.params_versions = [list(item) for item in progress.params_versions]
+        output.metrics = copy.deepcopy(progress.metrics)
+        if output.sampling.stop:
+            for token in progress.token_ids:
+                output.text.push(token)
+
+    def progress(self, known):
+        """RequestProgress of outputs longer than `known` (request id -> tokens).
+
+        Its token ids and log-probabilities are those after the known ones.
+        """
+        found = []
+        for request_id, output in self._unfinished.items():
+            request, first = output.request, known.get(request_id, 0)
+            if len(request.tokens) - request.num_prompt > first:
+                found.append(
+                    RequestProgress(
+                        request_id=request_id,
+                        prompt_index=output.prompt_index,
+                        sample_index=output.sample_index,
+                        token_ids=tuple(request.tokens[request.num_prompt + first :]),
+                        logprobs=tuple(output.logprobs[first:]),
+                        params_versions=_as_tuples(output.params_versions),
+                        metrics=copy.deepcopy(output.metrics),
+                    )
+                )
+        return found
+
+    def commit(self, planned, outcome, version, results, events):
         """Append what a step emitted; ended requests join `results`.
 
+        `version` is that of the weights the step ran with.
         `events` is a list to fill with StreamEvents, or None if nobody wants them.
         """
         num_lanes = len(planned.requests)
@@ -104,10 +140,10 @@ class Outputs:
             output = self._unfinished.get(request.request_id)
             if output is None or count == 0:
                 continue  # finished or aborted while this step was in flight
-            self._record(output, rows, taken, chosen)
+            self._record(output, rows, planned.num_queries, taken, chosen)
             first = len(request.tokens)
             reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
-            self._count_emitted(request, first)
+            self._count_emitted(output, first, version)
             if events is not None:
                 events.append(_event(output, first, reason))
             if reason:
@@ -130,6 +166,7 @@ class Outputs:
             sample_index=output.sample_index,
             prompt_token_ids=tuple(request.tokens[: request.num_prompt]),
             token_ids=new,
+            params_versions=_as_tuples(output.params_versions),
             output_text=output.text,
             logprobs=tuple(output.logprobs),
             finish_reason=reason,
@@ -151,11 +188,15 @@ class Outputs:
             cap=self._max_budget,
         )
 
-    def _count_emitted(self, request, first):
+    def _count_emitted(self, output, first, version):
+        request, versions = output.request, output.params_versions
         count = len(request.tokens) - first
         self.num_emitted += count
         self.max_new_tokens -= count
         self.num_silent -= first == request.num_prompt
+        if not versions or versions[-1][0] != version:
+            versions.append([version, 0])
+        versions[-1][1] += count
 
     def _count_acceptance(self, num_drafts, accepted, is_cycle):
         position = np.arange(self._judged.size)
@@ -165,27 +206,37 @@ class Outputs:
         self._judged += judged.sum(0)
         self._accepted += (judged & (accepted[:, None] > position)).sum(0)
 
-    def _record(self, output, num_rows, num_accepted, selected):
+    def _record(self, output, num_rows, num_queries, num_accepted, selected):
         """Count acceptance and KV traffic of one verification."""
         request, metrics = output.request, output.metrics
         reads = metrics.kv_tokens_read
         if num_accepted == plan_lib.NOT_SEED:
             length = len(request.tokens)
-            start = length - num_rows
             if length == request.num_prompt:
                 elapsed = time.perf_counter() - output.submitted_s
                 metrics.time_to_first_token_s = elapsed
-            reads.prefill += start * (start + 1) // 2 + length
+            reads.prefill += request.prefill_reads + length
+            request.prefill_reads = 0
             tail = num_rows
         else:
             drafts = num_rows - 1
-            metrics.record_verification(num_accepted=num_accepted, num_drafted=drafts)
+            is_whole = drafts == num_queries - 1
+            if is_whole and (drafts or not metrics.max_draft_tokens):
+                metrics.record_verification(
+                    num_accepted=num_accepted, num_drafted=drafts
+                )
+            else:
+                metrics.num_short_steps += 1
             if self._max_budget:
                 reads.draft += drafts * output.draft_cache + drafts * (drafts + 1) // 2
             reads.verify += request.committed + num_rows
             tail = num_accepted + 1
         reads.gather += selected
         output.draft_cache = selected + tail
+
+
+def _as_tuples(versions):
+    return tuple(tuple(item) for item in versions)
 
 
 def _append(output, tokens, logprobs, is_done):

@@ -1,4 +1,4 @@
-"""The pool of KV pages as plain integers: who holds which page. No jax."""
+"""The pool of KV pages as plain integers, with reference counts. No jax."""
 
 
 class OutOfPagesError(RuntimeError):
@@ -6,63 +6,49 @@ class OutOfPagesError(RuntimeError):
 
 
 class PageAllocator:
-    """Free list of `num_pages` page ids, with promises for growth to come.
+    """Free list of `num_pages` page ids; a page is free once nobody refers to it.
 
-    A promise sets pages aside for a request without choosing them, so that page by
-    page growth can never fail half-way: `can_promise` asks, `promise` sets aside,
-    `allocate` turns promised pages into ids, `free` gives both back.
+    `allocate` hands out pages with one reference, `share` adds a reference for
+    another reader of the same tokens, `free` drops one.
     """
 
     def __init__(self, num_pages):
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # pop() gives low ids first
-        self._held = {}  # owner -> page ids
-        self._promised = {}  # owner -> pages it may still allocate
-        self._num_promised = 0
+        self._references = [0] * num_pages
 
     @property
     def num_free(self):
-        """Pages held by nobody, promised ones included."""
+        """Pages that nobody refers to."""
         return len(self._free)
 
-    @property
-    def num_unpromised(self):
-        """Pages that a new owner could be promised."""
-        return len(self._free) - self._num_promised
-
-    def can_promise(self, count):
-        """True if `count` more pages can be set aside."""
-        return count <= self.num_unpromised
-
-    def promise(self, owner, count):
-        """Set `count` pages aside for `owner`."""
-        if not self.can_promise(count):
+    def allocate(self, count):
+        """Return `count` page ids."""
+        if count > len(self._free):
             raise OutOfPagesError(
-                f"{owner} asks for {count} pages, {self.num_unpromised} of "
-                f"{self.num_pages} are neither held nor promised"
-            )
-        self._promised[owner] = self._promised.get(owner, 0) + count
-        self._num_promised += count
-        self._held.setdefault(owner, [])
-
-    def allocate(self, owner, count):
-        """Return `count` page ids out of `owner`'s promise."""
-        if count > self._promised.get(owner, 0):
-            raise OutOfPagesError(
-                f"{owner} asks for {count} pages, its promise has "
-                f"{self._promised.get(owner, 0)} left"
+                f"{count} pages asked for, {len(self._free)} of {self.num_pages} free"
             )
         pages = [self._free.pop() for _ in range(count)]
-        self._promised[owner] -= count
-        self._num_promised -= count
-        self._held[owner].extend(pages)
+        for page in pages:
+            self._references[page] = 1
         return pages
 
-    def free(self, owner):
-        """Take back every page and promise of `owner`."""
-        self._free.extend(reversed(self._held.pop(owner)))
-        self._num_promised -= self._promised.pop(owner)
+    def share(self, pages):
+        """Add a reference to each of `pages`, which are in use."""
+        for page in pages:
+            if not self._references[page]:
+                raise OutOfPagesError(f"page {page} is free and cannot be shared")
+            self._references[page] += 1
 
-    def held(self, owner):
-        """Page ids that `owner` holds."""
-        return tuple(self._held.get(owner, ()))
+    def free(self, pages):
+        """Drop a reference to each of `pages`."""
+        for page in reversed(pages):
+            if not self._references[page]:
+                raise OutOfPagesError(f"page {page} is free already")
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+
+    def references(self, page):
+        """Requests that read `page`."""
+        return self._references[page]

@@ -39,6 +39,7 @@ class StepShape:
     max_budget: int  # static width of a selection
     prefill_lanes: int
     prefill_chunk: int
+    restore_pages: int = 0  # pages that may come back from host memory in one step
     drafts_at_once: bool = False  # a proposer drafts in the verifying step itself
 
     @property
@@ -67,7 +68,9 @@ class StepShape:
         growth = pages_for(self.num_queries, self.page_size) + 1
         chunk = pages_for(self.prefill_chunk, self.page_size) + 1
         per_verify = growth + (self.draft_table_width if self.draft_lanes else 0)
-        return self.verify_lanes * per_verify + self.prefill_lanes * chunk
+        shared = self.table_width  # one sample takes over its prompt's pages
+        lanes = self.verify_lanes * per_verify + self.prefill_lanes * chunk
+        return lanes + shared + self.restore_pages
 
     def with_draft_tokens(self, num_draft_tokens):
         """The shape of steps with another K over the same state."""
@@ -127,6 +130,29 @@ class StepPlan(NamedTuple):
     def views(self):
         """The plan's arrays by name, sharing memory with the buffer."""
         return self.shape.unpack(self.buffer, prefill=self.prefill)
+
+
+def put_seed(views, lane, start, tokens):
+    """Order a seed verify of `tokens` at positions start..; views of a StepPlan."""
+    views["seed_counts"][lane] = len(tokens) - 1
+    views["seed_starts"][lane] = start
+    views["seed_tokens"][lane, : len(tokens)] = tokens
+
+
+def put_prefill(views, lane, slot, start, tokens):
+    """Order a prompt chunk of `tokens` at positions start.. of a slot."""
+    views["prefill_slots"][lane] = slot
+    views["prefill_starts"][lane] = start
+    views["prefill_counts"][lane] = len(tokens)
+    views["prefill_tokens"][lane, : len(tokens)] = tokens
+
+
+class PlannedVerifies(NamedTuple):
+    """The verify lanes 0..n-1 of a dispatched step, kept until its outcome is read."""
+
+    requests: list  # of Request
+    num_rows: np.ndarray  # int64 [n], most rows that each commits (drafts + 1)
+    num_queries: int  # Q of the step
 
 
 # Columns of an outcome row, one row per verify lane.

@@ -14,6 +14,7 @@ class Status(enum.Enum):
     PREFILL = "prefill"  # has a slot; prompt chunks remain
     READY = "ready"  # its tokens are in the cache; waits for its phase
     RUNNING = "running"  # drafts and verifies
+    PREEMPTED = "preempted"  # keeps its slot, but not all of its pages
     FINISHED = "finished"
 
 
@@ -28,10 +29,14 @@ class Request:
     slot_params: np.ndarray  # int32 [NUM_SLOT_PARAMS]
     budget_ratio: float
     min_budget: int
+    expected_length: int | None = None  # tokens it will have (`oracle` only)
+    prompt_group: int | None = None  # the same for all samples of a prompt
     status: Status = Status.WAITING
     slot: int = -1  # -1 while it holds none
-    prefilled: int = 0  # tokens whose prefill was planned
+    prefilled: int = 0  # first tokens that have KV or will by the steps planned
+    prefill_reads: int = 0  # KV tokens that chunks read since the seed verify
     is_seeded: bool = False  # the device holds its length and pending token
+    is_returning: bool = False  # preempted, and its pages have begun to come back
     verifies_in_flight: int = 0  # planned, outcome not read
 
     @property

@@ -28,6 +28,7 @@ class DecodeResult:
     finish_reason: str  # one of FINISH_REASONS
     stop_reason: int | str | None  # the stop token id or stop string
     metrics: RequestMetrics
+    params_versions: tuple[tuple[int, int], ...]  # (version, tokens it gave), in order
     output_text: OutputText = dataclasses.field(repr=False, compare=False)
 
     @functools.cached_property
@@ -55,6 +56,19 @@ class DecodeResults(Sequence):
 
     def __repr__(self):
         return f"DecodeResults({len(self)} results)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestProgress:
+    """How far an unfinished request is; what an engine needs to go on with it."""
+
+    request_id: int
+    prompt_index: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    params_versions: tuple[tuple[int, int], ...]
+    metrics: RequestMetrics
 
 
 class StreamEvent(NamedTuple):

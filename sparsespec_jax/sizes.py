@@ -7,6 +7,7 @@ import jax
 
 from pallas_kernels import default_impl
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
+from sparsespec_jax.scheduler import RESTORE_CHUNKS
 from sparsespec_jax.state import pool_bytes_per_page
 
 _GPU_MASS_KEYS = 2048  # keys of a table that the GPU kernels take without padding
@@ -67,7 +68,36 @@ def make_shape(speculation, config, max_length, impl):
         prefill_lanes=config.prefill_lanes,
         prefill_chunk=config.prefill_chunk,
         drafts_at_once=at_once,
+        restore_pages=RESTORE_CHUNKS * config.host_chunk_pages,
     )
+
+
+def num_host_chunks(config, shape, page_bytes, max_length):
+    """Chunks of pages to take in host memory.
+
+    By default as many as the slots can lack, within a quarter of the machine's memory.
+
+    Raises:
+      ValueError: the pages asked for exceed the machine's memory.
+    """
+    if config.kv_policy != "offload":
+        return 0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if config.host_pages is not None:
+        fit = int(_MEMORY_SHARE * memory) // page_bytes
+        if config.host_pages > fit:
+            raise ValueError(
+                f"host_pages is {config.host_pages}, at most {fit} pages of "
+                f"{page_bytes} bytes fit into host memory"
+            )
+        return -(-config.host_pages // config.host_chunk_pages)
+    rows = shape.num_slots * (max_length + shape.num_draft_tokens)
+    lacking = pages_for(rows, shape.page_size) - shape.num_pages
+    if config.num_pages is None or lacking <= 0:
+        return 0
+    # Each slot may leave one chunk partly filled.
+    wanted = lacking // config.host_chunk_pages + shape.num_slots
+    return min(wanted, memory // 4 // (page_bytes * config.host_chunk_pages))
 
 
 def largest_budget(speculation, max_length):

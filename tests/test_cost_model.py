@@ -86,6 +86,7 @@ def test_measured_once_then_read(engine, tmp_path):
 def test_an_engine_that_was_measured_and_chooses_emits_the_same(tiny_model, engine):
     prompts = make_prompts(tiny_model.config.vocab_size)
     plain = tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
+    engine.warm_up()
     engine.choose_with(Chooser(CostModel(calibrate.measure(engine))))
     compiled = engine.num_compilations
     ids = [engine.add_request(p, law) for p, law in zip(prompts, LAWS, strict=True)]

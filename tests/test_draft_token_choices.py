@@ -63,8 +63,7 @@ def test_random_switches_change_no_token(tiny_model, prompts, plain, lag, seed, 
     engine = make_engine(tiny_model, lag=lag)
     got = decode_switching(engine, prompts, LAWS, random_switches(seed, share))
     assert tokens_of(got) == plain
-    allocator = engine._scheduler.allocator
-    assert allocator.num_free == engine.shape.num_pages
+    assert engine._scheduler.kv.num_free == engine.shape.num_pages
 
 
 @pytest.mark.parametrize("first, then", [(3, 0), (0, 3), (3, 1), (1, 3)])
@@ -78,8 +77,7 @@ def test_one_switch_goes_on_drafting_with_the_new_k(
     histograms = np.sum([r.metrics.accepted_histogram for r in got], axis=0)
     most = max(first, then)
     assert histograms[: most + 1].sum() > 0 and not histograms[most + 1 :].any()
-    undrafted = sum(r.metrics.num_undrafted_steps for r in got)
-    assert undrafted > 20 if 0 in (first, then) else 0 < undrafted <= len(prompts)
+    assert sum(r.metrics.num_short_steps for r in got) > 0  # the pending token alone
 
 
 def test_switches_with_the_ratio_test_keep_greedy_text(tiny_model, prompts):

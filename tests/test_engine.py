@@ -145,8 +145,8 @@ def test_all_pages_come_back(tiny_model, prompts):
     for prompt, law in zip(prompts, LAWS, strict=True):
         engine.add_request(prompt, law)
     drain(engine)
-    allocator = engine._scheduler.allocator
-    assert allocator.num_free == allocator.num_unpromised == engine.shape.num_pages
+    kv = engine._scheduler.kv
+    assert kv.num_free == kv.num_available == engine.shape.num_pages
 
 
 def test_n_samples_differ_and_come_in_order(tiny_model, prompts):

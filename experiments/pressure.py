@@ -1,0 +1,92 @@
+"""One over-subscribed load under a KV policy, measured; for experiments.offload."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from sparsespec_jax import Engine, SamplingParams
+
+MODES = ("offload", "offload_without_copies", "recompute", "reserve")
+_SERIES = 200  # points kept of a run's history
+
+
+def make_load(vocab_size, *, num_requests, prompt_length, new_tokens):
+    """(prompts, SamplingParams), outputs of half to 1.5 times `new_tokens`."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(10, vocab_size - 10, (num_requests, prompt_length)).tolist()
+    lengths = rng.integers(new_tokens // 2, new_tokens * 3 // 2 + 1, num_requests)
+    laws = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=int(n), ignore_eos=True)
+        for i, n in enumerate(lengths)
+    ]
+    return prompts, laws
+
+
+def pool_pages(load, *, share, page_size, speculation):
+    """Pages that are `share` of what all requests need at their ends."""
+    ends = np.array([len(p) + s.max_tokens for p, s in zip(*load, strict=True)])
+    draft = np.maximum(speculation.min_budget, speculation.budget_ratio * ends)
+    draft = np.minimum(draft, ends)
+    k = speculation.num_draft_tokens
+    rows = ends + k, draft + 2 * k + 1
+    return int(share * sum(np.ceil(r / page_size).sum() for r in rows))
+
+
+def run_mode(model, load, speculation, config, *, copies=True):
+    """Decode the load once; rates, page traffic and a history of the pool's use."""
+    start = time.perf_counter()
+    engine = Engine(model, speculation=speculation, engine=config)
+    engine.warm_up()
+    set_up_s = time.perf_counter() - start
+    if not copies:
+        engine.drop_page_copies()
+    for prompt, law in zip(*load, strict=True):
+        engine.add_request(prompt, law)
+    ends, history = [], []
+    start = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+        usage = engine.kv_usage
+        ends.append(time.perf_counter() - start)
+        history.append(
+            (usage["utilisation"], usage["num_running"], engine.context_tokens)
+        )
+    history = np.array(history)
+    pressed = history[:, 1] < len(load[0])  # not all of the requests are running
+    every = max(1, len(history) // _SERIES)
+    page_bytes = config.page_size * engine.kv_bytes_per_token
+    usage = engine.kv_usage
+    tokens = engine.num_emitted_tokens
+    return {
+        "set_up_s": set_up_s,
+        "seconds": ends[-1],
+        "tokens": tokens,
+        "steps": engine.num_steps,
+        "tokens_per_s": tokens / ends[-1],
+        "ms_per_step": 1e3 * ends[-1] / engine.num_steps,
+        "mean_running": float(history[:, 1].mean()),
+        "mean_utilisation": float(history[:, 0].mean()),
+        "mean_utilisation_while_pressed": float(history[pressed, 0].mean()),
+        "spilled_gib": usage["spilled_pages"] * page_bytes / 2**30,
+        "restored_gib": usage["restored_pages"] * page_bytes / 2**30,
+        "recompute_ratio": usage["recomputed_tokens"] / tokens,
+        "preemptions": usage["preemptions"],
+        "history": {
+            "seconds": [round(t, 3) for t in ends[::every]],
+            "utilisation": history[::every, 0].round(4).tolist(),
+            "num_running": history[::every, 1].astype(int).tolist(),
+        },
+    }
+
+
+def metrics_of(runs):
+    """Median rate of each mode and its ratio to that of `offload`."""
+    rates = {
+        mode: float(np.median([r["tokens_per_s"] for r in found]))
+        for mode, found in runs.items()
+        if found
+    }
+    ratios = {f"offload_over_{m}": rates["offload"] / r for m, r in rates.items()}
+    return {"tokens_per_s": rates} | ratios

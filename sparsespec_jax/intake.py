@@ -1,0 +1,63 @@
+"""From a prompt and its SamplingParams to the records that serve it. No jax."""
+
+import time
+
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import MAX_STOP_TOKEN_IDS
+from sparsespec_jax.metrics import RequestMetrics
+from sparsespec_jax.outputs import Output
+from sparsespec_jax.request import Request, token_array
+from sparsespec_jax.text import OutputText, encode_prompt
+
+
+def check_prompt(model, prompt, sampling, max_length):
+    """Token ids of `prompt`; ValueError if no engine of that length could serve it."""
+    tokens = encode_prompt(prompt, model.tokenizer, model.config.vocab_size)
+    total = len(tokens) + sampling.max_tokens
+    if total > max_length:
+        raise ValueError(
+            f"a prompt of {len(tokens)} tokens and max_tokens={sampling.max_tokens}"
+            f" make {total}, max_length is {max_length}: shorten one of them"
+            + ("" if total > model.config.max_length else " or raise it")
+        )
+    if sampling.stop and model.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+    stops = plan_lib.stop_ids(model.config.eos_ids, sampling)
+    if len(stops) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(
+            f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
+            f"supported, got {sorted(stops)}"
+        )
+    return tokens
+
+
+def make_request(model, tokens, sampling, speculation, *, request_id, sample=0):
+    """The scheduler's record of one sample of a prompt."""
+    limit = len(tokens) + sampling.max_tokens
+    stops = plan_lib.stop_ids(model.config.eos_ids, sampling)
+    return Request(
+        request_id=request_id,
+        tokens=token_array(tokens),
+        num_prompt=len(tokens),
+        limit=limit,
+        budget_ratio=speculation.budget_ratio,
+        min_budget=speculation.min_budget,
+        slot_params=plan_lib.slot_params(sampling, sample, limit, stops, speculation),
+    )
+
+
+def make_output(model, request, sampling, speculation, *, prompt_index, sample):
+    """The empty output of a request, submitted now."""
+    return Output(
+        request=request,
+        sampling=sampling,
+        prompt_index=request.request_id if prompt_index is None else prompt_index,
+        sample_index=sample,
+        text=OutputText(model.tokenizer, sampling.stop),
+        stop_ids=plan_lib.stop_ids(model.config.eos_ids, sampling),
+        metrics=RequestMetrics(
+            max_draft_tokens=speculation.num_draft_tokens,
+            num_prompt_tokens=request.num_prompt,
+        ),
+        submitted_s=time.perf_counter(),
+    )
