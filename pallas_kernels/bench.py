@@ -291,8 +291,8 @@ def _time_donated(fn, x) -> float:
 # ---------------------------------------------------------------------- report
 
 
-def run(names: list[str], impl: str, commit: str) -> dict:
-    """Returns the report of the named cases; prints one line per case."""
+def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
+    """Prints one line per case, and writes the report so far after each."""
     read_rate, copy_rate = measure_rates()
     report = dict(
         device=jax.devices()[0].device_kind,
@@ -318,8 +318,11 @@ def run(names: list[str], impl: str, commit: str) -> dict:
         report["cases"][name] = result
         values = (f"{k} {_short(v)}" for k, v in result.items())
         print(f"{name:17s}", ", ".join(values), flush=True)
-    _compare(report["cases"])
-    return report
+        _compare(report["cases"])
+        if output:
+            with open(output, "w") as file:
+                json.dump(report, file, indent=1)
+                file.write("\n")
 
 
 def _short(value) -> str:
@@ -346,11 +349,7 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown", help="recorded in the file")
     options = parser.parse_args()
     impl = options.impl or default_impl()
-    report = run(list(options.cases), impl, options.commit)
-    if options.output:
-        with open(options.output, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+    run(list(options.cases), impl, options.commit, options.output)
 
 
 if __name__ == "__main__":
