@@ -33,7 +33,7 @@ def _lossless(data):
 def _kernels(data):
     found = [
         f"{name} {case['fraction_of_read']:.2f}"
-        for name, case in data["cases"].items()
+        for name, case in data.get("cases", {}).items()
         if "fraction_of_read" in case
     ]
     return "of the read rate: " + ", ".join(found) if found else _other(data)
