@@ -102,7 +102,7 @@ class SpeculationConfig:
     budget_ratio: float = 0.05  # s, share of the context a draft reads, (0, 1]
     min_budget: int = 192  # tokens read at least (b_min)
     proposer: object = "self"  # who drafts: name in proposers.PROPOSERS, or an object
-    policy: object = "pillar"  # name in selection.POLICIES, or a selection.Policy
+    policy: object = "pillar"  # name in selection.POLICIES, or a Policy
     acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023), "forced"
     forced_acceptance: float | None = None  # with "forced": mean accepted drafts; lossy
     mass_rows: str = "all"  # verify rows whose attention counts: "all" or "edges"

@@ -81,8 +81,7 @@ def resolve_policy(policy):
         return policy
     if policy not in POLICIES:
         raise ValueError(
-            f"policy must be one of {tuple(POLICIES)} or a selection.Policy, "
-            f"got {policy!r}"
+            f"policy must be one of {tuple(POLICIES)} or a Policy, got {policy!r}"
         )
     return POLICIES[policy]
 
