@@ -4,8 +4,9 @@
 
 Both modes run in one process on the same prompts, seeds and kernels; plain decoding
 is the same engine without drafts. The exit status is 1 if a token differs that must
-not. Writes config.json, environment.json, results.jsonl and summary.json to
---output_dir; after an interruption, --resume decodes what is missing.
+not. Writes config.json, environment.json, results.jsonl, journal.jsonl and summary.json
+to --output_dir; after an interruption, --resume decodes what is missing: unfinished
+requests go on from the tokens in the journal, about a second old at most.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from experiments import config as config_lib
 from experiments import equality, record
 from experiments.prompts import load_prompts
 from sparsespec_jax import Engine, load_model
+from sparsespec_jax.metrics import RequestMetrics
+from sparsespec_jax.results import RequestProgress
 from sparsespec_jax.text import encode_prompt
 
 _CONFIG = flags.DEFINE_string(
@@ -28,6 +31,9 @@ _CONFIG = flags.DEFINE_string(
 )
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Run directory. Default: runs/generate-DATE-TIME."
+)
+_JOURNAL_SECONDS = flags.DEFINE_float(
+    "journal_seconds", 1.0, "Time between two syncs of what requests have emitted."
 )
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --output_dir.")
 
@@ -56,18 +62,19 @@ def config_from_flags() -> config_lib.GenerateConfig:
     return dataclasses.replace(base, **given)
 
 
-def decode_missing(engine, prompts, config, *, mode, directory):
+def decode_missing(engine, prompts, config, *, mode, directory, journal_seconds):
     """Decode the prompts that `directory` has no record of in this mode.
 
-    Each finished request is recorded before the next step is taken. Time counts from
-    the first step, after compilation.
+    Each finished request is recorded before the next step is taken, and what the others
+    emit every `journal_seconds`. Time counts from the first step, after compilation.
     """
     done = {r["index"] for r in directory.records if r["mode"] == mode}
     missing = [index for index in range(len(prompts)) if index not in done]
     if not missing:
         return
+    journal = Journal(directory, mode, seconds=journal_seconds)
     for index in missing:
-        engine.add_request(prompts[index], config.sampling(index), prompt_index=index)
+        journal.submit(engine, prompts[index], config.sampling(index), index)
     bar = tqdm(
         total=len(missing) * config.max_tokens, desc=mode, unit="tok", mininterval=1
     )
@@ -89,7 +96,78 @@ def decode_missing(engine, prompts, config, *, mode, directory):
                         **_result_record(result),
                     }
                 )
+            journal.write(engine)
             bar.update(engine.num_emitted_tokens - bar.n)
+
+
+class Journal:
+    """What unfinished requests of one mode have emitted, in a run directory."""
+
+    def __init__(self, directory, mode, *, seconds):
+        self._directory, self._mode, self._seconds = directory, mode, seconds
+        self._known = {}  # request id -> emitted tokens in the journal
+        self._written = time.monotonic()
+
+    def submit(self, engine, prompt, sampling, index):
+        """Queue a prompt where an earlier session left it."""
+        progress = self._progress(index)
+        if progress is None:
+            engine.add_request(prompt, sampling, prompt_index=index)
+            return
+        request_id = engine.resume_request(
+            prompt, sampling, progress, prompt_index=index
+        )
+        self._known[request_id] = len(progress.token_ids)
+
+    def write(self, engine):
+        """Append what is new, if the last time is long enough ago."""
+        if time.monotonic() - self._written < self._seconds:
+            return
+        entries = []
+        for progress in engine.progress(self._known):
+            known = self._known.get(progress.request_id, 0)
+            self._known[progress.request_id] = known + len(progress.token_ids)
+            entries.append(
+                {
+                    "mode": self._mode,
+                    "index": progress.prompt_index,
+                    "first": known,
+                    "token_ids": list(progress.token_ids),
+                    "logprobs": list(progress.logprobs),
+                    "params_versions": list(map(list, progress.params_versions)),
+                    "metrics": progress.metrics.to_dict(),
+                }
+            )
+        self._directory.append_to_journal(entries)
+        self._written = time.monotonic()
+
+    def _progress(self, index):
+        """RequestProgress of a prompt by the journal; None if it has nothing."""
+        place = (self._mode, index)
+        entries = [
+            e for e in self._directory.journal if (e["mode"], e["index"]) == place
+        ]
+        if not entries:
+            return None
+        tokens, logprobs = [], []
+        for entry in entries:
+            if entry["first"] != len(tokens):
+                raise record.RunError(
+                    f"{self._directory.path}/journal.jsonl: tokens "
+                    f"{len(tokens)} to {entry['first']} of prompt {index} are missing"
+                )
+            tokens += entry["token_ids"]
+            logprobs += entry["logprobs"]
+        last = entries[-1]
+        return RequestProgress(
+            request_id=-1,
+            prompt_index=index,
+            sample_index=0,
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprobs),
+            params_versions=tuple(map(tuple, last["params_versions"])),
+            metrics=RequestMetrics.from_dict(last["metrics"]),
+        )
 
 
 def _result_record(result):
@@ -128,7 +206,7 @@ def encode_prompts(model, config) -> list[list[int]]:
     return encoded
 
 
-def run(model, prompts, config, directory):
+def run(model, prompts, config, directory, *, journal_seconds=1.0):
     """Decode in both modes into `directory`; returns (statistics, Comparison).
 
     Args:
@@ -136,6 +214,7 @@ def run(model, prompts, config, directory):
         prompts: lists of token ids.
         config: GenerateConfig.
         directory: an open RunDirectory; its records are not decoded again.
+        journal_seconds: time between two syncs of what unfinished requests emitted.
     """
     longest = max(map(len, prompts)) + config.max_tokens
     environment = record.describe_environment()
@@ -146,7 +225,14 @@ def run(model, prompts, config, directory):
         )
         if mode == equality.MODES[0]:
             directory.write_environment(environment | {"impl": engine.impl})
-        decode_missing(engine, prompts, config, mode=mode, directory=directory)
+        decode_missing(
+            engine,
+            prompts,
+            config,
+            mode=mode,
+            directory=directory,
+            journal_seconds=journal_seconds,
+        )
         records = [r for r in directory.records if r["mode"] == mode]
         stats[mode] = equality.stats_of(records, like=engine.stats(0.0))
         tokens[mode] = {r["index"]: r["token_ids"] for r in records}
@@ -193,7 +279,9 @@ def main(argv):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     with directory:
-        stats, comparison = run(model, prompts, config, directory)
+        stats, comparison = run(
+            model, prompts, config, directory, journal_seconds=_JOURNAL_SECONDS.value
+        )
         print_report(config, directory, stats, comparison)
     if config.is_deterministic and not comparison.is_identical:
         sys.exit(1)

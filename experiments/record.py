@@ -1,8 +1,9 @@
-"""A run directory: config.json, environment.json and an append-only results.jsonl.
+"""A run directory: config.json, environment.json and two append-only files.
 
-Every record is flushed and synced before the next request is reported, so a killed
-run keeps all finished requests; a line that was being written when the process died
-has no newline and is dropped when the run is resumed.
+Every record of results.jsonl is flushed and synced before the next request is reported,
+so a killed run keeps all finished requests; journal.jsonl holds what unfinished ones
+have emitted, synced whenever the caller likes. A line that was being written when the
+process died has no newline and is dropped when the run is resumed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class RunDirectory(contextlib.AbstractContextManager):
     Attributes:
         path: the directory.
         records: finished records in file order, earlier sessions first.
+        journal: entries about unfinished requests, in file order.
         session: 0 for the process that created the run, 1 for the first resume, ...
     """
 
@@ -54,6 +56,10 @@ class RunDirectory(contextlib.AbstractContextManager):
             self._lock()
             check(path, config=config, resume=resume)  # now nobody else can change it
             self.records = _recover(self._file, results)
+            self._journal_file = open(self.path / "journal.jsonl", "a+b")
+            if not (resume and config_path.exists()):
+                self._journal_file.truncate(0)  # of a run that got nowhere
+            self.journal = _recover(self._journal_file, self.path / "journal.jsonl")
             if not resume or not config_path.exists():
                 for old in self.path.glob("environment*.json"):
                     old.unlink()
@@ -70,11 +76,14 @@ class RunDirectory(contextlib.AbstractContextManager):
 
     def append(self, record: dict) -> None:
         """Add one record; it survives the process once this returns."""
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        _append(self._file, [record])
         self.records.append(record)
+
+    def append_to_journal(self, entries: list[dict]) -> None:
+        """Add entries about unfinished requests; they survive once this returns."""
+        if entries:
+            _append(self._journal_file, entries)
+            self.journal.extend(entries)
 
     def write_summary(self, summary: dict) -> None:
         """Write summary.json, the totals over all records."""
@@ -82,6 +91,7 @@ class RunDirectory(contextlib.AbstractContextManager):
 
     def __exit__(self, *exc_info):
         self._file.close()
+        self._journal_file.close()
 
     def _lock(self):
         try:
@@ -167,6 +177,15 @@ def _check_same_config(recorded, config, path):
             f"--resume: the flags differ from {path}: {'; '.join(lines)}. Resume with "
             "the recorded values, or name another --output_dir"
         )
+
+
+def _append(file, records):
+    """Write one line per record and wait until the disk has them."""
+    for record in records:
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        file.write(line.encode())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _recover(file, path):

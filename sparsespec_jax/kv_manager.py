@@ -136,16 +136,18 @@ class KvManager:
             (self.resident, self._full) if is_full else (self.num_draft, self._draft)
         )
         missing = needed - counts[slots]
-        for lane in np.flatnonzero(missing > 0).tolist():
-            slot, count = int(slots[lane]), int(missing[lane])
-            pages = self.allocator.allocate(count)
-            first = len(lists[slot])
-            updates.extend(
-                (table, slot, first + i, page) for i, page in enumerate(pages)
-            )
-            lists[slot].extend(pages)
-            counts[slot] += count
-            self._promised[slot] = max(0, self._promised[slot] - count)
+        lanes = np.flatnonzero(missing > 0)
+        if not lanes.size:
+            return
+        grown, growth = np.asarray(slots)[lanes], missing[lanes]
+        counts[grown] += growth
+        self._promised[grown] = np.maximum(self._promised[grown] - growth, 0)
+        pages, used = self.allocator.allocate(int(growth.sum())), 0
+        for slot, count in zip(grown.tolist(), growth.tolist(), strict=True):
+            first, new = len(lists[slot]), pages[used : used + count]
+            lists[slot] += new
+            used += count
+            updates += [(table, slot, first + i, page) for i, page in enumerate(new)]
 
     def share(self, source, target, count, updates):
         """Let slot `target`, which has no pages, read the first pages of `source`."""

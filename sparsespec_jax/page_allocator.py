@@ -14,7 +14,7 @@ class PageAllocator:
 
     def __init__(self, num_pages):
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # pop() gives low ids first
+        self._free = list(range(num_pages - 1, -1, -1))  # low ids are last
         self._references = [0] * num_pages
 
     @property
@@ -28,7 +28,10 @@ class PageAllocator:
             raise OutOfPagesError(
                 f"{count} pages asked for, {len(self._free)} of {self.num_pages} free"
             )
-        pages = [self._free.pop() for _ in range(count)]
+        if not count:
+            return []
+        pages = self._free[: -count - 1 : -1]
+        del self._free[-count:]
         for page in pages:
             self._references[page] = 1
         return pages

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -264,6 +265,53 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     assert (path / "environment.resume1.json").exists()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_unfinished_requests_go_on_from_the_journal(
+    tmp_path, tiny_model, whole, monkeypatch, seed
+):
+    """Ended at random steps, four times over; each session adds to the same text."""
+    rng, config, path = random.Random(seed), tiny(), tmp_path / "run"
+    write, steps_left = generate.Journal.write, 0
+
+    def write_or_end(journal, engine):
+        nonlocal steps_left
+        write(journal, engine)
+        steps_left -= 1
+        if steps_left <= 0:
+            raise Interruption
+
+    monkeypatch.setattr(generate.Journal, "write", write_or_end)
+    for session in range(4):
+        steps_left = rng.randint(1, 25)
+        with open_run(path, config, resume=session > 0) as directory:
+            with pytest.raises(Interruption):
+                generate.run(tiny_model, PROMPTS, config, directory, journal_seconds=0)
+    journal = path / "journal.jsonl"
+    assert journal.stat().st_size > 0
+    with open(journal, "ab") as file:
+        file.write(b'{"mode": "spec')  # torn by the end of the process
+    monkeypatch.setattr(generate.Journal, "write", write)
+    with open_run(path, config, resume=True) as directory:
+        assert directory.journal
+        _, comparison = generate.run(tiny_model, PROMPTS, config, directory)
+    assert comparison.is_identical
+    assert outputs(path) == outputs(whole[0])
+    _, records = record.load(path)
+    for row in records:
+        assert row["metrics"]["num_output_tokens"] == len(row["token_ids"])
+        assert len(row["logprobs"]) == len(row["token_ids"])
+
+
+def test_a_journal_with_a_hole_is_refused(tmp_path, tiny_model):
+    config, path = tiny(), tmp_path / "run"
+    entry = {"mode": "plain", "index": 1, "first": 3, "token_ids": [1], "logprobs": [0]}
+    with open_run(path, config) as directory:
+        directory.append_to_journal([entry | {"params_versions": [], "metrics": {}}])
+    with open_run(path, config, resume=True) as directory:
+        with pytest.raises(record.RunError, match="tokens 0 to 3 of prompt 1 are miss"):
+            generate.run(tiny_model, PROMPTS, config, directory)
+
+
 def test_resuming_a_finished_run_decodes_nothing(whole, tiny_model):
     path, _, comparison = whole
     before = (path / "results.jsonl").read_bytes()
@@ -362,6 +410,50 @@ def test_kill_9_and_resume_give_every_request_once(resumed):
     assert last[0] == "1440 of 1440 tokens identical to plain decoding"
     assert last[1].startswith("acceptance length ")
     assert last[2].startswith("KV bytes per token: ")
+
+
+def kill_at_random_moments(resumed, path, count):
+    """Start the resumed fixture's command, killing it `count` times; its outputs."""
+    arguments, first, _, _ = resumed
+    arguments = [str(path) if word == str(first) else word for word in arguments]
+    arguments += ["--journal_seconds", "0.02"]
+    rng, killed = random.Random(count), 0
+    while killed < count:
+        extra = ["--resume"] if path.is_dir() else []
+        process = subprocess.Popen([*arguments, *extra], stderr=subprocess.DEVNULL)
+        files = [path / "results.jsonl", path / "journal.jsonl"]
+        size = sum(f.stat().st_size for f in files if f.exists())
+        deadline = time.monotonic() + 120
+        # Let each session leave something new, then wait a little longer.
+        while sum(f.stat().st_size for f in files if f.exists()) <= size:
+            if process.poll() is not None:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.3)
+        if process.poll() is not None:
+            break  # done before it could be killed
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        killed += 1
+    done = subprocess.run([*arguments, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, records = record.load(path)
+    found = {(r["mode"], r["index"]): r["token_ids"] for r in records}
+    assert len(found) == len(records) == 24
+    return found, killed
+
+
+@pytest.mark.parametrize(
+    "count", [2, pytest.param(20, marks=pytest.mark.slow, id="twenty")]
+)
+def test_kill_9_at_random_moments_changes_no_token(tmp_path, resumed, count):
+    _, path, _, _ = resumed
+    found, killed = kill_at_random_moments(resumed, tmp_path / "run", count)
+    assert (tmp_path / "run" / "journal.jsonl").stat().st_size > 0
+    assert killed >= min(count, 2)
+    _, records = record.load(path)
+    assert found == {(r["mode"], r["index"]): r["token_ids"] for r in records}
 
 
 def test_a_planted_difference_fails_the_command(tmp_path, resumed):
