@@ -23,8 +23,8 @@ from sparsespec_jax.cost_model import CostModel
 from sparsespec_jax.default_model import user_cache_dir
 from sparsespec_jax.plan import pages_for
 
-_CYCLES = 2  # timed cycles of k + 1 steps
-_LEAST_STEPS = 12
+_ROUNDS = 3  # the first one is not counted
+_STEPS = 24  # of a round at least, in whole cycles, none of them waited for
 _SHARES = (0.05, 0.3, 1.0)  # context lengths, of the longest that fits
 
 
@@ -91,7 +91,7 @@ def longest_context(engine) -> int:
     """Tokens that every slot can hold at once, with room for the timed cycles."""
     shape = engine.shape
     pages = shape.num_pages // shape.num_slots - shape.draft_table_width
-    room = (_CYCLES + _LEAST_STEPS) * shape.num_queries
+    room = _ROUNDS * (_STEPS + shape.num_queries)  # a step commits a token at most
     longest = min(pages * shape.page_size, engine.max_length) - room
     if longest < 2:
         raise ValueError(
@@ -106,16 +106,15 @@ def _time(engine, k, length) -> float:
     shape = engine.shape.with_draft_tokens(k)
     engine.replace_state(**_state_fields(engine, length))
     plans = [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
-    cycles = max(_CYCLES, -(-_LEAST_STEPS // len(plans)))
+    steps = plans * -(-_STEPS // len(plans))
     times = []
-    for cycle in range(cycles + 1):
+    for _ in range(_ROUNDS):
         start = time.perf_counter()
-        for plan in plans:
+        for plan in steps:
             outcome = engine.run_plan(plan)
         outcome.block_until_ready()
-        if cycle:  # the first one only fills the draft caches
-            times.append((time.perf_counter() - start) / len(plans))
-    return float(np.median(times))
+        times.append((time.perf_counter() - start) / len(steps))
+    return float(np.median(times[1:]))  # the first fills the draft caches
 
 
 def _state_fields(engine, length, *, idle=False):
