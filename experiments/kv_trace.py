@@ -108,7 +108,7 @@ class Replay:
 
     def run(self, *, every=64):
         """Serve all requests; a dict of steady-state means and totals."""
-        start, steps, busy = time.perf_counter(), 0, 0
+        start, steps, busy = (time.perf_counter(), time.process_time()), 0, 0
         in_flight = None
         scheduler = self.scheduler
         while self._finished < self.options.num_requests:
@@ -121,7 +121,10 @@ class Replay:
             if in_flight is not None:
                 self._commit(*in_flight)  # of the step before: a lag of one
             in_flight = (plan, planned) if plan is not None else None
-        return self._summary(steps, busy, time.perf_counter() - start)
+        seconds = time.perf_counter() - start[0]
+        cpu_seconds = time.process_time() - start[1]
+        summary = self._summary(steps, busy)
+        return summary | {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
     def _submit(self):
         """Keep a short queue: the trace never ends before the slots are full."""
@@ -176,7 +179,7 @@ class Replay:
             )
         )
 
-    def _summary(self, steps, busy, seconds):
+    def _summary(self, steps, busy):
         """Means over the middle of the run, where slots neither fill nor drain."""
         samples = np.array(self.samples)
         middle = samples[len(samples) // 10 : -max(1, len(samples) // 10)]
@@ -201,7 +204,6 @@ class Replay:
             * counters.spilled_pages
             / (tokens * self.options.scale),
             "recompute_ratio": counters.recomputed_tokens / tokens,
-            "seconds": seconds,
             "series": {
                 "step": thin[:, 0].astype(int).tolist(),
                 "utilisation": thin[:, 1].round(4).tolist(),
