@@ -262,8 +262,8 @@ def bench_gather(name: str, impl: str, copy_rate: float) -> dict:
     flat = source[np.arange(lanes)[:, None, None], indices // ps]
     flat = (flat * heads + np.arange(heads)[:, None]) * ps + indices % ps
     rows = pool.reshape(-1, shape[-1])
-    turned = [(rows, jnp.roll(jnp.asarray(flat), i, 0)) for i in range(_LAYERS)]
-    xla = time_us(lambda rows, index: rows[index], turned)
+    turned = [(jnp.roll(jnp.asarray(flat), i, 0),) for i in range(_LAYERS)]
+    xla = time_us(lambda index, rows: rows[index], turned, (rows,))
     moved = 2 * case.num_copied_bytes
     return dict(
         us=us,
