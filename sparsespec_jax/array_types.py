@@ -27,6 +27,9 @@ Terms::
                       tokens, so it gives the first token and the first selection
     lag               steps between dispatching a step and reading its outcome
     phase             the residue mod (K + 1) of the steps that verify a request
+    preempted         keeps its slot, but some of its pages were spilled to host memory
+                      or dropped; they are restored or recomputed before it goes on
+    chunk             pages copied together to host memory or back
 """
 
 from typing import TypeAlias

@@ -6,7 +6,8 @@ Conventions (the bonus token is the target's own token that ends every cycle):
 * ``mean_accepted_draft_tokens`` does not: accepted / verify steps;
 * per-position acceptance is unconditional: draft i accepted / verify steps;
 * counts are verification's own, before a stop token or length limit cuts the
-  output, and leave out the seed verification, which has no drafts to judge;
+  output, and leave out seed verifications, which have no drafts to judge, and short
+  cycles (after a change of k or of phase), which have fewer than the others;
 * a KV token is the K and V of one context token over all layers and KV heads.
 
 Totals come as a ratio of sums and as a mean over requests; the first weighs long

@@ -86,7 +86,7 @@ def test_every_request_ends_under_any_load(
     chunks=st.integers(1, 60),
     **LOAD,
 )
-def test_forced_preemption_and_other_k_at_any_step(
+def test_preemption_abort_and_other_k_at_any_step(
     k, slots, lag, sizes, lanes, seed, share, policy, chunks
 ):
     rng = np.random.default_rng(seed)
@@ -96,7 +96,13 @@ def test_forced_preemption_and_other_k_at_any_step(
         kv_policy=policy, num_host_chunks=chunks,
     )  # fmt: skip
 
+    aborted = []
+
     def disturb(step):
+        if rng.random() < share / 20:
+            known = [r for r in requests if r.status is not Status.FINISHED]
+            aborted.append(known[rng.integers(len(known))])
+            scheduler.release(aborted[-1])
         active = [r for r in scheduler.slots if r is not None]
         # For ever at every step would let nobody end.
         if active and step < 60 and rng.random() < share:
@@ -106,7 +112,7 @@ def test_forced_preemption_and_other_k_at_any_step(
 
     device = FakeDevice(scheduler.shape, rng)
     simulate(scheduler, device, requests, lag=lag, disturb=disturb)
-    check_all_ended(scheduler, requests)
+    check_all_ended(scheduler, [r for r in requests if r not in aborted])
 
 
 def test_pressure_spills_the_youngest_and_restores_before_admitting():
