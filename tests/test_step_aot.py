@@ -1,0 +1,83 @@
+"""The whole step compiled for an H100 and a TPU, without either.
+
+What would cost speed silently is bounded: copies of the pool (temporary memory, state
+that is not updated in place) and launches per layer on the GPU.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.aot import compile_for
+from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
+from sparsespec_jax import step as step_lib
+from sparsespec_jax.model import param_shapes
+from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax.selection import resolve_policy
+from sparsespec_jax.state import new_state
+
+_NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
+_INSTRUCTION = re.compile(
+    r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
+)
+
+
+def compile_step(target, num_draft_tokens):
+    """The step of a two-layer model for `target`, and the bytes of one layer's pool."""
+    impl = "gpu" if target == "h100" else "tpu"
+    model = dataclasses.replace(PRESETS["qwen3-1.7b"], num_layers=2, vocab_size=1024)
+    speculation = SpeculationConfig(num_draft_tokens=num_draft_tokens)
+    config = EngineConfig(num_slots=16, page_size=128, max_length=2000)
+    shape = sizes.make_shape(speculation, config, config.max_length, impl)
+    policy = resolve_policy(speculation.policy)
+    step = step_lib.make_step(
+        model,
+        shape,
+        policy=policy,
+        options=step_lib.step_options(speculation),
+        filters=False,
+        impl=impl,
+    )
+    state = jax.eval_shape(
+        functools.partial(
+            new_state,
+            model,
+            shape,
+            kv_dtype=jnp.bfloat16,
+            draft_top_m=0,
+            policy=policy,
+        )
+    )
+    buffer = shape.new_plan(prefill=False).buffer
+    compiled = compile_for(
+        target,
+        functools.partial(step.__wrapped__, prefill=False),
+        param_shapes(model, jnp.bfloat16),
+        state,
+        jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
+        donate_argnums=1,
+    )
+    return compiled, state.layers[0].kv_pages.size * 2
+
+
+@pytest.mark.parametrize(
+    ("target", "num_draft_tokens", "most_launches"),
+    [("h100", 8, 16), ("h100", 0, 13), ("v5e", 8, None)],
+)
+def test_a_step_compiles_in_place(target, num_draft_tokens, most_launches):
+    pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
+    compiled, pool_bytes = compile_step(target, num_draft_tokens)
+    assert compiled.temp_bytes < pool_bytes / 8
+    assert compiled.alias_bytes >= 2 * pool_bytes
+    if most_launches is None:
+        return
+    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
+    found = (_INSTRUCTION.match(line) for line in entry.splitlines())
+    of_layer = [
+        m[1] for m in found if m and "/layer_1/" in m[2] and m[1] not in _NO_LAUNCH
+    ]
+    assert 8 <= len(of_layer) <= most_launches
