@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import record
+from experiments import contexts, record
 from experiments.prompts import load_prompts
 from sparsespec_jax import (
     Engine,
@@ -50,11 +50,9 @@ def decode_all(model, prompts, speculation, max_length):
     )
     engine = Engine(model, speculation=speculation, engine=config)
     law = SamplingParams(temperature=0, max_tokens=_TOKENS.value, ignore_eos=True)
-    ids = [engine.add_request(prompt, law) for prompt in prompts]
-    results = {}
-    while engine.has_work:
-        results |= {r.request_id: r for r in engine.step()}
-    done = [results[i] for i in ids]
+    for prompt in prompts:
+        engine.add_request(prompt, law)
+    done = contexts.finish(engine)
     accepted = sum(r.metrics.num_accepted_draft_tokens for r in done)
     verifies = sum(r.metrics.num_verify_steps for r in done)
     return [(r.prompt_token_ids, r.token_ids) for r in done], accepted / verifies

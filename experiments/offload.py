@@ -19,9 +19,9 @@ import sys
 from absl import app, flags
 
 from experiments import record
+from experiments.models import random_model
 from experiments.pressure import MODES, make_load, metrics_of, pool_pages, run_mode
-from sparsespec_jax import EngineConfig, Model, SpeculationConfig
-from sparsespec_jax.model import init_params
+from sparsespec_jax import EngineConfig, SpeculationConfig
 from sparsespec_jax.model_config import PRESETS
 
 _MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes to run.")
@@ -43,20 +43,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 def main(argv):
     """Run every mode and write the results file after each."""
     del argv
-    model_config = PRESETS[_MODEL.value]
-    model = Model(
-        name=_MODEL.value,
-        config=model_config,
-        params=init_params(model_config, seed=0, dtype=_DTYPE.value),
-        tokenizer=None,
-    )
+    model = random_model(_MODEL.value, _DTYPE.value)
     speculation = SpeculationConfig(
         num_draft_tokens=_K.value,
         acceptor="forced",
         forced_acceptance=_FORCED.value,
     )
     load = make_load(
-        model_config.vocab_size,
+        model.config.vocab_size,
         num_requests=_REQUESTS.value,
         prompt_length=_PROMPT.value,
         new_tokens=_NEW.value,

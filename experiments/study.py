@@ -26,16 +26,14 @@ from absl import app, flags
 
 from experiments import contexts as contexts_lib
 from experiments import measure, record, replay
+from experiments.models import tiny_model
 from experiments.study_config import load_study, smoke_rows, study_names
 from sparsespec_jax import (
     Engine,
     EngineConfig,
-    Model,
-    ModelConfig,
     SpeculationConfig,
     load_model,
 )
-from sparsespec_jax.model import init_params
 from sparsespec_jax.policy import SelectionOptions
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
 
@@ -205,23 +203,6 @@ class Bench:
             else:
                 found[name] = measure.mean_and_error(values)
         return found
-
-
-def tiny_model():
-    """A random model that compiles in seconds; no figure of it means anything."""
-    config = ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_length=4096,
-        tie_embeddings=True,
-    )
-    params = init_params(config, seed=0)
-    return Model(name="tiny", config=config, params=params, tokenizer=None)
 
 
 def smoke_contexts():

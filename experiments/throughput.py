@@ -24,11 +24,10 @@ from absl import app, flags
 
 from experiments import record, time_split
 from experiments.loads import LOADS, Load
+from experiments.models import random_model
 from experiments.prompts import load_prompts
 from pallas_kernels.bench import measure_rates
 from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
-from sparsespec_jax.model import init_params
-from sparsespec_jax.model_config import PRESETS
 from sparsespec_jax.state import pool_bytes_per_page
 from sparsespec_jax.text import encode_prompt
 
@@ -69,11 +68,7 @@ def make_model(load: Load) -> Model:
     """The load's model, with random weights of a preset or loaded."""
     if not load.random_weights:
         return load_model(load.model, dtype=load.dtype)
-    if load.model not in PRESETS:
-        raise ValueError(f"model must be one of {sorted(PRESETS)}, got {load.model!r}")
-    config = PRESETS[load.model]
-    params = init_params(config, seed=0, dtype=load.dtype)
-    return Model(name=load.model, config=config, params=params, tokenizer=None)
+    return random_model(load.model, load.dtype)
 
 
 def make_prompts(load: Load, model: Model) -> list[list[int]]:
@@ -172,6 +167,11 @@ def _trace(engine, clock, trace_dir):
     kernels = time_split.load_kernels(trace_dir)
     plan_size = engine.shape.new_plan(prefill=False).buffer.size
     scopes = time_split.scopes_of("jit_step", plan_size)
+    if not scopes:
+        raise RuntimeError(
+            "no live compiled step takes this plan, so kernels cannot be sorted by "
+            "their scopes: run with --trace_steps 0 for rates alone"
+        )
     steps = engine.num_steps - first
     return time_split.split(kernels, scopes, steps) | {
         "largest": time_split.largest(kernels, steps)

@@ -104,7 +104,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
                 ),
                 q_lengths,
                 groups=groups,
-                mass_group=(1 if shape.draft_lanes else 0) if needs_mass else None,
+                mass_group=1 if needs_mass else None,  # behind the draft lanes
                 mass_rows=policy.mass_rows(options.mass_rows),
                 impl=impl,
             )

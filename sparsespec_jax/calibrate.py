@@ -21,7 +21,6 @@ from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.cost_model import CostModel
 from sparsespec_jax.default_model import user_cache_dir
-from sparsespec_jax.plan import pages_for
 
 _ROUNDS = 3  # the first one is not counted
 _STEPS = 24  # of a round at least, in whole cycles, none of them waited for
@@ -90,7 +89,7 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
 def longest_context(engine) -> int:
     """Tokens that every slot can hold at once, with room for the timed cycles."""
     shape = engine.shape
-    pages = shape.num_pages // shape.num_slots - shape.draft_table_width
+    pages = _full_pages(shape)
     room = _ROUNDS * (_STEPS + shape.num_queries)  # a step commits a token at most
     longest = min(pages * shape.page_size, engine.max_length) - room
     if longest < 2:
@@ -99,6 +98,11 @@ def longest_context(engine) -> int:
             "raise num_pages"
         )
     return longest
+
+
+def _full_pages(shape):
+    """Pages of a slot's full table when all slots share the pool evenly."""
+    return shape.num_pages // shape.num_slots - shape.draft_table_width
 
 
 def _time(engine, k, length) -> float:
@@ -120,8 +124,7 @@ def _time(engine, k, length) -> float:
 def _state_fields(engine, length, *, idle=False):
     """Small arrays of a state in which every slot is at `length`, or none is used."""
     shape, slots = engine.shape, engine.shape.num_slots
-    full = pages_for(shape.page_size * shape.num_pages // slots, shape.page_size)
-    full = min(full - shape.draft_table_width, shape.table_width)
+    full = min(_full_pages(shape), shape.table_width)
     page = np.arange(slots * full, dtype=np.int32).reshape(slots, full)
     table = np.full((slots, shape.table_width), shape.num_pages, np.int32)
     table[:, :full] = page

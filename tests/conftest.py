@@ -16,33 +16,17 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_config():
     """Shapes of a two-layer model with grouped heads; compiles in a second."""
-    from sparsespec_jax.model_config import ModelConfig
+    from experiments.models import TINY
 
-    return ModelConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_length=4096,
-        tie_embeddings=True,
-    )
+    return TINY
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_config):
+def tiny_model():
     """A random float32 model without tokenizer or end-of-text token."""
-    from sparsespec_jax import Model
-    from sparsespec_jax.model import init_params
+    from experiments import models
 
-    return Model(
-        name="tiny",
-        config=tiny_config,
-        params=init_params(tiny_config, seed=0),
-        tokenizer=None,
-    )
+    return models.tiny_model()
 
 
 @pytest.fixture(scope="session")

@@ -103,3 +103,15 @@ def test_measuring_needs_an_idle_engine_and_lengths_that_fit(engine):
     engine.add_request([1, 2, 3], LAWS[0])
     with pytest.raises(ValueError, match="unfinished requests"):
         calibrate.measure(engine)
+
+
+@pytest.mark.parametrize("spare", range(3))
+def test_made_up_caches_lie_within_the_pool(tiny_model, spare):
+    pages = 3 * 45 + spare  # 3 slots
+    config = dataclasses.replace(ENGINE, num_pages=pages, max_length=160)
+    engine = Engine(tiny_model, speculation=SPECULATION, engine=config)
+    fields = calibrate._state_fields(engine, calibrate.longest_context(engine))
+    full, draft = (fields[name].ravel() for name in ("full_table", "draft_table"))
+    used = [int(page) for page in (*full, *draft) if page != pages]
+    assert len(used) == len(set(used)) and max(used) < pages
+    assert all(page < pages for page in draft.tolist())
