@@ -20,7 +20,14 @@ from absl import app, flags
 
 from experiments import record
 from experiments.models import random_model
-from experiments.pressure import MODES, make_load, metrics_of, pool_pages, run_mode
+from experiments.pressure import (
+    MODES,
+    make_load,
+    metrics_of,
+    pool_pages,
+    run_mode,
+    trace_copies,
+)
 from sparsespec_jax import EngineConfig, SpeculationConfig
 from sparsespec_jax.model_config import PRESETS
 
@@ -36,8 +43,24 @@ _PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.")
 _CHUNK = flags.DEFINE_integer("chunk_pages", 16, "Pages copied at a time.")
 _LAG = flags.DEFINE_integer("lag", 1, "Steps between dispatch and outcome.")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each of the first two modes.")
+_TRACE = flags.DEFINE_integer("trace_steps", 60, "Steps to trace (GPU); 0: none.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
+
+
+def engine_config(mode: str, num_pages: int) -> EngineConfig:
+    """The engine's sizes under one of MODES."""
+    return EngineConfig(
+        num_slots=_REQUESTS.value,
+        page_size=_PAGE.value,
+        num_pages=num_pages,
+        max_length=_PROMPT.value + _NEW.value * 3 // 2,
+        prefill_chunk=512,
+        prefill_lanes=4,
+        lag=_LAG.value,
+        kv_policy=mode if mode in ("recompute", "reserve") else "offload",
+        host_chunk_pages=_CHUNK.value,
+    )
 
 
 def main(argv):
@@ -60,20 +83,16 @@ def main(argv):
     )
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
+    if _TRACE.value:
+        header["copies"] = trace_copies(
+            model, load, speculation, engine_config("offload", pages), _TRACE.value
+        )
+        print(header["copies"], flush=True)
+        gc.collect()
     runs = {mode: [] for mode in MODES}
     order = [*MODES[:2] * _REPEATS.value, *MODES[2:]]
     for mode in order:
-        config = EngineConfig(
-            num_slots=_REQUESTS.value,
-            page_size=_PAGE.value,
-            num_pages=pages,
-            max_length=_PROMPT.value + _NEW.value * 3 // 2,
-            prefill_chunk=512,
-            prefill_lanes=4,
-            lag=_LAG.value,
-            kv_policy=mode if mode in ("recompute", "reserve") else "offload",
-            host_chunk_pages=_CHUNK.value,
-        )
+        config = engine_config(mode, pages)
         copies = mode != "offload_without_copies"
         run = run_mode(model, load, speculation, config, copies=copies)
         gc.collect()  # the pool must go before the next one comes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 
 import numpy as np
 
+from experiments import time_split
 from sparsespec_jax import Engine, SamplingParams
 
 MODES = ("offload", "offload_without_copies", "recompute", "reserve")
@@ -78,6 +80,39 @@ def run_mode(model, load, speculation, config, *, copies=True):
             "utilisation": history[::every, 0].round(4).tolist(),
             "num_running": history[::every, 1].astype(int).tolist(),
         },
+    }
+
+
+def trace_copies(model, load, speculation, config, num_steps):
+    """Trace steps under pressure: do page copies run beside the kernels of steps?
+
+    Raises:
+      ValueError: the load never restores a page.
+    """
+    engine = Engine(model, speculation=speculation, engine=config)
+    engine.warm_up()
+    for prompt, law in zip(*load, strict=True):
+        engine.add_request(prompt, law)
+    while engine.has_work and not engine.kv_usage["restored_pages"]:
+        engine.step()
+    before, first = engine.kv_usage, engine.num_steps
+    with tempfile.TemporaryDirectory() as directory:
+        with time_split.trace(directory):
+            while engine.has_work and engine.num_steps < first + num_steps:
+                engine.step()
+            engine.pause()
+        kernels = time_split.load_kernels(directory)
+    moved = sum(
+        engine.kv_usage[name] - before[name]
+        for name in ("spilled_pages", "restored_pages")
+    )
+    if not moved:
+        raise ValueError("no page moved in the traced steps: lower pool_share")
+    page_bytes = config.page_size * engine.kv_bytes_per_token
+    return {
+        "steps": engine.num_steps - first,
+        "moved_gib": moved * page_bytes / 2**30,
+        **time_split.hidden_copy_share(kernels),
     }
 
 

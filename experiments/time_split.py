@@ -142,6 +142,36 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
     }
 
 
+def hidden_copy_share(kernels: list[Kernel]) -> dict:
+    """Milliseconds of copies between host and device, and the share beside kernels."""
+    copies = [k for k in kernels if re.match(r"memcpy(h2d|d2h)", k.name.lower())]
+    total = hidden = 0.0
+    others = [k for k in kernels if not re.match(r"mem(cpy|set)", k.name.lower())]
+    spans = _merged(others)
+    for copy in copies:
+        end = copy.start + copy.duration
+        total += copy.duration
+        hidden += sum(
+            max(0.0, min(end, last) - max(copy.start, first)) for first, last in spans
+        )
+    return {
+        "copy_ms": total * 1e-6,
+        "hidden_share": hidden / total if total else float("nan"),
+    }
+
+
+def _merged(kernels):
+    """Spans (start, end) in which any of the kernels, sorted by start, runs."""
+    spans = []
+    for kernel in kernels:
+        end = kernel.start + kernel.duration
+        if spans and kernel.start <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([kernel.start, end])
+    return spans
+
+
 def largest(kernels: list[Kernel], num_steps: int, count: int = 40) -> list[dict]:
     """The kernels that take most time, with microseconds per step and runs per step."""
     totals = {}

@@ -65,6 +65,19 @@ def test_gaps_between_steps_are_the_longest_ones():
     assert got["idle_between_steps_share"] == pytest.approx((9 + 11) / 83)
 
 
+def test_copies_beside_kernels_are_hidden():
+    ms = 1e6
+    kernels = [
+        Kernel("nvjet", 0 * ms, 4 * ms),
+        Kernel("gather_kv", 3 * ms, 2 * ms),
+        Kernel("MemcpyD2H", 4 * ms, 2 * ms),  # half of it beside the second kernel
+        Kernel("MemcpyD2D", 8 * ms, 9 * ms),  # stays on the device
+        Kernel("MemcpyH2D", 20 * ms, 2 * ms),
+    ]
+    got = time_split.hidden_copy_share(kernels)
+    assert got == {"copy_ms": pytest.approx(4.0), "hidden_share": pytest.approx(0.25)}
+
+
 def test_scopes_come_from_the_compiled_program():
     @jax.jit
     def stepping(plan, x):
