@@ -43,7 +43,7 @@ _PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.")
 _CHUNK = flags.DEFINE_integer("chunk_pages", 16, "Pages copied at a time.")
 _LAG = flags.DEFINE_integer("lag", 1, "Steps between dispatch and outcome.")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each of the first two modes.")
-_TRACE = flags.DEFINE_integer("trace_steps", 60, "Steps to trace (GPU); 0: none.")
+_TRACE = flags.DEFINE_integer("trace_steps", 60, "Traced at least (GPU); 0: none.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 

@@ -86,6 +86,8 @@ def run_mode(model, load, speculation, config, *, copies=True):
 def trace_copies(model, load, speculation, config, num_steps):
     """Trace steps under pressure: do page copies run beside the kernels of steps?
 
+    Starts with the first spill and goes on until pages have come back as well.
+
     Raises:
       ValueError: the load never restores a page.
     """
@@ -93,22 +95,25 @@ def trace_copies(model, load, speculation, config, num_steps):
     engine.warm_up()
     for prompt, law in zip(*load, strict=True):
         engine.add_request(prompt, law)
-    while engine.has_work and not engine.kv_usage["restored_pages"]:
+    while engine.has_work and not engine.kv_usage["spilled_pages"]:
         engine.step()
-    before, first = engine.kv_usage, engine.num_steps
+    first = engine.num_steps
+
+    def go_on():
+        enough = engine.num_steps >= first + num_steps
+        return engine.has_work and not (enough and engine.kv_usage["restored_pages"])
+
     with tempfile.TemporaryDirectory() as directory:
         with time_split.trace(directory):
-            while engine.has_work and engine.num_steps < first + num_steps:
+            while go_on():
                 engine.step()
             engine.pause()
         kernels = time_split.load_kernels(directory)
-    moved = sum(
-        engine.kv_usage[name] - before[name]
-        for name in ("spilled_pages", "restored_pages")
-    )
-    if not moved:
-        raise ValueError("no page moved in the traced steps: lower pool_share")
+    usage = engine.kv_usage
+    if not usage["restored_pages"]:
+        raise ValueError("no page came back: lower pool_share")
     page_bytes = config.page_size * engine.kv_bytes_per_token
+    moved = usage["spilled_pages"] + usage["restored_pages"]
     return {
         "steps": engine.num_steps - first,
         "moved_gib": moved * page_bytes / 2**30,
