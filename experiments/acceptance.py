@@ -60,7 +60,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 def continue_contexts(engine, contexts):
     """DecodeResults of all contexts under the flags' law, in order."""
-    return measure_lib.continue_contexts(
+    return contexts_lib.continue_contexts(
         engine,
         contexts,
         temperature=_TEMPERATURE.value,
@@ -139,14 +139,16 @@ def load_or_make_contexts(model):
     if path and path.exists():
         return json.loads(path.read_text())
     start = time.perf_counter()
-    texts = contexts_lib.free_runs(
+    engine = contexts_lib.plain_engine(
         model,
-        count=_PREFIXES.value,
         length=_LENGTH.value,
         num_slots=_PREFIXES.value,
         page_size=_PAGE.value,
         impl=_IMPL.value,
-        seed=_SEED.value,
+    )
+    chats = contexts_lib.prompts(_PREFIXES.value)
+    texts = contexts_lib.free_runs(
+        engine, chats, length=_LENGTH.value, seed=_SEED.value
     )
     contexts = contexts_lib.cut(texts, seed=_SEED.value)
     print(

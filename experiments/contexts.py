@@ -4,15 +4,31 @@ Free runs at low temperature end in verbatim loops with a small model, and loops
 flatter or punish a drafting policy for nothing it will meet elsewhere. So acceptance is
 measured on short continuations of contexts of known length, and continuations that
 loop are left out (`is_looping`).
+
+    python -m experiments.contexts --prompts problems.jsonl --output contexts.json \
+        --continuations plain.json
+
+writes contexts as token ids, and what plain decoding makes of them at each temperature,
+which spares every later `experiments.study` that work.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import pathlib
 import random
 
-from experiments.prompts import as_chat
-from sparsespec_jax import Engine, EngineConfig, SamplingParams, SpeculationConfig
+from absl import app, flags
+
+from experiments.prompts import as_chat, load_prompts
+from sparsespec_jax import (
+    Engine,
+    EngineConfig,
+    SamplingParams,
+    SpeculationConfig,
+    load_model,
+)
 
 _TASKS = (
     "Explain in detail, with worked examples, {}.",
@@ -43,21 +59,25 @@ def prompts(count):
     return [as_chat(task.format(topic)) for task, topic in pairs[:count]]
 
 
-def free_runs(model, *, count, length, num_slots, page_size, impl, seed):
-    """Token ids of `count` texts of `length` tokens, prompts included, at T = 1."""
-    encoded = [model.tokenizer.encode_chat(prompt) for prompt in prompts(count)]
-    engine = Engine(
+def plain_engine(model, *, length, num_slots, page_size, impl, prefill_chunk=32):
+    """An Engine without drafts for texts of at most `length` tokens."""
+    return Engine(
         model,
         speculation=SpeculationConfig(num_draft_tokens=0),
         engine=EngineConfig(
             num_slots=num_slots,
             page_size=page_size,
             max_length=length,
-            prefill_chunk=32,
+            prefill_chunk=prefill_chunk,
             impl=impl,
         ),
     )
-    for index, ids in enumerate(encoded):
+
+
+def free_runs(engine, chats, *, length, seed):
+    """Token ids of a text of `length` tokens for each chat, it included, at T = 1."""
+    for index, chat in enumerate(chats):
+        ids = engine.model.tokenizer.encode_chat(chat)
         law = SamplingParams(
             temperature=1.0,
             seed=seed + index,
@@ -66,6 +86,22 @@ def free_runs(model, *, count, length, num_slots, page_size, impl, seed):
         )
         engine.add_request(ids, law, prompt_index=index)
     return [[*r.prompt_token_ids, *r.token_ids] for r in finish(engine)]
+
+
+def continue_contexts(engine, contexts, *, temperature, max_tokens, seed):
+    """DecodeResults of all contexts, in order, by an engine that may be used again.
+
+    Context i is continued by `max_tokens` tokens with the noise of seed + 1000 + i.
+    """
+    for index, context in enumerate(contexts):
+        law = SamplingParams(
+            temperature=temperature,
+            seed=seed + 1000 + index,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+        )
+        engine.add_request(context, law, prompt_index=index)
+    return finish(engine)
 
 
 def finish(engine):
@@ -92,3 +128,108 @@ def is_looping(tokens, *, gram=8, share=0.4):
     windows = [tuple(tokens[i : i + gram]) for i in range(len(tokens) - gram + 1)]
     repeats = len(windows) - len(set(windows))
     return bool(windows) and repeats > share * len(windows)
+
+
+def load_continuations(path, contexts, *, max_tokens, seed):
+    """{temperature: token ids of each context} of a file that `main` wrote.
+
+    Contexts may be the first ones of those that were continued.
+
+    Raises:
+      ValueError: the file was made of other contexts, lengths or seeds.
+    """
+    found = json.loads(pathlib.Path(path).read_text())
+    made_of = {
+        "context_lengths": [len(context) for context in contexts],
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    found["context_lengths"] = found["context_lengths"][: len(contexts)]
+    for name, wanted in made_of.items():
+        if found[name] != wanted:
+            raise ValueError(f"{path} was made with {name} {found[name]}, not {wanted}")
+    return {
+        float(temperature): texts[: len(contexts)]
+        for temperature, texts in found["texts"].items()
+    }
+
+
+def parse_ranges(values):
+    """((low, high), ...) of a list of texts "low-high"; ValueError if malformed."""
+    ranges = []
+    for value in values:
+        low, _, high = value.partition("-")
+        if not (low.isdecimal() and high.isdecimal() and int(low) < int(high)):
+            raise ValueError(f"--ranges takes low-high, got {value!r}")
+        ranges.append((int(low), int(high)))
+    return tuple(ranges)
+
+
+def _define_flags():
+    flags.DEFINE_string("output", None, "Contexts to write, JSON.", required=True)
+    flags.DEFINE_string("continuations", None, "Plain texts to write, JSON.")
+    flags.DEFINE_string("model", "smollm2", "Model.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
+    flags.DEFINE_string("prompts", None, "Prompt file; default: essays and exercises.")
+    flags.DEFINE_integer("num_prefixes", 24, "Texts that contexts are cut from.")
+    flags.DEFINE_list("ranges", ["500-1000", "1000-2000", "2000-3000"], "Lengths.")
+    flags.DEFINE_list("temperatures", ["0", "0.3", "0.65", "1"], "Of continuations.")
+    flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
+    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
+    flags.DEFINE_integer("prefill_chunk", 128, "Prompt tokens per step.")
+    flags.DEFINE_integer("seed", 0, "Seed of texts, cuts and continuations.")
+    flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
+
+
+def main(argv):
+    """Write contexts, then their plain continuations."""
+    del argv
+    values = flags.FLAGS
+    try:
+        ranges = parse_ranges(values.ranges)
+        count = values.num_prefixes
+        chats = (
+            load_prompts(values.prompts, chat=True)
+            if values.prompts
+            else prompts(count)
+        )
+        if len(chats) < count:
+            raise ValueError(f"{values.prompts} holds {len(chats)} of {count} prompts")
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    model = load_model(values.model, dtype=values.dtype)
+    longest = max(high for _, high in ranges)
+    engine = plain_engine(
+        model,
+        length=min(longest + values.max_tokens + 1, model.config.max_length),
+        num_slots=count,
+        page_size=values.page_size,
+        impl=values.impl,
+        prefill_chunk=values.prefill_chunk,
+    )
+    texts = free_runs(engine, chats[:count], length=longest, seed=values.seed)
+    contexts = cut(texts, seed=values.seed, ranges=ranges)
+    _write(values.output, contexts)
+    print(f"{len(contexts)} contexts", flush=True)
+    if values.continuations:
+        law = dict(max_tokens=values.max_tokens + 1, seed=values.seed)
+        lengths = [len(context) for context in contexts]
+        found = {"context_lengths": lengths, **law, "texts": {}}
+        for name in values.temperatures:
+            results = continue_contexts(
+                engine, contexts, temperature=float(name), **law
+            )
+            found["texts"][name] = [list(r.token_ids) for r in results]
+            print(f"continued at temperature {name}", flush=True)
+        _write(values.continuations, found)
+
+
+def _write(path, value):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value) + "\n")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -6,26 +6,8 @@ import math
 
 import numpy as np
 
-from experiments import contexts as contexts_lib
-from sparsespec_jax import SamplingParams
-
 _RESAMPLES = 2000
-
-
-def continue_contexts(engine, contexts, *, temperature, max_tokens, seed):
-    """DecodeResults of all contexts, in order, by an engine that may be used again.
-
-    Context i is continued by `max_tokens` tokens with the noise of seed + 1000 + i.
-    """
-    for index, context in enumerate(contexts):
-        law = SamplingParams(
-            temperature=temperature,
-            seed=seed + 1000 + index,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-        )
-        engine.add_request(context, law, prompt_index=index)
-    return contexts_lib.finish(engine)
+_RANGES = ((500, 1000), (1000, 2000), (2000, 4000), (4000, 8192))
 
 
 def mean_and_error(values):
@@ -80,7 +62,7 @@ def summarise(results, lengths, *, policy, model_config):
         f"{low}-{high}": mean_and_error(
             [a for a, n in zip(accepted, lengths, strict=True) if low <= n < high]
         )
-        for low, high in contexts_lib.RANGES
+        for low, high in _RANGES
     }
     share = 0.0
     if total.kv_tokens_read.gather:  # a draft cache was filled: something selected

@@ -52,9 +52,10 @@ def record_text(config, params, tokens, first, *, num_rows):
     """Recording of tokens int32 [X] (padding behind the text does no harm)."""
 
     def attend(layer_index, q, k, v, cache):
-        out, _ = model_lib.causal_attend(layer_index, q, k, v, cache)
+        del layer_index, cache
         rows = jax.lax.dynamic_slice_in_dim(q, first, num_rows)
-        return out, (k.swapaxes(0, 1), v.swapaxes(0, 1), rows)
+        kept = k.swapaxes(0, 1), v.swapaxes(0, 1), rows
+        return _attend_by_block(q, k, v), kept
 
     positions = jnp.arange(tokens.size)
     caches = (None,) * config.num_layers
@@ -66,6 +67,24 @@ def record_text(config, params, tokens, first, *, num_rows):
     rows = jax.lax.dynamic_slice_in_dim(tokens, first, num_rows)
     scores = model_lib.logits(config, params, tail)
     return Recording(keys, values, queries, scores, rows, jnp.int32(first))
+
+
+def _attend_by_block(q, k, v):
+    """Causal attention of one text, a block of queries at a time: long texts fit."""
+    num_tokens, num_heads, size = q.shape
+    block = next(b for b in (256, num_tokens) if num_tokens % b == 0)
+    blocks = q.reshape(-1, block, k.shape[1], num_heads // k.shape[1], size)
+    column = jnp.arange(num_tokens)
+
+    def one(args):
+        first, query = args
+        logits = jnp.einsum("qhgd,khd->hgqk", query, k, **_EXACT) * size**-0.5
+        visible = column[None] <= first + jnp.arange(block)[:, None]
+        weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), -1)
+        return jnp.einsum("hgqk,khd->qhgd", weights, v, **_EXACT)
+
+    starts = jnp.arange(0, num_tokens, block)
+    return jax.lax.map(one, (starts, blocks)).reshape(q.shape).astype(q.dtype)
 
 
 def attention_rows(recording, row, count):
@@ -104,10 +123,12 @@ def _view(recording, row, count, mass, start, budget, state, is_first):
     )
 
 
-def _select(policy, options, recording, row, rows_used, start, budget, carry):
+@functools.partial(jax.jit, static_argnames=("policy", "options"))
+def select_keys(recording, row, budget, carry, *, policy, options):
     """(mask [k or 1, L, H, X], counts [k or 1, L, H], state) for the next k drafts."""
     k = options.num_draft_tokens
     state, is_first = carry
+    start = recording.first + row
     heads = recording.keys.shape[1]
     selection = options.selection
 
@@ -132,7 +153,7 @@ def _select(policy, options, recording, row, rows_used, start, budget, carry):
     probabilities = attention_rows(recording, row, k + 1)
     if options.hindsight:
         probabilities = attention_rows(recording, row + k + 1, k)
-    elif rows_used == "edges":
+    elif policy.mass_rows(options.mass_rows) == "edges":
         probabilities = probabilities[:, :, :, jnp.array([0, k])]
     mass = probabilities.mean((2, 3))
     view = _view(recording, row, k + 1, mass, start, budget, state, is_first)
@@ -165,8 +186,7 @@ def _recalls(recording, row, k, mask, counts, start):
     old = jnp.where(candidate, probability, 0.0)
     group = old.mean(2)
     total = jnp.maximum(group.sum(-1), 1e-9)
-    chosen = jnp.broadcast_to(mask, (k, *mask.shape[1:])).transpose(1, 2, 0, 3)
-    counts = jnp.broadcast_to(counts, (k, *counts.shape[1:])).transpose(1, 2, 0)
+    chosen, counts = mask.transpose(1, 2, 0, 3), counts.transpose(1, 2, 0)
     hindsight = group.mean(2, keepdims=True)
     order = jnp.argsort(-hindsight, axis=-1)
     rank = jnp.argsort(order, axis=-1)
@@ -202,8 +222,7 @@ def _draft_logits(config, params, recording, row, k, mask, start):
         values = jnp.concatenate(
             [recording.values[layer_index], v_new.swapaxes(0, 1)], 1
         )
-        seen = mask[:, layer_index] | tail  # [k or 1, H, X]
-        seen = jnp.broadcast_to(seen, (k, heads, column.size))
+        seen = mask[:, layer_index] | tail  # [k, H, X]
         seen = jnp.concatenate(
             [seen, jnp.broadcast_to(own[:, None], (k, heads, k))], -1
         )
@@ -223,33 +242,25 @@ def _law(logits, temperature):
     return jax.nn.softmax(logits / temperature, -1)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "policy", "options", "temperature")
-)
-def replay_cycle(
-    config, params, recording, row, budget, carry, old_mask, *,
-    policy, options, temperature,
-):  # fmt: skip
-    """One cycle whose verification starts at `row`: (measures, state, mask)."""
-    k = options.num_draft_tokens
+@functools.partial(jax.jit, static_argnames=("config", "k", "temperature"))
+def judge_keys(config, params, recording, row, mask, counts, old, *, k, temperature):
+    """Measures of one cycle whose verification starts at `row`; `old`: the last mask.
+
+    Compiled once for all policies: it holds the model, a policy's selection does not.
+    """
     start = recording.first + row
-    rows_used = policy.mass_rows(options.mass_rows)
-    mask, counts, state = _select(
-        policy, options, recording, row, rows_used, start, budget, carry
-    )
     measures = _recalls(recording, row, k, mask, counts, start)
     drafts = _draft_logits(config, params, recording, row, k, mask, start)
     dense = jax.lax.dynamic_slice_in_dim(recording.logits, row + k + 1, k)
     p, q = _law(dense, temperature), _law(drafts, temperature)
     measures["overlap"] = jnp.minimum(p, q).sum(-1)
     measures["agreement"] = (jnp.argmax(dense, -1) == jnp.argmax(drafts, -1)) * 1.0
-    first = mask[0]
-    both, either = (first & old_mask).sum(-1), (first | old_mask).sum(-1)
+    both, either = (mask[0] & old).sum(-1), (mask[0] | old).sum(-1)
     measures["jaccard"] = both / jnp.maximum(either, 1)
-    new = (first & ~old_mask).sum(-1)
-    measures["churn"] = new / jnp.maximum(first.sum(-1), 1)
+    new = (mask[0] & ~old).sum(-1)
+    measures["churn"] = new / jnp.maximum(mask[0].sum(-1), 1)
     measures["count"] = counts.astype(jnp.float32)
-    return measures, state, first
+    return measures
 
 
 def replay(model, recording, *, policy, options, speculation, temperature, num_cycles):
@@ -269,12 +280,20 @@ def replay(model, recording, *, policy, options, speculation, temperature, num_c
             floor=speculation.min_budget,
             cap=options.selection.cap,
         )
-        measures, state, mask = replay_cycle(
-            config, model.params, recording, row, int(budget),
-            (state, jnp.asarray(cycle == 0)), mask,
-            policy=policy, options=options, temperature=temperature,
+        chosen, counts, state = select_keys(
+            recording, row, int(budget), (state, jnp.asarray(cycle == 0)),
+            policy=policy, options=options,
         )  # fmt: skip
-        cycles.append(jax.tree.map(np.asarray, measures))
+        # One shape for all policies: those that choose for each draft have k sets.
+        chosen = jnp.broadcast_to(chosen, (k, *chosen.shape[1:]))
+        counts = jnp.broadcast_to(counts, (k, *counts.shape[1:]))
+        measures = judge_keys(
+            config, model.params, recording, row, chosen, counts, mask,
+            k=k, temperature=temperature,
+        )  # fmt: skip
+        mask = chosen[0]
+        cycles.append(measures)
+    cycles = jax.device_get(cycles)
     found = jax.tree.map(lambda *parts: np.stack(parts), *cycles)
     for name in ("jaccard", "churn"):  # nothing comes before the first set
         found[name] = found[name][1:]

@@ -6,203 +6,33 @@
 The studies are the modules of experiments/studies. A row is measured either by decoding
 (mode "decode": drafts follow their own tokens, and every text is compared with plain
 decoding) or on a recorded dense text (mode "replay", see experiments/replay.py). Each
-finished row is a line of results.jsonl; the same command resumes after an interruption.
+finished row is a line of results.jsonl; the same command resumes after an interruption,
+and a row that fails stops no other (failures.jsonl, and the exit status).
 Figures: `python -m experiments.figures`; a page of all of them: `experiments.report`.
+
+Most of a row's time is compilation, on one core. `--part 2/8` measures the second of
+eight parts, rows of one engine staying together; run the parts at the same time, each
+in a directory of its own, and join them with `python -m experiments.join_studies`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
-import time
-from dataclasses import dataclass
+import traceback
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from experiments import contexts as contexts_lib
-from experiments import measure, record, replay
+from experiments import record, replay
 from experiments.models import tiny_model
+from experiments.study_bench import Bench, Setting, without_budget
 from experiments.study_config import load_study, smoke_rows, study_names
-from sparsespec_jax import (
-    Engine,
-    EngineConfig,
-    SpeculationConfig,
-    load_model,
-)
-from sparsespec_jax.policy import SelectionOptions
+from sparsespec_jax import load_model
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all rows of a run share."""
-
-    max_tokens: int
-    num_slots: int
-    page_size: int
-    impl: str | None
-    seed: int
-
-
-class Bench:
-    """Measures rows; keeps plain texts, recordings, and the engine of the last row."""
-
-    def __init__(self, model, contexts, setting, policies, rows):
-        self.model, self.contexts, self.setting = model, contexts, setting
-        self.policies, self.rows = policies, rows
-        self._plain = functools.cache(self._decode_plainly)
-        # One at a time: each holds a pool for all contexts.
-        self._engine_of = functools.lru_cache(maxsize=1)(self._make_engine)
-        self._recording_of = functools.cache(self._record)
-
-    def measure(self, row):
-        """The row's figures as JSON types."""
-        low, high = row.contexts
-        chosen = [i for i, c in enumerate(self.contexts) if low <= len(c) < high]
-        if not chosen:
-            raise ValueError(f"no context has a length in [{low}, {high})")
-        start = time.perf_counter()
-        found = getattr(self, f"_{row.mode}")(row, chosen)
-        return found | {"wall_time_s": time.perf_counter() - start}
-
-    def _engine(self, speculation):
-        """An engine that was, or now is, built for the largest budget of such rows."""
-        unbudgeted = dict(budget_ratio=1.0, min_budget=0)
-        key = dataclasses.replace(speculation, **unbudgeted)
-        alike = [
-            other
-            for other in (
-                row.speculation(speculation.policy)
-                for row in self.rows
-                if self.policies.get(row.policy) == speculation.policy
-            )
-            if dataclasses.replace(other, **unbudgeted) == key
-        ] or [speculation]
-        largest = dataclasses.replace(
-            speculation,
-            budget_ratio=max(other.budget_ratio for other in alike),
-            min_budget=max(other.min_budget for other in alike),
-        )
-        engine = self._engine_of(largest)
-        engine.set_budget(
-            budget_ratio=speculation.budget_ratio, min_budget=speculation.min_budget
-        )
-        return engine
-
-    def _make_engine(self, speculation):
-        config = EngineConfig(
-            num_slots=min(self.setting.num_slots, len(self.contexts)),
-            page_size=self.setting.page_size,
-            max_length=self._longest,
-            prefill_chunk=256,
-            impl=self.setting.impl,
-        )
-        return Engine(self.model, speculation=speculation, engine=config)
-
-    @property
-    def _longest(self):
-        return max(map(len, self.contexts)) + self.setting.max_tokens
-
-    def _continue(self, speculation, contexts, temperature):
-        return measure.continue_contexts(
-            self._engine(speculation),
-            contexts,
-            temperature=temperature,
-            max_tokens=self.setting.max_tokens,
-            seed=self.setting.seed,
-        )
-
-    def _decode_plainly(self, temperature):
-        plain = SpeculationConfig(num_draft_tokens=0)
-        results = self._continue(plain, self.contexts, temperature)
-        return [r.token_ids for r in results]
-
-    def _decode(self, row, chosen):
-        plain = self._plain(row.temperature)
-        policy = self.policies[row.policy]
-        results = self._continue(
-            row.speculation(policy), self.contexts, row.temperature
-        )
-        same = [r.token_ids == t for r, t in zip(results, plain, strict=True)]
-        keep = self._not_looping(chosen, row.temperature)
-        return {
-            "identical_contexts": sum(same),
-            "num_contexts": len(same),
-            "num_looping_excluded": len(chosen) - len(keep),
-            **measure.summarise(
-                [results[i] for i in keep],
-                [len(self.contexts[i]) for i in keep],
-                policy=policy,
-                model_config=self.model.config,
-            ),
-        }
-
-    def _record(self, index, temperature, k, num_rows, num_keys):
-        """A Recording whose first rows are the last k + 1 tokens of the context."""
-        context = self.contexts[index]
-        text = [*context, *self._plain(temperature)[index]]
-        tokens = jnp.asarray(text + [0] * (num_keys - len(text)), jnp.int32)
-        config, params = self.model.config, self.model.params
-        first = len(context) - k - 1
-        return replay.record_text(config, params, tokens, first, num_rows=num_rows)
-
-    def _not_looping(self, chosen, temperature):
-        plain = self._plain(temperature)
-        keep = [i for i in chosen if not contexts_lib.is_looping(plain[i])]
-        if not keep:
-            raise ValueError("every continuation loops: use other contexts")
-        return keep
-
-    def _replay(self, row, chosen):
-        k = row.num_draft_tokens
-        num_keys = -(-self._longest // 256) * 256
-        num_cycles = (self.setting.max_tokens - k) // (k + 1)
-        if num_cycles < 2:
-            raise ValueError(f"max_tokens must be at least {3 * k + 2} for two cycles")
-        hindsight = row.policy == replay.HINDSIGHT
-        policy = self.policies["pillar" if hindsight else row.policy]
-        speculation = row.speculation(policy)
-        cap = max(row.min_budget, int(np.ceil(row.budget_ratio * num_keys)))
-        options = replay.ReplayOptions(
-            num_draft_tokens=k,
-            mass_rows=row.mass_rows,
-            selection=SelectionOptions(
-                cap=min(num_keys, cap),
-                per_layer=row.scope == "layer",
-                num_recent=row.num_recent,
-                num_sinks=speculation.num_sinks,
-                impl="reference",
-            ),
-            hindsight=hindsight,
-        )
-        num_rows = replay.rows_needed(num_cycles, k)
-        texts = [
-            replay.summarise(
-                replay.replay(
-                    self.model,
-                    self._recording_of(index, row.temperature, k, num_rows, num_keys),
-                    policy=policy,
-                    options=options,
-                    speculation=speculation,
-                    temperature=row.temperature,
-                    num_cycles=num_cycles,
-                )
-            )
-            for index in self._not_looping(chosen, row.temperature)
-        ]
-        found = {}
-        for name, value in texts[0].items():
-            values = [text[name] for text in texts]
-            if isinstance(value, list):
-                found[name] = np.mean(values, axis=0).tolist()
-            else:
-                found[name] = measure.mean_and_error(values)
-        return found
 
 
 def smoke_contexts():
@@ -217,19 +47,54 @@ def as_json(row):
 
 
 def run(directory, bench, rows):
-    """Measure the rows that the directory does not hold yet; False if texts differ."""
+    """Measure the rows that the directory does not hold yet.
+
+    Returns (True if no text differs, number of rows that failed).
+    """
     done = [old["row"] for old in directory.records]
+    num_failed = 0
     for row in rows:
         if as_json(row) in done:
             continue
-        found = bench.measure(row)
+        try:
+            found = bench.measure(row)
+        except Exception as error:  # whatever it is, the other rows are worth having
+            num_failed += 1
+            _note_failure(directory.path / "failures.jsonl", row, error)
+            continue
         directory.append({"row": as_json(row), **found})
         print(json.dumps(directory.records[-1]["row"]), headline(found), flush=True)
-    return all(
+    same = all(
         old.get("identical_contexts") == old.get("num_contexts")
         for old in directory.records
         if old["row"]["acceptor"] == "shared_noise"
     )
+    return same, num_failed
+
+
+def _note_failure(path, row, error):
+    text = "".join(traceback.format_exception(error))
+    print(f"failed: {row}\n{text}", file=sys.stderr, flush=True)
+    with open(path, "a") as file:
+        file.write(json.dumps({"row": as_json(row), "error": text[-4000:]}) + "\n")
+
+
+def part_of(rows, part):
+    """The rows of part "i/n", those that share an engine together; all for None.
+
+    Raises:
+      ValueError: not i/n with 1 <= i <= n.
+    """
+    if part is None:
+        return rows
+    index, _, count = part.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--part is i/n with 1 <= i <= n, got {part!r}")
+    groups = {}
+    for row in rows:
+        key = (row.mode, row.policy, without_budget(row.speculation("pillar")))
+        groups.setdefault(key, []).append(row)
+    return sum(list(groups.values())[int(index) - 1 :: int(count)], [])
 
 
 def headline(found):
@@ -250,12 +115,16 @@ def _define_flags():
     )
     flags.DEFINE_integer("num_contexts", 30, "Use only the first so many.")
     flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
+    flags.DEFINE_string("continuations", None, "Plain texts of experiments.contexts.")
     flags.DEFINE_integer("num_slots", 10, "Requests decoded at the same time.")
+    flags.DEFINE_integer("prefill_chunk", 256, "Prompt tokens per step.")
     flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
     flags.DEFINE_integer("seed", 0, "Seed of the continuations.")
     flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
     flags.DEFINE_string("policy_file", None, "FILE.py:NAME, rows of that policy too.")
     flags.DEFINE_list("skip", [], "Policies to leave out.")
+    flags.DEFINE_string("mode", None, "Only rows measured so: decode or replay.")
+    flags.DEFINE_string("part", None, "i/n: the i-th of n parts of the rows.")
     flags.DEFINE_bool("smoke", False, "A tiny random model and a few rows only.")
     flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 
@@ -269,6 +138,9 @@ def rows_of(study, values, own):
     for row in rows:
         if row.policy != replay.HINDSIGHT and not (own and row.policy == own.name):
             resolve_policy(row.policy)
+    if values.mode:
+        rows = [row for row in rows if row.mode == values.mode]
+    rows = part_of(rows, values.part)
     return smoke_rows(rows) if values.smoke else rows
 
 
@@ -294,7 +166,16 @@ def main(argv):
         page_size=values.page_size,
         impl=values.impl,
         seed=values.seed,
+        prefill_chunk=values.prefill_chunk,
     )
+    continuations = None
+    if values.continuations:
+        continuations = contexts_lib.load_continuations(
+            values.continuations,
+            contexts,
+            max_tokens=setting.max_tokens,
+            seed=setting.seed,
+        )
     config = {
         **dataclasses.asdict(setting),
         "study": values.study,
@@ -312,11 +193,13 @@ def main(argv):
         if values.commit:
             environment["commit"] = values.commit
         directory.write_environment(environment)
-        bench = Bench(model, contexts, setting, policies, rows)
-        same = run(directory, bench, rows)
+        bench = Bench(model, contexts, setting, policies, rows, continuations)
+        same, num_failed = run(directory, bench, rows)
         summary = {"claim": study.claim, "header": header, "x": study.x}
         summary |= {"series": study.series, "y": study.y}
         directory.write_summary(summary)
+    if num_failed:
+        sys.exit(f"{num_failed} rows failed: see failures.jsonl")
     if not same and values.dtype == "float32":
         sys.exit("tokens differ from plain decoding")
 

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
+from experiments import contexts as contexts_lib
 from experiments import measure, record
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model
 from sparsespec_jax import model as model_lib
@@ -195,7 +196,7 @@ def accepted_drafts(
             impl=impl,
         ),
     )
-    results = measure.continue_contexts(
+    results = contexts_lib.continue_contexts(
         engine, contexts, temperature=temperature, max_tokens=max_tokens, seed=0
     )
     accepted = [r.metrics.mean_accepted_draft_tokens for r in results]

@@ -73,7 +73,6 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         num_sinks=options.num_sinks,
         impl=impl,
     )
-    step_selection.check_impl(policy, impl)
     verify_rows = slice(
         shape.draft_lanes, shape.draft_lanes + shape.verify_lanes * shape.num_queries
     )

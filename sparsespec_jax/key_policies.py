@@ -2,7 +2,7 @@
 
 Published as selectors of every decoding step; here they score once per verification
 with the mean over its query rows, which is what a draft of k steps can reuse
-(`per_step=True` gives the published form, on reference kernels). They keep no index of
+(`per_step=True` gives the published form). They keep no index of
 the keys between verifications: scoring reads the K half of the cache.
 """
 

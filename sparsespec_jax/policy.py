@@ -70,7 +70,7 @@ class Policy:
       anchor_every: only every n-th layer selects; the others use the set of the layer
         below and compute no mass (TidalDecode, arXiv 2410.05076).
       per_step: select before every draft step for that step's query, from the whole
-        cache. A ceiling of quality and never fast: reference kernels only.
+        cache. A ceiling of quality and never fast: plain jnp on every platform.
 
     Raises:
       ValueError: fields that do not fit together.

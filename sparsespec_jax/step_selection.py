@@ -1,8 +1,9 @@
-"""Policies that select before every draft step: exact, slow, reference kernels only.
+"""Policies that select before every draft step: exact and slow.
 
 They show what a selection of the same size could give if it were always fresh (the
 per-step oracle), and the published form of selectors of every decoding step. The draft
-cache then holds nothing selected, and a draft attends to its picks in the full cache.
+cache then holds nothing selected, and a draft attends to its picks in the full cache,
+in plain jnp on every platform; verification and prefill run on the engine's kernels.
 """
 
 import jax
@@ -12,15 +13,6 @@ from sparsespec_jax.policy import SelectionView, as_mask
 from sparsespec_jax.state import read_rows
 
 _EXACT = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-def check_impl(policy, impl):
-    """NotImplementedError if a per-step policy is to run on a kernel."""
-    if policy.per_step and impl != "reference":
-        raise NotImplementedError(
-            f"policy {policy.name!r} selects in every draft step, which only "
-            f"impl='reference' can do, not {impl!r}"
-        )
 
 
 def nothing(shape):

@@ -15,6 +15,7 @@ from sparsespec_jax.mass_policies import mass_policy
 from sparsespec_jax.policy import SelectionOptions, SelectionView, top_tokens
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
+from tests.test_step_aot import compile_step
 
 LANES, HEADS, KEYS, ROWS, SIZE = 3, 2, 40, 4, 8
 OPTIONS = SelectionOptions(
@@ -269,9 +270,10 @@ def test_the_oracle_accepts_more_than_its_round_form(tiny_model):
     assert accepted["oracle"] > accepted["pillar"] > accepted["recents"]
 
 
-def test_a_per_step_policy_needs_the_reference(tiny_model, prompts):
-    with pytest.raises(NotImplementedError, match="'oracle'.*impl='reference'"):
-        run(tiny_model, prompts, policy="oracle", engine=dict(impl="tpu_interpret"))
+def test_a_per_step_policy_compiles_beside_the_gpu_kernels():
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, _ = compile_step("h100", 8, policy="oracle")
+    assert "mosaic_gpu" in compiled.compiled.as_text()
 
 
 def test_state_starts_anew_with_each_request(tiny_model, prompts, plain):

@@ -26,11 +26,11 @@ _INSTRUCTION = re.compile(
 )
 
 
-def compile_step(target, num_draft_tokens):
+def compile_step(target, num_draft_tokens, policy="pillar"):
     """The step of a two-layer model for `target`, and the bytes of one layer's pool."""
     impl = "gpu" if target == "h100" else "tpu"
     model = dataclasses.replace(PRESETS["qwen3-1.7b"], num_layers=2, vocab_size=1024)
-    speculation = SpeculationConfig(num_draft_tokens=num_draft_tokens)
+    speculation = SpeculationConfig(num_draft_tokens=num_draft_tokens, policy=policy)
     config = EngineConfig(num_slots=16, page_size=128, max_length=2000)
     shape = sizes.make_shape(speculation, config, config.max_length, impl)
     policy = resolve_policy(speculation.policy)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import figures, measure, record, replay, report, study
+from experiments import contexts as contexts_lib
+from experiments import figures, join_studies, measure, record, replay, report, study
+from experiments.study_bench import without_budget
 from experiments.study_config import Row, Study, load_study, smoke_rows, study_names
+from sparsespec_jax import Policy, save_checkpoint
 from sparsespec_jax import model as model_lib
-from sparsespec_jax import save_checkpoint
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.policy import SelectionOptions
 from sparsespec_jax.selection import POLICIES
@@ -213,10 +215,10 @@ def small_bench(rows):
 def test_an_interrupted_study_measures_only_what_is_missing(tmp_path):
     rows = smoke_rows([Row(), Row(policy="window"), Row(mode="replay")])
     with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
-        assert study.run(directory, small_bench(rows), rows[:2])
+        assert study.run(directory, small_bench(rows), rows[:2]) == (True, 0)
     before = directory.records
     with record.RunDirectory(tmp_path, config={}, resume=True) as directory:
-        assert study.run(directory, small_bench(rows), rows)
+        assert study.run(directory, small_bench(rows), rows) == (True, 0)
     assert directory.records[:2] == before and len(directory.records) == 3
     assert [r["row"]["mode"] for r in directory.records] == [
         "decode", "decode", "replay",
@@ -240,7 +242,89 @@ def test_a_differing_text_is_reported(tmp_path):
     bench._plain = lambda temperature: [(1,) * 20, (2,) * 20]
     bench._not_looping = lambda chosen, temperature: chosen
     with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
-        assert not study.run(directory, bench, rows)
+        assert study.run(directory, bench, rows) == (False, 0)
+
+
+def test_a_failing_row_stops_no_other(tmp_path, capsys):
+    def broken(view, options):
+        raise RuntimeError("out of ideas")
+
+    rows = smoke_rows([Row(policy="broken"), Row(policy="window")])
+    bench = small_bench(rows)
+    bench.policies = POLICIES | {"broken": Policy("broken", (), broken)}
+    with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
+        assert study.run(directory, bench, rows) == (True, 1)
+    assert [r["row"]["policy"] for r in directory.records] == ["window"]
+    failed = json.loads((tmp_path / "failures.jsonl").read_text())
+    assert failed["row"]["policy"] == "broken" and "out of ideas" in failed["error"]
+    assert "out of ideas" in capsys.readouterr().err
+
+
+def test_parts_share_out_all_rows_and_split_no_engine():
+    rows = list(load_study("everything")[0].rows)
+    parts = [study.part_of(rows, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(map(str, sum(parts, []))) == sorted(map(str, rows))
+    for row in parts[0]:
+        same = (row.mode, row.policy, without_budget(row.speculation("pillar")))
+        for other in parts[1]:
+            key = (other.mode, other.policy)
+            assert same != (*key, without_budget(other.speculation("pillar")))
+    with pytest.raises(ValueError, match="1 <= i <= n, got '4/3'"):
+        study.part_of(rows, "4/3")
+
+
+def test_continuations_of_a_file_replace_plain_decoding(tmp_path):
+    rows = smoke_rows([Row(policy="window")])
+    decoded = small_bench(rows)._plain(0.65)
+    contexts, path = study.smoke_contexts(), tmp_path / "plain.json"
+    lengths = [len(c) for c in contexts]
+    texts = {"0.65": [list(t) for t in decoded]}
+    made = {"context_lengths": lengths, "max_tokens": 20, "seed": 0, "texts": texts}
+    path.write_text(json.dumps(made))
+    law = dict(max_tokens=20, seed=0)
+    found = contexts_lib.load_continuations(path, contexts, **law)
+    bench = small_bench(rows)
+    bench._continuations = found
+    assert bench._plain(0.65) == texts["0.65"]
+    assert bench._engine_of.cache_info().misses == 0  # nothing was decoded for it
+    assert bench.measure(rows[0])["identical_contexts"] == 2
+    assert contexts_lib.load_continuations(path, contexts[:1], **law)[0.65] == [
+        texts["0.65"][0]
+    ]
+    with pytest.raises(ValueError, match="max_tokens 20, not 21"):
+        contexts_lib.load_continuations(path, contexts, max_tokens=21, seed=0)
+
+
+def test_parts_join_to_studies(tmp_path):
+    def found(row):
+        return {"row": study.as_json(row), "recall": {"mean": 1.0}}
+
+    rows = load_study("sweep_k")[0].rows
+    for name, of_part in {"a": rows[1:], "b": [Row(policy="vegas"), rows[0]]}.items():
+        config = {"num_slots": 3, "study": "everything"}
+        with record.RunDirectory(tmp_path / name, config=config, resume=False) as part:
+            part.write_environment({"commit": "c"})
+            for row in of_part:
+                part.append(found(row))
+    out = tmp_path / "out"
+    written = join_studies.join([tmp_path / "a", tmp_path / "b"], out, suffix="gpu")
+    assert written["sweep_k"] == (len(rows), len(rows))
+    assert written["policies"][0] == 4  # three at k = 8, and vegas
+    config, records = record.load(out / "study_sweep_k_gpu")
+    assert [r["row"] for r in records] == [study.as_json(r) for r in rows]
+    assert config["study"] == "sweep_k"
+    summary = json.loads((out / "study_sweep_k_gpu" / "summary.json").read_text())
+    assert summary["x"] == "num_draft_tokens"
+    assert not (out / "study_ladder_gpu").exists()
+    (tmp_path / "b" / "config.json").write_text('{"num_slots": 4}')
+    with pytest.raises(ValueError, match="num_slots"):
+        join_studies.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c", suffix="x")
+
+
+def test_ranges_are_checked():
+    assert contexts_lib.parse_ranges(["5-10", "10-30"]) == ((5, 10), (10, 30))
+    with pytest.raises(ValueError, match="'10-5'"):
+        contexts_lib.parse_ranges(["10-5"])
 
 
 def run_module(name, *arguments):

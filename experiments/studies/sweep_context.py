@@ -9,7 +9,7 @@ Cost: about 20 s a row on an H100.
 
 from experiments.study_config import Row, Study
 
-RANGES = ((500, 1000), (1000, 2000), (2000, 3000))
+RANGES = ((500, 1000), (1000, 2000), (2000, 4000), (4000, 8192))
 
 
 def get_study():

@@ -1,0 +1,207 @@
+"""Measures the rows of a study on contexts: by decoding, or in replay."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import contexts as contexts_lib
+from experiments import measure, replay
+from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sizes
+from sparsespec_jax.plan import pages_for
+from sparsespec_jax.policy import SelectionOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all rows of a run share."""
+
+    max_tokens: int
+    num_slots: int
+    page_size: int
+    impl: str | None
+    seed: int
+    prefill_chunk: int = 256
+
+
+class Bench:
+    """Measures rows; keeps plain texts, recordings, and the engine of the last row.
+
+    `continuations` are plain texts by temperature; others are decoded when needed.
+    """
+
+    def __init__(self, model, contexts, setting, policies, rows, continuations=None):
+        self.model, self.contexts, self.setting = model, contexts, setting
+        self.policies, self.rows = policies, rows
+        self._continuations = continuations or {}
+        self._plain = functools.cache(self._decode_plainly)
+        # One at a time: each holds a pool for all contexts.
+        self._engine_of = functools.lru_cache(maxsize=1)(self._make_engine)
+        self._recording_of = functools.cache(self._record)
+
+    def measure(self, row):
+        """The row's figures as JSON types."""
+        low, high = row.contexts
+        chosen = [i for i, c in enumerate(self.contexts) if low <= len(c) < high]
+        if not chosen:
+            raise ValueError(f"no context has a length in [{low}, {high})")
+        start = time.perf_counter()
+        found = getattr(self, f"_{row.mode}")(row, chosen)
+        return found | {"wall_time_s": time.perf_counter() - start}
+
+    def _engine(self, speculation):
+        """An engine that was, or now is, built for the largest budget of such rows."""
+        key = without_budget(speculation)
+        alike = [
+            other
+            for other in (
+                row.speculation(speculation.policy)
+                for row in self.rows
+                if self.policies.get(row.policy) == speculation.policy
+                and row.mode == "decode"
+            )
+            if without_budget(other) == key
+        ] or [speculation]
+        largest = dataclasses.replace(
+            speculation,
+            budget_ratio=max(other.budget_ratio for other in alike),
+            min_budget=max(other.min_budget for other in alike),
+        )
+        engine = self._engine_of(largest)
+        engine.set_budget(
+            budget_ratio=speculation.budget_ratio, min_budget=speculation.min_budget
+        )
+        return engine
+
+    def _make_engine(self, speculation):
+        config = EngineConfig(
+            num_slots=min(self.setting.num_slots, len(self.contexts)),
+            page_size=self.setting.page_size,
+            max_length=self._longest,
+            prefill_chunk=self.setting.prefill_chunk,
+            kv_policy="reserve",
+            impl=self.setting.impl,
+        )
+        impl = sizes.resolve_impl(config.impl)
+        shape = sizes.make_shape(speculation, config, self._longest, impl)
+        config = dataclasses.replace(config, num_pages=self._pages(shape))
+        return Engine(self.model, speculation=speculation, engine=config)
+
+    @property
+    def _longest(self):
+        return max(map(len, self.contexts)) + self.setting.max_tokens
+
+    def _pages(self, shape):
+        """Pages that the slots need at most with these contexts."""
+        ahead = self.setting.max_tokens + 3 * shape.num_queries
+        needed = (pages_for(len(c) + ahead, shape.page_size) for c in self.contexts)
+        longest = sorted(needed)[-shape.num_slots :]
+        return sum(longest) + shape.num_slots * shape.draft_table_width
+
+    def _continue(self, speculation, contexts, temperature):
+        return contexts_lib.continue_contexts(
+            self._engine(speculation),
+            contexts,
+            temperature=temperature,
+            max_tokens=self.setting.max_tokens,
+            seed=self.setting.seed,
+        )
+
+    def _decode_plainly(self, temperature):
+        if temperature in self._continuations:
+            return self._continuations[temperature]
+        plain = SpeculationConfig(num_draft_tokens=0)
+        results = self._continue(plain, self.contexts, temperature)
+        return [r.token_ids for r in results]
+
+    def _decode(self, row, chosen):
+        plain = self._plain(row.temperature)
+        policy = self.policies[row.policy]
+        results = self._continue(
+            row.speculation(policy), self.contexts, row.temperature
+        )
+        same = [[*r.token_ids] == [*t] for r, t in zip(results, plain, strict=True)]
+        keep = self._not_looping(chosen, row.temperature)
+        return {
+            "identical_contexts": sum(same),
+            "num_contexts": len(same),
+            "num_looping_excluded": len(chosen) - len(keep),
+            **measure.summarise(
+                [results[i] for i in keep],
+                [len(self.contexts[i]) for i in keep],
+                policy=policy,
+                model_config=self.model.config,
+            ),
+        }
+
+    def _record(self, index, temperature, k, num_rows, num_keys):
+        """A Recording whose first rows are the last k + 1 tokens of the context."""
+        context = self.contexts[index]
+        text = [*context, *self._plain(temperature)[index]]
+        tokens = jnp.asarray(text + [0] * (num_keys - len(text)), jnp.int32)
+        config, params = self.model.config, self.model.params
+        first = len(context) - k - 1
+        return replay.record_text(config, params, tokens, first, num_rows=num_rows)
+
+    def _not_looping(self, chosen, temperature):
+        plain = self._plain(temperature)
+        keep = [i for i in chosen if not contexts_lib.is_looping(plain[i])]
+        if not keep:
+            raise ValueError("every continuation loops: use other contexts")
+        return keep
+
+    def _replay(self, row, chosen):
+        k = row.num_draft_tokens
+        num_keys = -(-self._longest // 256) * 256
+        num_cycles = (self.setting.max_tokens - k) // (k + 1)
+        if num_cycles < 2:
+            raise ValueError(f"max_tokens must be at least {3 * k + 2} for two cycles")
+        hindsight = row.policy == replay.HINDSIGHT
+        policy = self.policies["pillar" if hindsight else row.policy]
+        speculation = row.speculation(policy)
+        cap = max(row.min_budget, int(np.ceil(row.budget_ratio * num_keys)))
+        options = replay.ReplayOptions(
+            num_draft_tokens=k,
+            mass_rows=row.mass_rows,
+            selection=SelectionOptions(
+                cap=min(num_keys, cap),
+                per_layer=row.scope == "layer",
+                num_recent=row.num_recent,
+                num_sinks=speculation.num_sinks,
+                impl="reference",
+            ),
+            hindsight=hindsight,
+        )
+        num_rows = replay.rows_needed(num_cycles, k)
+        texts = [
+            replay.summarise(
+                replay.replay(
+                    self.model,
+                    self._recording_of(index, row.temperature, k, num_rows, num_keys),
+                    policy=policy,
+                    options=options,
+                    speculation=speculation,
+                    temperature=row.temperature,
+                    num_cycles=num_cycles,
+                )
+            )
+            for index in self._not_looping(chosen, row.temperature)
+        ]
+        found = {}
+        for name, value in texts[0].items():
+            values = [text[name] for text in texts]
+            if isinstance(value, list):
+                found[name] = np.mean(values, axis=0).tolist()
+            else:
+                found[name] = measure.mean_and_error(values)
+        return found
+
+
+def without_budget(speculation):
+    """What an engine is built for, its budget aside."""
+    return dataclasses.replace(speculation, budget_ratio=1.0, min_budget=0)
