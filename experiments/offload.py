@@ -43,7 +43,7 @@ _PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.")
 _CHUNK = flags.DEFINE_integer("chunk_pages", 16, "Pages copied at a time.")
 _LAG = flags.DEFINE_integer("lag", 1, "Steps between dispatch and outcome.")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each of the first two modes.")
-_TRACE = flags.DEFINE_integer("trace_steps", 60, "Traced at least (GPU); 0: none.")
+_TRACE = flags.DEFINE_bool("trace", True, "Trace copies (needs a GPU).")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
@@ -83,12 +83,6 @@ def main(argv):
     )
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
-    if _TRACE.value:
-        header["copies"] = trace_copies(
-            model, load, speculation, engine_config("offload", pages), _TRACE.value
-        )
-        print(header["copies"], flush=True)
-        gc.collect()
     runs = {mode: [] for mode in MODES}
     order = [*MODES[:2] * _REPEATS.value, *MODES[2:]]
     for mode in order:
@@ -102,6 +96,13 @@ def main(argv):
         results = {"num_pages": pages, "metrics": metrics_of(runs), "runs": runs}
         record.write_results(_OUTPUT.value, header | results)
     print(metrics_of(runs))
+    if _TRACE.value:
+        first = runs["offload"][0]["busiest_step"]
+        results["copies"] = trace_copies(
+            model, load, speculation, engine_config("offload", pages), first
+        )
+        print(results["copies"])
+        record.write_results(_OUTPUT.value, header | results)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from sparsespec_jax import Engine, SamplingParams
 
 MODES = ("offload", "offload_without_copies", "recompute", "reserve")
 _SERIES = 200  # points kept of a run's history
+_TRACED = 40  # steps of a trace
 
 
 def make_load(vocab_size, *, num_requests, prompt_length, new_tokens):
@@ -46,11 +47,12 @@ def run_mode(model, load, speculation, config, *, copies=True):
         engine.drop_page_copies()
     for prompt, law in zip(*load, strict=True):
         engine.add_request(prompt, law)
-    ends, history = [], []
+    ends, history, moved = [], [], []
     start = time.perf_counter()
     while engine.has_work:
         engine.step()
         usage = engine.kv_usage
+        moved.append((usage["spilled_pages"], usage["restored_pages"]))
         ends.append(time.perf_counter() - start)
         history.append(
             (usage["utilisation"], usage["num_running"], engine.context_tokens)
@@ -75,6 +77,7 @@ def run_mode(model, load, speculation, config, *, copies=True):
         "restored_gib": usage["restored_pages"] * page_bytes / 2**30,
         "recompute_ratio": usage["recomputed_tokens"] / tokens,
         "preemptions": usage["preemptions"],
+        "busiest_step": busiest_step(np.array(moved), _TRACED),
         "history": {
             "seconds": [round(t, 3) for t in ends[::every]],
             "utilisation": history[::every, 0].round(4).tolist(),
@@ -83,40 +86,46 @@ def run_mode(model, load, speculation, config, *, copies=True):
     }
 
 
-def trace_copies(model, load, speculation, config, num_steps):
-    """Trace steps under pressure: do page copies run beside the kernels of steps?
+def busiest_step(moved: np.ndarray, width: int) -> int:
+    """First of the `width` steps that move most pages in the direction that moves less.
 
-    Starts with the first spill and goes on until pages have come back as well.
+    moved: pages spilled and restored before each step, [steps, 2].
+    """
+    width = min(width, len(moved) - 1)
+    return int((moved[width:] - moved[:-width]).min(axis=1).argmax())
+
+
+def trace_copies(model, load, speculation, config, first_step, num_steps=_TRACED):
+    """Trace steps of the load: do page copies run beside the kernels of steps?
 
     Raises:
-      ValueError: the load never restores a page.
+      ValueError: no page moves in them.
     """
     engine = Engine(model, speculation=speculation, engine=config)
     engine.warm_up()
     for prompt, law in zip(*load, strict=True):
         engine.add_request(prompt, law)
-    while engine.has_work and not engine.kv_usage["spilled_pages"]:
-        engine.step()
-    first = engine.num_steps
 
-    def go_on():
-        enough = engine.num_steps >= first + num_steps
-        return engine.has_work and not (enough and engine.kv_usage["restored_pages"])
+    def run_until(step):
+        while engine.has_work and engine.num_steps < step:
+            engine.step()
+        usage = engine.kv_usage
+        return usage["spilled_pages"], usage["restored_pages"]
 
+    before = run_until(first_step)
     with tempfile.TemporaryDirectory() as directory:
         with time_split.trace(directory):
-            while go_on():
-                engine.step()
+            after = run_until(first_step + num_steps)
             engine.pause()
         kernels = time_split.load_kernels(directory)
-    usage = engine.kv_usage
-    if not usage["restored_pages"]:
-        raise ValueError("no page came back: lower pool_share")
-    page_bytes = config.page_size * engine.kv_bytes_per_token
-    moved = usage["spilled_pages"] + usage["restored_pages"]
+    spilled, restored = (b - a for a, b in zip(before, after, strict=True))
+    if not spilled + restored:
+        raise ValueError("no page moved in the traced steps: lower pool_share")
     return {
-        "steps": engine.num_steps - first,
-        "moved_gib": moved * page_bytes / 2**30,
+        "first_step": first_step,
+        "steps": num_steps,
+        "spilled_pages": spilled,
+        "restored_pages": restored,
         **time_split.hidden_copy_share(kernels),
     }
 

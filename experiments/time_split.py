@@ -7,6 +7,7 @@ the code and not the compiler's kernel names.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import pathlib
 import re
@@ -144,32 +145,35 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
 
 def hidden_copy_share(kernels: list[Kernel]) -> dict:
     """Milliseconds of copies between host and device, and the share beside kernels."""
-    copies = [k for k in kernels if re.match(r"memcpy(h2d|d2h)", k.name.lower())]
     total = hidden = 0.0
     others = [k for k in kernels if not re.match(r"mem(cpy|set)", k.name.lower())]
-    spans = _merged(others)
-    for copy in copies:
+    firsts, lasts = _busy_spans(others)
+    for copy in kernels:
+        if not re.match(r"memcpy(h2d|d2h)", copy.name.lower()):
+            continue
         end = copy.start + copy.duration
         total += copy.duration
-        hidden += sum(
-            max(0.0, min(end, last) - max(copy.start, first)) for first, last in spans
-        )
+        place = bisect.bisect_right(lasts, copy.start)
+        while place < len(firsts) and firsts[place] < end:
+            hidden += min(end, lasts[place]) - max(copy.start, firsts[place])
+            place += 1
     return {
         "copy_ms": total * 1e-6,
         "hidden_share": hidden / total if total else float("nan"),
     }
 
 
-def _merged(kernels):
-    """Spans (start, end) in which any of the kernels, sorted by start, runs."""
-    spans = []
+def _busy_spans(kernels):
+    """Starts and ends of the spans in which any of the kernels, by start, runs."""
+    firsts, lasts = [], []
     for kernel in kernels:
         end = kernel.start + kernel.duration
-        if spans and kernel.start <= spans[-1][1]:
-            spans[-1][1] = max(spans[-1][1], end)
+        if lasts and kernel.start <= lasts[-1]:
+            lasts[-1] = max(lasts[-1], end)
         else:
-            spans.append([kernel.start, end])
-    return spans
+            firsts.append(kernel.start)
+            lasts.append(end)
+    return firsts, lasts
 
 
 def largest(kernels: list[Kernel], num_steps: int, count: int = 40) -> list[dict]:

@@ -7,9 +7,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments import time_split
+from experiments import pressure, time_split
 from experiments.loads import LOADS
 from experiments.time_split import Kernel
 
@@ -76,6 +77,14 @@ def test_copies_beside_kernels_are_hidden():
     ]
     got = time_split.hidden_copy_share(kernels)
     assert got == {"copy_ms": pytest.approx(4.0), "hidden_share": pytest.approx(0.25)}
+
+
+def test_the_busiest_steps_move_pages_both_ways():
+    spilled = np.array([0, 0, 9, 9, 10, 12, 12, 12])
+    restored = np.array([0, 0, 0, 0, 1, 2, 2, 9])
+    moved = np.stack([spilled, restored], axis=1)
+    assert pressure.busiest_step(moved, 2) == 3
+    assert pressure.busiest_step(moved, 99) == 0
 
 
 def test_scopes_come_from_the_compiled_program():
