@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from sparsespec_jax import step_selection
 from sparsespec_jax.plan import StepShape
@@ -56,12 +56,18 @@ class RowPlaces(NamedTuple):
     offsets: jax.Array  # int32, like pages: row inside the page
 
 
-def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
-    """The `attend(layer, q, k, v, cache)` function of one step.
+_ROWS_AT_ONCE = 264  # that a GPU selects as fast as fewer
+_LAYERS_AT_ONCE = 8
 
-    Returns a closure from q [T, N, D] and k, v [T, H, D] (rotated) and the layer's
-    LayerCache to the attention output [T, N, D] and the next LayerCache. With fixed
-    counts all that depends on lengths is the same in every layer, and computed once.
+
+def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
+    """The functions `attend(layer, q, k, v, cache)` and `fill(layers)` of one step.
+
+    `attend` takes q [T, N, D] and k, v [T, H, D] (rotated) and the layer's LayerCache
+    to the attention output [T, N, D] and the next LayerCache. With fixed counts all
+    that depends on lengths is the same in every layer, and computed once. `fill` takes
+    all LayerCaches after the last layer and fills the draft caches that a policy with
+    `layers_at_once` left to it; other policies fill them in `attend`.
     """
     groups = _lane_groups(shape, lanes)
     tables, q_lengths = _tables_and_rows(lanes, shape)
@@ -78,6 +84,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
     )
 
     picked = None  # by the newest layer below that selects, while tracing
+    masses = []  # of the layers that select, left to `fill`
 
     def attend(layer_index, q, k, v, cache):
         nonlocal picked
@@ -113,6 +120,10 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         # filled: without this order XLA copies the pool, twice per layer.
         kv_pages, out = jax.lax.optimization_barrier((kv_pages, out))
         cache = cache._replace(kv_pages=kv_pages)
+        if policy.layers_at_once:
+            if selects:
+                masses.append(mass)
+            return out, cache
         if policy.per_step:
             picked = step_selection.nothing(shape)
             out = step_selection.attend_drafts(
@@ -122,14 +133,13 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
             view = _view(layer_index, q[verify_rows], mass, cache, lanes, shape, policy)
             with jax.named_scope("select"):
                 indices, selected, memory = run_policy(policy, view, selection)
-            is_live = (lanes.verify.num_rows > 0)[:, None]
-            picked = indices, jnp.where(is_live, selected, 0)
+            picked = indices, _of_live_lanes(lanes, selected)
             if memory is not None:
                 put = cache.policy_state.at[lanes.verify.slots]
                 cache = cache._replace(policy_state=put.set(memory, mode="drop"))
         indices, selected = picked
         with jax.named_scope("gather"):
-            kv_pages = _gather_selected(kv_pages, indices, selected, lanes, impl)
+            (kv_pages,) = _gather_selected([kv_pages], [picked], lanes, impl)
         if not fixed:
             place = [_tail_places(lanes, shape, selected)]
             kv_pages = _write_rows(kv_pages, place, rows[verify_rows])
@@ -138,7 +148,62 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
             cache = cache._replace(draft_counts=counts)
         return out, cache._replace(kv_pages=kv_pages)
 
-    return attend
+    def fill(layers):
+        if not masses:
+            return layers
+        rows = masses[0].shape[0] * masses[0].shape[1]
+        size = min(-(-_ROWS_AT_ONCE // rows), _LAYERS_AT_ONCE)
+        picks = []
+        for first in range(0, len(masses), size):
+            with jax.named_scope("select"):
+                picks += _select_together(
+                    policy, selection, masses[first : first + size], lanes, shape
+                )
+        filled = []
+        for first in range(0, len(layers), size):
+            group = layers[first : first + size]
+            chosen = [
+                picks[(first + i) // policy.anchor_every] for i in range(len(group))
+            ]
+            with jax.named_scope("gather"):
+                pools = [cache.kv_pages for cache in group]
+                pools = _gather_selected(pools, chosen, lanes, impl)
+            filled += [
+                cache._replace(kv_pages=pool)
+                for cache, pool in zip(group, pools, strict=True)
+            ]
+        return filled
+
+    return attend, fill
+
+
+def _select_together(policy, options, masses, lanes, shape):
+    """One call of the policy: (indices, counts) for each mass [E, H, X] of a list."""
+    count, num_keys = len(masses), masses[0].shape[-1]
+    verify = jax.tree.map(lambda x: jnp.concatenate([x] * count), lanes.verify)
+    view = SelectionView(
+        mass=jnp.concatenate(masses),
+        queries=None,
+        keys=None,
+        num_queries=verify.num_rows,
+        lengths=verify.starts,
+        budgets=verify.budgets,
+        is_first=verify.is_seed,
+        state=None,
+        seeds=verify.seeds,
+        layer_index=None,
+        num_kv_heads=masses[0].shape[1],
+        num_keys=num_keys,
+    )
+    indices, counts, _ = run_policy(policy, view, options)
+    counts = jnp.split(counts, count)
+    counts = [_of_live_lanes(lanes, part) for part in counts]
+    return list(zip(jnp.split(indices, count), counts, strict=True))
+
+
+def _of_live_lanes(lanes, counts):
+    """Counts [E, H or 1], 0 in idle lanes."""
+    return jnp.where((lanes.verify.num_rows > 0)[:, None], counts, 0)
 
 
 def _view(layer_index, queries, mass, cache, lanes, shape, policy):
@@ -292,12 +357,14 @@ def _write_rows(kv_pages, places, rows):
     return kv_pages.at[pages, head, offsets].set(rows, mode="drop")
 
 
-def _gather_selected(kv_pages, indices, selected, lanes, impl):
-    """Copy the selected rows to the head of the draft caches.
+def _gather_selected(pools, picks, lanes, impl):
+    """Copy the selected rows of some layers to the head of their draft caches.
 
-    indices [E, H, cap] and selected [E, H], or one list for all heads ([E, 1, ...]).
+    picks: per layer indices [E, H, cap] and counts [E, H], or one list for all heads
+    ([E, 1, ...]).
     """
     slots = lanes.verify.slots
     source = lanes.full_table.at[slots].get(mode="clip")
     target = lanes.draft_table.at[slots].get(mode="clip")
-    return gather_kv(kv_pages, source, target, indices, selected, impl=impl)
+    indices, counts = (jnp.stack(part) for part in zip(*picks, strict=True))
+    return gather_kv_layers(tuple(pools), source, target, indices, counts, impl=impl)

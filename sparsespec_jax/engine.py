@@ -18,7 +18,7 @@ from sparsespec_jax.plan import StepOutcome
 from sparsespec_jax.proposers import resolve_proposer
 from sparsespec_jax.scheduler import Scheduler
 from sparsespec_jax.selection import resolve_policy
-from sparsespec_jax.state import new_state, pool_bytes_per_page
+from sparsespec_jax.state import committed, new_state, pool_bytes_per_page
 from sparsespec_jax.step import make_step, step_options
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
@@ -47,7 +47,7 @@ class Engine:
         self, model, *, speculation=None, engine=None, choose_num_draft_tokens=None
     ):
         self.model = model
-        self.params = model.params
+        self.params = committed(model.params)
         self.params_version = 0
         self.speculation = speculation or SpeculationConfig()
         self.config = engine or EngineConfig()
@@ -62,13 +62,15 @@ class Engine:
         kv_dtype = self.params["embed"]["weight"].dtype
         sizes.check_memory(model.config, self.shape, kv_dtype, self.policy)
         ratio_test = self.speculation.acceptor == "ratio_test"
-        self._state = new_state(
-            model.config,
-            self.shape,
-            kv_dtype=kv_dtype,
-            draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
-            policy=self.policy,
-            proposer=self.proposer,
+        self._state = committed(
+            new_state(
+                model.config,
+                self.shape,
+                kv_dtype=kv_dtype,
+                draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
+                policy=self.policy,
+                proposer=self.proposer,
+            )
         )
         self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
         page_bytes = self.shape.page_size * self.kv_bytes_per_token
@@ -323,7 +325,8 @@ class Engine:
                 "params must have the names, shapes and types of those in use: load "
                 "them for the same model and dtype"
             )
-        self.params, self.params_version = params, self.params_version + 1
+        self.params = committed(params)
+        self.params_version += 1
 
     def progress(self, known):
         """RequestProgress of unfinished requests that have emitted something new.
@@ -377,7 +380,7 @@ class Engine:
 
     def replace_state(self, **fields):
         """Put arrays in place of fields of the DecodeState, to time made-up caches."""
-        self._state = self._state._replace(**fields)
+        self._state = self._state._replace(**committed(fields))
 
     def _shapes(self):
         return [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]

@@ -75,11 +75,13 @@ def mass_policy(name, *, anchor_every=1, per_step=False, **switches):
     mass = MassOptions(**switches)
     needs = {"config": ("mass",), "edges": ("edge_mass",), "last": ("queries", "keys")}
     shape = functools.partial(_state_shape, mass.remembers) if mass.remembers else None
+    fixed_counts = mass.top_p == 1 and not per_step
     return Policy(
         name,
         needs[mass.rows],
         functools.partial(_select, mass),
-        fixed_counts=mass.top_p == 1 and not per_step,
+        fixed_counts=fixed_counts,
+        layers_at_once=fixed_counts and mass.rows != "last" and shape is None,
         state_shape=shape,
         anchor_every=anchor_every,
         per_step=per_step,

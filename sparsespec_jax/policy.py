@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.select_tokens import select_tokens
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
+_MASS_ALONE = (("mass",), ("edge_mass",))
 
 
 class SelectionView(NamedTuple):
@@ -32,7 +33,7 @@ class SelectionView(NamedTuple):
     is_first: jax.Array  # bool [E], first selection of its request: state is all zero
     state: jax.Array | None  # float32 [E, *state_shape], what the policy remembers
     seeds: jax.Array  # uint32 [E, 2], request seeds
-    layer_index: int
+    layer_index: int | None  # None: of several layers, see Policy.layers_at_once
     num_kv_heads: int
     num_keys: int  # X, static columns of a full table times the page size
 
@@ -69,6 +70,8 @@ class Policy:
         per layer, float32, zero when a request starts. None: nothing.
       anchor_every: only every n-th layer selects; the others use the set of the layer
         below and compute no mass (TidalDecode, arXiv 2410.05076).
+      layers_at_once: called for the lanes of several layers together, one layer behind
+        the other, with view.layer_index None: fewer launches. Needs mass alone.
       per_step: select before every draft step for that step's query, from the whole
         cache. A ceiling of quality and never fast: plain jnp on every platform.
 
@@ -82,6 +85,7 @@ class Policy:
     fixed_counts: bool = False
     state_shape: Callable | None = None
     anchor_every: int = 1
+    layers_at_once: bool = False
     per_step: bool = False
 
     def __post_init__(self):
@@ -96,6 +100,13 @@ class Policy:
             raise ValueError(f"select must be a function, got {self.select!r}")
         if self.anchor_every < 1:
             raise ValueError(f"anchor_every must be >= 1, got {self.anchor_every}")
+        if self.layers_at_once and (
+            self.state_shape or not self.fixed_counts or self.needs not in _MASS_ALONE
+        ):
+            raise ValueError(
+                "with layers_at_once a policy needs mass alone, remembers nothing and "
+                "has fixed_counts"
+            )
         if self.per_step and (
             self.state_shape or self.anchor_every > 1 or self.fixed_counts
         ):

@@ -88,3 +88,12 @@ def pool_bytes_per_page(model_config, page_size, kv_dtype):
     row = 2 * model_config.head_dim * jnp.dtype(kv_dtype).itemsize
     heads = model_config.num_kv_heads * model_config.num_layers
     return heads * page_size * row
+
+
+def committed(arrays):
+    """The same arrays, bound to where they are; nothing is copied.
+
+    Pages that come back from host memory are bound to their device, and a step whose
+    inputs changed from free to bound would compile again.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), arrays)

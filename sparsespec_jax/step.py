@@ -59,14 +59,14 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
         verification = _verification(state, plan, shape)
         lanes = _step_lanes(state, plan, verification, shape)
         tokens, positions = _tokens(state, plan, verification, lanes, shape)
-        attend = make_attend(lanes, shape, policy, options, impl)
+        attend, fill = make_attend(lanes, shape, policy, options, impl)
         hidden, layers, features = forward_with_features(
             model_config, params, tokens, positions, attend, state.layers,
             getattr(proposer, "feature_layers", ()),
         )  # fmt: skip
         rows = shape.draft_lanes + shape.verify_lanes * shape.num_queries
         scores = logits(model_config, params, hidden[:rows])
-        state = state._replace(layers=tuple(layers))
+        state = state._replace(layers=tuple(fill(layers)))
         with jax.named_scope("sample"):
             verified, laws = _accept(
                 scores[shape.draft_lanes :], state, plan, verification, shape,

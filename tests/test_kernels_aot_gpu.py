@@ -23,7 +23,7 @@ from pallas_kernels.cases import (
     SelectCase,
     by_name,
 )
-from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.select_tokens import select_tokens
 
@@ -168,21 +168,23 @@ def test_selection_compiles(compile_h100, name):
     assert result.temp_bytes <= (2 * summed if case.per_layer else 0)
 
 
-@pytest.mark.parametrize("name", GATHER)
-def test_gather_compiles_in_place(compile_h100, name):
+@pytest.mark.parametrize(
+    ("name", "num_layers"), [*((name, 1) for name in GATHER), (GATHER[0], 8)]
+)
+def test_gather_compiles_in_place(compile_h100, name, num_layers):
     case: GatherCase = by_name(GATHER_CASES, name)
     lanes, ps = case.num_lanes, case.page_size
     widths = [-(-rows // ps) for rows in (case.context, case.cap)]
     shape = (lanes * sum(widths), case.num_heads, ps, 2 * case.head_size)
     pool = Array(shape, jnp.bfloat16)
     args = (
-        pool,
+        (pool,) * num_layers,
         *(int32(lanes, width) for width in widths),
-        int32(lanes, case.num_heads, case.cap),
-        int32(lanes, case.num_heads),
+        int32(num_layers, lanes, case.num_heads, case.cap),
+        int32(num_layers, lanes, case.num_heads),
     )
-    gather = functools.partial(gather_kv, impl="gpu")
+    gather = functools.partial(gather_kv_layers, impl="gpu")
     result, kernels = compile_h100(gather, args, donate_argnums=0)
     assert_fits(kernels["gather_kv"], blocks=8)
     assert result.temp_bytes == 0
-    assert result.alias_bytes == num_bytes(pool)
+    assert result.alias_bytes == num_layers * num_bytes(pool)

@@ -25,7 +25,7 @@ from pallas_kernels.cases import (
     by_name,
     tagged,
 )
-from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.gather_kv import gather_kv, gather_kv_layers
 from pallas_kernels.gather_kv import gpu as gather_gpu
 from pallas_kernels.paged_attention import gpu as attention_gpu
 from pallas_kernels.paged_attention import paged_attention
@@ -258,7 +258,14 @@ def test_selection_of_a_multiple_of_2048_needs_no_padding():
 def test_gather_equals_the_reference_and_shows_faults(case, interpret):
     inputs = ki.gather_inputs(case)
     expected = gather_kv(*inputs, impl="reference")
-    kernel = functools.partial(gather_gpu.gather_kv_gpu, interpret=interpret)
+
+    def kernel(pool, source, target, indices, counts):
+        lists = indices[None], counts[None]
+        (got,) = gather_gpu.gather_kv_gpu(
+            (pool,), source, target, *lists, interpret=interpret
+        )
+        return got
+
     run = compile_interpreted(kernel, inputs)
     ki.assert_same_bits(run(inputs), expected)
     faults = ki.GATHER_FAULTS
@@ -274,6 +281,25 @@ def test_gather_drops_rows_for_no_page():
     expected = gather_kv(*inputs, impl="reference")
     actual = gather_kv(*map(jnp.asarray, inputs), impl="gpu_interpret")
     ki.assert_same_bits(actual, expected)
+
+
+def _two_layers(case):
+    """Arguments of `gather_kv_layers` with other rows and lists in each layer."""
+    first, second = ki.gather_inputs(case, seed=0), ki.gather_inputs(case, seed=1)
+    pools = first.kv_pages, second.kv_pages[::-1].copy()
+    indices = np.stack([first.indices, first.indices[:, ::-1]])
+    counts = np.stack([first.counts, first.counts[:, ::-1]])
+    return pools, first.source_table, first.target_table, indices, counts
+
+
+def test_gather_in_several_layers_equals_one_after_the_other():
+    inputs = jax.tree.map(jnp.asarray, _two_layers(by_name(GATHER, "page_64")))
+    expected = gather_kv_layers(*inputs, impl="reference")
+    actual = gather_kv_layers(*inputs, impl="gpu_interpret")
+    for layer in range(2):
+        ki.assert_same_bits(actual[layer], expected[layer])
+    with pytest.raises(AssertionError):
+        ki.assert_same_bits(actual[0], expected[1])
 
 
 def test_gather_refuses_small_pages():
@@ -312,6 +338,11 @@ def test_gather_on_the_device(case):
     inputs = tuple(map(jnp.asarray, ki.gather_inputs(case)))
     expected = gather_kv(*inputs, impl="reference")
     ki.assert_same_bits(gather_kv(*inputs, impl="gpu"), expected)
+    inputs = jax.tree.map(jnp.asarray, _two_layers(case))
+    expected = gather_kv_layers(*inputs, impl="reference")
+    actual = gather_kv_layers(*inputs, impl="gpu")
+    for layer in range(2):
+        ki.assert_same_bits(actual[layer], expected[layer])
 
 
 # -------------------------------------------------------------------- benchmark

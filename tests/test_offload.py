@@ -158,13 +158,15 @@ def test_samples_share_pages_and_still_differ(tiny_model, load):
 
 
 def test_preemption_compiles_nothing(tiny_model, load):
-    engine = make_engine(tiny_model, load)
+    engine = make_engine(tiny_model, load, prefill_chunk=7)  # compiled by no other test
     engine.warm_up()
     compiled = engine.num_compilations
+    assert compiled == 2
     from sparsespec_jax import offload
 
     copies = offload._gather._cache_size(), offload._scatter._cache_size()
     decode(engine, [items[:12] for items in load], share=0.5)
+    assert engine.kv_usage["restored_pages"] > 0
     assert engine.num_compilations == compiled
     found = offload._gather._cache_size(), offload._scatter._cache_size()
     assert found == copies

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax import Engine, Policy
+from experiments.models import TINY
+from experiments.models import tiny_model as tiny_model_of
+from sparsespec_jax import Engine, Policy, attention
 from sparsespec_jax.key_policies import label_scores, page_scores
 from sparsespec_jax.mass_policies import mass_policy
+from sparsespec_jax.model import init_params
 from sparsespec_jax.policy import SelectionOptions, SelectionView, top_tokens
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
@@ -311,6 +314,26 @@ def test_anchor_layers_share_the_set_below(tiny_model, prompts, plain):
     assert set(layers) == {0}
 
 
+@pytest.mark.parametrize("anchor_every", [1, 2])
+def test_layers_selected_at_once_select_what_each_would(anchor_every, monkeypatch):
+    """Five layers in groups of two: the same tokens after the same drafts."""
+    monkeypatch.setattr(attention, "_LAYERS_AT_ONCE", 2)
+    config = dataclasses.replace(TINY, num_layers=5)
+    model = dataclasses.replace(
+        tiny_model_of(), config=config, params=init_params(config, seed=0)
+    )
+    small = dict(min_budget=6, budget_ratio=1e-3)
+    seen = {}
+    for at_once in (False, True):
+        policy = dataclasses.replace(
+            resolve_policy("pillar"), layers_at_once=at_once, anchor_every=anchor_every
+        )
+        tokens, metrics = continued(model, policy=policy, **small)
+        seen[at_once] = tokens, [m.accepted_histogram for m in metrics]
+    assert seen[True] == seen[False]
+    assert 0 < sum(sum(h[:-1]) for h in seen[True][1])  # some drafts are rejected
+
+
 # -- refusals -----------------------------------------------------------------------
 
 
@@ -319,6 +342,8 @@ def test_anchor_layers_share_the_set_below(tiny_model, prompts, plain):
     [
         (dict(needs=("attention",)), "needs must be of .*attention"),
         (dict(needs=("mass", "edge_mass")), "choose one"),
+        (dict(needs=("keys",), layers_at_once=True), "needs mass alone"),
+        (dict(needs=("mass",), layers_at_once=True), "has fixed_counts"),
         (dict(anchor_every=0), "anchor_every must be >= 1, got 0"),
         (
             dict(per_step=True, anchor_every=2),

@@ -46,15 +46,45 @@ def gather_kv(
       ValueError: shapes or dtypes that do not fit together.
       NotImplementedError: the chosen implementation cannot serve the shapes.
     """
-    check_pool(kv_pages)
-    num_heads = kv_pages.shape[1]
+    (pool,) = gather_kv_layers(
+        (kv_pages,), source_table, target_table, indices[None], counts[None], impl=impl
+    )
+    return pool
+
+
+def gather_kv_layers(
+    pools: tuple[jax.Array, ...],
+    source_table: jax.Array,
+    target_table: jax.Array,
+    indices: jax.Array,
+    counts: jax.Array,
+    *,
+    impl: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """`gather_kv` in the pools of several layers, in one launch where that is faster.
+
+    Args:
+      pools: L pools of one shape and dtype, each with pages of the same tables.
+      source_table, target_table: as in `gather_kv`, for all layers.
+      indices: int32 [L, lanes, H or 1, cap].
+      counts: int32 [L, lanes, H or 1].
+      impl: as in `gather_kv`.
+
+    Raises: as `gather_kv`.
+    """
+    check_pool(pools[0])
+    kinds = {(pool.shape, pool.dtype) for pool in pools}
+    if len(kinds) > 1:
+        raise ValueError(f"pools differ in shape or dtype: {sorted(map(str, kinds))}")
+    num_layers, num_heads = len(pools), pools[0].shape[1]
     check_shape("source_table", source_table, (None, None), "[lanes, W]")
     lanes = source_table.shape[0]
     check_shape("target_table", target_table, (lanes, None), "[lanes, Wd]")
-    num_lists = 1 if indices.shape[1:2] == (1,) else num_heads
-    meaning = "[lanes, H, cap], or [lanes, 1, cap] for all heads"
-    check_shape("indices", indices, (lanes, num_lists, None), meaning)
-    check_shape("counts", counts, (lanes, num_lists), "[lanes, H or 1], like indices")
+    num_lists = 1 if indices.shape[2:3] == (1,) else num_heads
+    meaning = "[L, lanes, H, cap], or [L, lanes, 1, cap] for all heads"
+    check_shape("indices", indices, (num_layers, lanes, num_lists, None), meaning)
+    meaning = "[L, lanes, H or 1], like indices"
+    check_shape("counts", counts, (num_layers, lanes, num_lists), meaning)
     for name, array in (
         ("source_table", source_table),
         ("target_table", target_table),
@@ -66,7 +96,12 @@ def gather_kv(
             raise ValueError(f"{name} has shape {array.shape}: no axis may be empty")
     impl = default_impl() if impl is None else impl
     function = load_implementation("pallas_kernels.gather_kv", "gather_kv", impl)
+    tables = source_table, target_table
     if impl.startswith("gpu"):  # which takes one list per head
-        indices = jnp.broadcast_to(indices, (lanes, num_heads, indices.shape[2]))
-        counts = jnp.broadcast_to(counts, (lanes, num_heads))
-    return function(kv_pages, source_table, target_table, indices, counts)
+        shape = num_layers, lanes, num_heads
+        indices = jnp.broadcast_to(indices, (*shape, indices.shape[3]))
+        return function(pools, *tables, indices, jnp.broadcast_to(counts, shape))
+    return tuple(
+        function(pool, *tables, indices[layer], counts[layer])
+        for layer, pool in enumerate(pools)
+    )

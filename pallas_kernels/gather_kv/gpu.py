@@ -1,8 +1,8 @@
 """Gather of KV rows into draft pages for Hopper GPUs, in Pallas Mosaic GPU.
 
-One CTA per target page (or 64 rows of it), lane and KV head: one asynchronous copy
-per row brings the rows into shared memory, one copy stores them all. The pool is
-updated in place.
+One CTA per part of a target page, lane, KV head and layer: one asynchronous copy per
+row brings the rows into shared memory, one copy stores them all. The pools are updated
+in place. Layers share a launch, as that of few rows takes longer than their copies.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class GatherConfig:
 # Compiled once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("interpret", "config"))
 def gather_kv_gpu(
-    kv_pages: jax.Array,
+    pools: tuple[jax.Array, ...],
     source_table: jax.Array,
     target_table: jax.Array,
     indices: jax.Array,
@@ -37,11 +37,11 @@ def gather_kv_gpu(
     *,
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: GatherConfig | None = None,
-) -> jax.Array:
-    """Returns what `api.gather_kv` documents, computed on a Hopper GPU."""
+) -> tuple[jax.Array, ...]:
+    """Returns what `api.gather_kv_layers` documents, computed on a Hopper GPU."""
     config = config or GatherConfig()
-    num_pages, num_heads, ps, columns = kv_pages.shape
-    lanes, _, cap = indices.shape
+    num_pages, num_heads, ps, columns = pools[0].shape
+    _, lanes, _, cap = indices.shape
     rows = math.gcd(ps, config.max_rows)
     width = math.gcd(columns, _MAX_COLUMNS)
     if rows % _GROUP:
@@ -49,8 +49,17 @@ def gather_kv_gpu(
             f"page_size is {ps}: the GPU kernel needs a multiple of {_GROUP}"
         )
 
-    def body(source_ref, target_ref, index_ref, count_ref, pool_ref, rows_s, bar):
-        lane, head = lax.axis_index("lane"), lax.axis_index("head")
+    def body(source_ref, target_ref, index_ref, count_ref, *rest):
+        *pool_refs, rows_s, bar = rest
+        for layer, pool_ref in enumerate(pool_refs):
+
+            @pl.when(lax.axis_index("lane") // lanes == layer)
+            def _copy(layer=layer, pool_ref=pool_ref):
+                refs = index_ref.at[layer], count_ref.at[layer], pool_ref
+                copy_rows(source_ref, target_ref, *refs, rows_s, bar)
+
+    def copy_rows(source_ref, target_ref, index_ref, count_ref, pool_ref, rows_s, bar):
+        lane, head = lax.rem(lax.axis_index("lane"), lanes), lax.axis_index("head")
         first = lax.axis_index("chunk") * rows
         count = jnp.clip(count_ref[lane, head] - first, 0, rows)
         column = jnp.minimum(first // ps, target_ref.shape[1] - 1)
@@ -117,15 +126,15 @@ def gather_kv_gpu(
 
             plgpu.wait_smem_to_gmem(0)
 
-    pool_ref = jax.new_ref(kv_pages)
+    pool_refs = [jax.new_ref(pool) for pool in pools]
     plgpu.kernel(
         body,
         out_type=(),
-        grid=(lanes, num_heads, -(-cap // rows)),
+        grid=(len(pools) * lanes, num_heads, -(-cap // rows)),
         grid_names=("lane", "head", "chunk"),
         kernel_name="gather_kv",
         scratch_types=[
-            plgpu.SMEM((rows, columns), kv_pages.dtype),
+            plgpu.SMEM((rows, columns), pools[0].dtype),
             plgpu.Barrier(num_arrivals=rows * (columns // width)),
         ],
         # No thread reads what it wrote: only copies touch the rows.
@@ -133,5 +142,5 @@ def gather_kv_gpu(
         interpret=plgpu.InterpretGPUParams()
         if interpret is True
         else interpret or None,
-    )(source_table, target_table, indices, counts, pool_ref)
-    return jax.freeze(pool_ref)
+    )(source_table, target_table, indices, counts, *pool_refs)
+    return tuple(jax.freeze(ref) for ref in pool_refs)
