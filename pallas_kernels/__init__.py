@@ -6,6 +6,7 @@ Each operation is a package with the same four modules: `api` (public function),
     from pallas_kernels.paged_attention import LaneGroup, paged_attention
     from pallas_kernels.select_tokens import select_tokens
     from pallas_kernels.gather_kv import gather_kv
+    from pallas_kernels.write_rows import write_rows
 """
 
 from pallas_kernels.common import IMPLS, default_impl

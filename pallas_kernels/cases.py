@@ -127,6 +127,28 @@ class GatherCase:
         return np.maximum(fewer, 0).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteCase:
+    """One call of `write_rows`."""
+
+    name: str
+    num_rows: int
+    num_copies: int = 0
+    copies_from: int = 0
+    num_heads: int = 8
+    head_size: int = 128
+    page_size: int = 64
+    num_pages: int = 2048
+    is_shared: bool = True  # one place for all heads
+    dtype: str = "bfloat16"
+    tags: frozenset[str] = LARGE
+
+    @property
+    def num_places(self) -> int:
+        """Rows stored, those stored a second time included."""
+        return self.num_rows + self.num_copies
+
+
 _SMOLLM2 = dict(num_heads=3, group_size=3, head_size=64)
 _TINY = dict(num_heads=2, page_size=8, dtype="float32", tags=SMALL)
 
@@ -439,6 +461,52 @@ GATHER_CASES = (
         num_lanes=14,
         context=8192,
         cap=410,
+        num_heads=3,
+        head_size=64,
+    ),
+)
+
+WRITE_CASES = (
+    WriteCase(
+        name="one_row",
+        num_rows=1,
+        num_heads=1,
+        page_size=8,
+        num_pages=3,
+        dtype="float32",
+        tags=SMALL,
+    ),
+    # Draft rows, then verified ones that are stored again.
+    WriteCase(
+        name="write_step",
+        num_rows=7,
+        num_copies=4,
+        copies_from=3,
+        num_heads=2,
+        page_size=8,
+        num_pages=6,
+        tags=SMALL,
+    ),
+    WriteCase(
+        name="write_per_head",
+        num_rows=5,
+        num_copies=3,
+        copies_from=1,
+        num_heads=3,
+        head_size=64,
+        page_size=16,
+        num_pages=5,
+        is_shared=False,
+        tags=SMALL,
+    ),
+    # Steps of an engine: 64 slots, plain and with 8 verifications; a small model.
+    WriteCase(name="write_plain", num_rows=64),
+    WriteCase(name="write_136", num_rows=136, num_copies=72, copies_from=64),
+    WriteCase(
+        name="write_d64",
+        num_rows=517,
+        num_copies=261,
+        copies_from=256,
         num_heads=3,
         head_size=64,
     ),

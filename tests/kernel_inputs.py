@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.cases import AttentionCase, GatherCase, SelectCase
+from pallas_kernels.cases import AttentionCase, GatherCase, SelectCase, WriteCase
 from pallas_kernels.paged_attention import AttentionOutput, LaneGroup
 
 NO_PAGE = -1
@@ -37,6 +37,16 @@ class SelectInputs(NamedTuple):
     scores: np.ndarray
     lengths: np.ndarray
     budgets: np.ndarray
+
+
+class WriteInputs(NamedTuple):
+    """Array arguments of `write_rows`, numpy."""
+
+    kv_pages: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    pages: np.ndarray
+    offsets: np.ndarray
 
 
 class GatherInputs(NamedTuple):
@@ -351,3 +361,34 @@ GATHER_FAULTS: tuple[Callable[[GatherInputs, int], GatherInputs], ...] = (
     swap_index_heads,
     next_row,
 )
+
+
+# ---------------------------------------------------------------------- write
+
+
+def write_inputs(case: WriteCase, seed: int = 0) -> WriteInputs:
+    """Returns random bits (NaN included) and distinct places, two of them nowhere."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(case.dtype)
+    unsigned = _UNSIGNED[dtype.itemsize]
+
+    def bits(*shape):
+        x = rng.integers(0, np.iinfo(unsigned).max, shape, unsigned, endpoint=True)
+        return x.view(dtype)
+
+    H, D, ps = case.num_heads, case.head_size, case.page_size
+    lists = 1 if case.is_shared else H
+    flat = [
+        rng.choice(case.num_pages * ps, case.num_places, False) for _ in range(lists)
+    ]
+    places = np.stack(flat, axis=1).astype(np.int32)
+    pages, offsets = places // ps, places % ps
+    if case.num_places > 2:
+        pages[1, 0], pages[-1, -1] = case.num_pages, -1
+    k, v = (bits(case.num_rows, H, D) for _ in range(2))
+    return WriteInputs(bits(case.num_pages, H, ps, 2 * D), k, v, pages, offsets)
+
+
+def write_options(case: WriteCase) -> dict:
+    """Returns the keyword arguments of `write_rows` for `case`."""
+    return dict(copies_from=case.copies_from)

@@ -18,6 +18,7 @@ from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
     SELECT_CASES,
+    WRITE_CASES,
     AttentionCase,
     GatherCase,
     SelectCase,
@@ -26,6 +27,7 @@ from pallas_kernels.cases import (
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.write_rows import write_rows
 
 pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is in the plugin")
 
@@ -49,6 +51,7 @@ ATTENTION = (
     "plain_8k",
 )
 SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_131k")
+WRITE = ("write_plain", "write_136", "write_d64")
 GATHER = ("gather_512b", "gather_410", "gather_d64")
 
 
@@ -188,3 +191,17 @@ def test_gather_compiles_in_place(compile_h100, name, num_layers):
     assert_fits(kernels["gather_kv"], blocks=8)
     assert result.temp_bytes == 0
     assert result.alias_bytes == num_layers * num_bytes(pool)
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_write_compiles_in_place(compile_h100, name):
+    case = by_name(WRITE_CASES, name)
+    rows = Array((case.num_rows, case.num_heads, case.head_size), jnp.bfloat16)
+    shape = (case.num_pages, case.num_heads, case.page_size, 2 * case.head_size)
+    pool, place = Array(shape, jnp.bfloat16), int32(case.num_places, 1)
+    write = functools.partial(write_rows, copies_from=case.copies_from, impl="gpu")
+    args = (pool, rows, rows, place, place)
+    result, kernels = compile_h100(write, args, donate_argnums=0)
+    assert_fits(kernels["write_rows"], blocks=8)
+    assert result.temp_bytes == 0
+    assert result.alias_bytes == num_bytes(pool)

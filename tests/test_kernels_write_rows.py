@@ -1,0 +1,145 @@
+"""The store of new KV rows: the reference by hand, the GPU kernel interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_inputs as ki
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.aot import compile_for
+from pallas_kernels.cases import WRITE_CASES, by_name, tagged
+from pallas_kernels.write_rows import write_rows
+from pallas_kernels.write_rows.gpu import write_rows_gpu
+
+SMALL = tagged(WRITE_CASES, "small")
+small_cases = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+write = functools.partial(write_rows, impl="reference")
+
+
+def int32(*rows):
+    return jnp.asarray(rows, jnp.int32)
+
+
+def numbered_pool(num_pages):
+    """Returns pages of two rows, one head, D = 1: K 10 * page + row, V negative."""
+    page, _, row, half = np.indices((num_pages, 1, 2, 2))
+    return jnp.asarray(np.where(half == 0, 1.0, -1.0) * (10 * page + row), jnp.float32)
+
+
+def test_write_by_hand():
+    # Row 0 goes to row 1 of page 2; row 1 to row 0 of page 0, and, as the one that is
+    # stored again, to row 0 of page 1.
+    k = jnp.asarray([[[50.0]], [[60.0]]])
+    got = write(numbered_pool(3), k, k + 1, int32([2], [0], [1]), int32([1], [0], [0]),
+                copies_from=1)  # fmt: skip
+    assert got[:, 0, :, 0].tolist() == [[60, 1], [60, 11], [20, 50]]
+    assert got[:, 0, :, 1].tolist() == [[61, -1], [61, -11], [-20, 51]]
+
+
+def test_write_drops_rows_without_a_page():
+    k = jnp.asarray([[[50.0]], [[60.0]], [[70.0]]])
+    pool = numbered_pool(2)
+    got = write(pool, k, k, int32([2], [-1], [1]), int32([0], [0], [1]))
+    assert got[:, 0, :, 0].tolist() == [[0, 1], [10, 70]]
+
+
+@small_cases
+def test_write_agrees_with_numpy_bit_for_bit(case):
+    inputs = ki.write_inputs(case)
+    expected = inputs.kv_pages.copy()
+    for place, head in np.ndindex(case.num_places, case.num_heads):
+        copied = place - case.num_rows
+        row = place if copied < 0 else case.copies_from + copied
+        column = min(head, inputs.pages.shape[1] - 1)
+        page, offset = inputs.pages[place, column], inputs.offsets[place, column]
+        if 0 <= page < case.num_pages:
+            values = np.concatenate([inputs.k[row, head], inputs.v[row, head]])
+            expected[page, head, offset] = values
+    ki.assert_same_bits(write(*inputs, **ki.write_options(case)), expected)
+
+
+@small_cases
+def test_write_on_a_gpu_equals_the_reference(case):
+    inputs, options = ki.write_inputs(case), ki.write_options(case)
+    races = plgpu.InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(write_rows_gpu, **options, interpret=races)
+    actual = jax.block_until_ready(jax.jit(kernel)(*map(jnp.asarray, inputs)))
+    assert not gpu_callbacks.get_races().races_found, "race in shared memory"
+    ki.assert_same_bits(actual, write(*inputs, **options))
+
+
+def test_write_on_a_gpu_shows_faults():
+    case = by_name(WRITE_CASES, "write_step")
+    inputs, options = ki.write_inputs(case), ki.write_options(case)
+    expected = write(*inputs, **options)
+    run = functools.partial(write_rows, impl="gpu_interpret")
+    offsets = inputs.offsets.copy()
+    offsets[3] ^= 1
+    pages = inputs.pages.copy()
+    pages[5] = case.num_pages  # dropped
+    faults = (
+        (inputs._replace(offsets=offsets), options),
+        (inputs._replace(pages=pages), options),
+        (inputs._replace(k=inputs.v, v=inputs.k), options),
+        (inputs, dict(copies_from=options["copies_from"] - 1)),
+    )
+    for faulty, options in faults:
+        with pytest.raises(AssertionError):
+            ki.assert_same_bits(run(*map(jnp.asarray, faulty), **options), expected)
+
+
+@pytest.mark.parametrize("target", ["v5e", "tpu7x"])
+def test_write_is_in_place_on_a_tpu(target):
+    pytest.importorskip("libtpu")
+    case = by_name(WRITE_CASES, "write_136")
+    fn = functools.partial(write_rows, impl="tpu", **ki.write_options(case))
+    args = write_shapes(case)
+    compiled = compile_for(target, fn, *args, donate_argnums=0)
+    pool_bytes = args[0].size * args[0].dtype.itemsize
+    assert compiled.alias_bytes == pool_bytes
+    assert compiled.temp_bytes < pool_bytes / 64
+
+
+def write_shapes(case):
+    """Returns the shapes of the arguments of a case."""
+    array, H, D = jax.ShapeDtypeStruct, case.num_heads, case.head_size
+    dtype, lists = jnp.dtype(case.dtype), 1 if case.is_shared else H
+    row = array((case.num_rows, H, D), dtype)
+    place = array((case.num_places, lists), jnp.int32)
+    pool = array((case.num_pages, H, case.page_size, 2 * D), dtype)
+    return pool, row, row, place, place
+
+
+def test_write_rejects_what_does_not_fit():
+    pool, k, one = numbered_pool(2), jnp.zeros((2, 1, 1)), int32([0], [1])
+    for args, options, word in (
+        ((pool[0], k, k, one, one), {}, "kv_pages has shape"),
+        ((pool, k[0], k, one, one), {}, "k has shape"),
+        ((pool, k, k[:1], one, one), {}, "v has shape"),
+        ((pool, k.astype(jnp.bfloat16), k, one, one), {}, "k has dtype"),
+        ((pool, k, k, one[0], one), {}, "pages has shape"),
+        ((pool, k, k, one, one[:1]), {}, "offsets has shape"),
+        ((pool, k, k, one[:1], one[:1]), {}, "k has 2 rows and pages 1"),
+        ((pool, k, k, one, one), dict(copies_from=3), "copies_from is 3"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            write(*args, **options)
+
+
+def test_write_on_a_gpu_refuses_other_head_sizes():
+    with pytest.raises(NotImplementedError, match="head size is 1:"):
+        k = jnp.zeros((1, 1, 1))
+        write_rows(numbered_pool(2), k, k, int32([0]), int32([0]), impl="gpu_interpret")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WRITE_CASES, ids=lambda case: case.name)
+def test_write_on_the_device(case):
+    inputs, options = ki.write_inputs(case), ki.write_options(case)
+    inputs = tuple(map(jnp.asarray, inputs))
+    expected = write(*inputs, **options)
+    ki.assert_same_bits(write_rows(*inputs, **options, impl="gpu"), expected)
