@@ -152,6 +152,16 @@ def test_attention_does_not_depend_on_its_configuration(name):
     check(run(inputs), expected)
 
 
+def test_attention_of_heads_without_keys():
+    case = by_name(ATTENTION, "step_bf16")
+    run, check, inputs, _ = attention_setup(case, PLAIN)
+    lengths = inputs.kv_lengths.copy()
+    lengths[0, 1], lengths[1, 0], lengths[2, 1] = 0, 0, 5  # of 9 queries
+    inputs = inputs._replace(kv_lengths=lengths)
+    options = ki.attention_options(case)
+    check(run(inputs), paged_attention(*inputs, **options, impl="reference"))
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_packed_probabilities_come_back(bits):
     levels = np.random.default_rng(bits).integers(0, 2**bits, (4, BLOCK))

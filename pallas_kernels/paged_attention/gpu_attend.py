@@ -19,12 +19,14 @@ from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
     TILE,
+    UNITS,
     Spec,
+    blocks_before,
+    first_block,
     full,
     num_blocks,
     part_row,
-    segment_start,
-    shares,
+    share_of,
 )
 from pallas_kernels.paged_attention.gpu_mass import pack
 from pallas_kernels.paged_attention.gpu_stream import Cursor, Segment, Stream
@@ -178,8 +180,9 @@ class _Attend:
         """Computes this CTA's part of a segment; returns the next i and cursor."""
         spec, stream = self.spec, self.stream
         segment = stream.segment(index)
-        first = jnp.maximum(stream.low - start, 0)
-        last = jnp.minimum(stream.high - start, num_blocks(segment.visible))
+        first = blocks_before(stream.low, start)
+        last = blocks_before(stream.high, start)
+        last = jnp.minimum(last, num_blocks(segment.visible))
         self.place_queries(segment)
 
         def step(block, carry):
@@ -216,15 +219,14 @@ class _Attend:
 
         lax.fori_loop(0, lax.div(tile.rows, 8), copy, None)
 
-    def run(self, first_segment):
-        """Computes all blocks of this CTA."""
+    def run(self, segment, start, block):
+        """Computes all blocks of this CTA, from one of a segment on."""
         stream = self.stream
-        start = segment_start(stream.ends, first_segment)
-        cursor = stream.cursor(first_segment, stream.low - start)
+        cursor = stream.cursor(segment, start, block)
         for i in range(self.spec.config.num_stages):
             cursor = stream.copy_block_if_mine(jnp.int32(i), cursor)
             if i == 0:
-                stream.copy_queries(first_segment)
+                stream.copy_queries(segment)
 
         def step(carry):
             index, start, i, cursor = carry
@@ -232,9 +234,9 @@ class _Attend:
             return stream.next_segment(index), stream.ends[index], i, cursor
 
         lax.while_loop(
-            lambda carry: carry[2] < stream.high - stream.low,
+            lambda carry: carry[1] < stream.high,
             step,
-            (first_segment, start, jnp.int32(0), cursor),
+            (segment, start, jnp.int32(0), cursor),
         )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -263,18 +265,22 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
         outputs += (None,) * (4 - len(outputs))
         q_s, kv_s, q_bar, kv_bar, *scratch = scratch
         cta = lax.axis_index("cta")
-        total, num_ctas = shares(ends, spec)
-        low = lax.div(cta * total, num_ctas)
-        high = lax.div((cta + 1) * total, num_ctas)
-        layout = plgpu.Layout.WG_STRIDED(ends.shape, 1)
-        has_ended = plgpu.load(ends, layout=layout) <= low
-        first_segment = jnp.sum(jnp.where(has_ended, 1, 0))
+        low, high = share_of(cta, ends, spec)
         inputs = (ends, kv_lengths, q_lengths, table, queries, pages)
         stream = Stream(spec, low, high, *inputs, q_s, kv_s, q_bar, kv_bar)
 
-        @pl.when((cta < num_ctas) & (ends[spec.num_segments - 1] > 0))
+        layout = plgpu.Layout.WG_STRIDED(ends.shape, 1)
+        has_ended = plgpu.load(ends, layout=layout) <= low
+        num_ended = jnp.sum(jnp.where(has_ended, 1, 0))
+
+        @pl.when(low < high)
         def _run():
-            _Attend(spec, stream, cta, *outputs, *scratch).run(first_segment)
+            segment, start, block = first_block(ends, num_ended, low, spec)
+
+            @pl.when(start + block * UNITS < high)
+            def _run_blocks():
+                attend = _Attend(spec, stream, cta, *outputs, *scratch)
+                attend.run(segment, start, block)
 
     return plgpu.kernel(
         entry,

@@ -3,6 +3,8 @@
 Merges the parts of every token and KV head, and turns stored probabilities into mass.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,38 +12,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.gpu_layouts import row_layout
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
-    MASS_BLOCKS,
-    TILE,
     Spec,
     edge_position,
     full,
     part_row,
     parts_of,
 )
-from pallas_kernels.paged_attention.gpu_mass import mass_chunk
+from pallas_kernels.paged_attention.gpu_mass import write_mass
 
 
 def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
     """Returns the output [T, N, D] and, if wanted, the mass [lanes, H, blocks, 64].
 
-    The first CTAs sum the stored probabilities of 1024 keys each, the others merge the
-    parts of one token and KV head.
+    The first CTAs sum stored probabilities, `mass_ctas` for every lane and KV head; the
+    others merge the parts of `heads_at_once` heads of a token.
     """
     H, last = spec.num_heads, spec.groups[-1]
     num_tokens = last.first_token + last.num_lanes * last.num_queries
     shape = (num_tokens, H * spec.group_size, spec.head_size)
     outputs = [jax.ShapeDtypeStruct(shape, spec.dtype)]
-    scratch = []
-    num_mass, chunks = 0, -(-spec.mass_blocks // MASS_BLOCKS)
+    num_mass, head_groups = 0, H // spec.heads_at_once
     if stored:
         num_lanes = spec.groups[spec.mass_group].num_lanes
-        num_mass = num_lanes * H * chunks
+        num_mass = num_lanes * H * spec.mass_ctas
         shape = (num_lanes, H, spec.mass_blocks, BLOCK)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-        tiles = spec.groups[spec.mass_group].tiles_per_lane
-        scratch = [plgpu.SMEM((tiles, TILE), jnp.float32)]
 
     def body(ends, kv_lengths, q_lengths, parts, log_sums, *rest):
         work = lax.axis_index("work")
@@ -49,27 +47,30 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
 
         @pl.when(work >= num_mass)
         def _merge():
-            token, head = lax.div(work - num_mass, H), lax.rem(work - num_mass, H)
+            token = lax.div(work - num_mass, head_groups)
+            head = lax.rem(work - num_mass, head_groups) * spec.heads_at_once
             out = rest[2] if stored else rest[0]
             _merge_token(spec, token, head, *lengths, parts, log_sums, out)
 
         if stored:
-            probabilities, maxima, _, mass, final = rest
+            probabilities, maxima, _, mass = rest
 
             @pl.when(work < num_mass)
             def _mass():
-                chunk, segment = lax.rem(work, chunks), lax.div(work, chunks)
-                where = (lax.div(segment, H), lax.rem(segment, H), chunk)
-                refs = (log_sums, probabilities, maxima, mass, final)
-                mass_chunk(spec, *where, *lengths, *refs)
+                number, first = (
+                    lax.div(work, spec.mass_ctas),
+                    lax.rem(work, spec.mass_ctas),
+                )
+                where = (lax.div(number, H), lax.rem(number, H), first)
+                refs = (log_sums, probabilities, maxima, mass)
+                write_mass(spec, *where, *lengths, *refs)
 
     return plgpu.kernel(
         body,
         out_type=outputs,
-        grid=(num_mass + num_tokens * H,),
+        grid=(num_mass + num_tokens * head_groups,),
         grid_names=("work",),
         kernel_name="paged_attention_finish",
-        scratch_types=scratch,
         **spec.options,
     )(ends, kv_lengths, q_lengths, parts, log_sums, *stored)
 
@@ -102,58 +103,77 @@ def _find_token(spec: Spec, token):
 
 
 def _merge_token(
-    spec: Spec, token, head, ends, kv_lengths, q_lengths, parts, log_sums, out
+    spec: Spec, token, first_head, ends, kv_lengths, q_lengths, parts, log_sums, out
 ):
-    """Writes the output of one token and KV head, summed over its parts."""
-    D, H, G = spec.head_size, spec.num_heads, spec.group_size
-    at_once = spec.parts_at_once
-    # A row of D values lies across all 128 threads, so that G may be any number.
-    vector = max(1, D // 128)
-    layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((1, D), (32 * vector,), (vector,))),
-        warp_dims=(-3,) if D >= 128 else (-3, plgpu.Replicated(128 // D)),
-        lane_dims=(-2,),
-        vector_dim=-1,
-    )
+    """Writes the output of some KV heads of a token, summed over their parts."""
+    H, G, at_once = spec.num_heads, spec.group_size, spec.parts_at_once
+    heads = [first_head + i for i in range(spec.heads_at_once)]
+    layout = row_layout(spec.head_size)
     lane, query, tile, tile_row, tile_rows, step, is_edge = _find_token(spec, token)
-    q_len, kv_len = q_lengths[lane], kv_lengths[lane, head]
+    q_len = q_lengths[lane]
     # With 1 as the last query the order is the natural one.
     position = edge_position(query, jnp.where(is_edge == 1, q_len - 1, 1))
     number, row = lax.div(position, step), lax.rem(position, step) * G
-    segment = (tile + number) * H + head
-    segment = jnp.clip(segment, 0, spec.num_segments - 1)
-    first, last = parts_of(ends, segment, spec)
-    sees_keys = (query < q_len) & (kv_len - q_len + query >= 0)
-    last = jnp.where(sees_keys, last, first)
     tile_row += number * tile_rows
+    first_segment = jnp.minimum((tile + number) * H, spec.num_segments - H)
+    segments = [first_segment + head for head in heads]
 
-    def load(cta):
-        """Returns rows and log sums of a part; nothing past the last one."""
-        index = jnp.minimum(cta, last - 1)
-        base = part_row(spec, tile_row, tile_rows, head, index) + row
+    def parts_of_head(head, segment):
+        kv_len, (first, last) = kv_lengths[lane, head], parts_of(ends, segment, spec)
+        sees_keys = (query < q_len) & (kv_len - q_len + query >= 0)
+        return first, jnp.where(sees_keys, last, first)
+
+    ranges = [parts_of_head(*pair) for pair in zip(heads, segments, strict=True)]
+
+    def load(i, k):
+        """Returns rows and log sums of a part of head i; nothing past the last one."""
+        cta, last = ranges[i][0] + k, ranges[i][1]
+        index = jnp.maximum(jnp.minimum(cta, last - 1), 0)
+        base = part_row(spec, tile_row, tile_rows, heads[i], index) + row
         x = plgpu.load(parts.at[pl.ds(base, G)], layout=layout, optimized=False)
-        w = log_sums.at[segment + index, pl.ds(row, G)]
+        w = log_sums.at[segments[i] + index, pl.ds(row, G)]
         w = plgpu.load(w, layout=layout.reduce(1), optimized=False)
         return x.astype(jnp.float32), w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
 
-    def add(i, carry):
-        acc, m, total = carry
-        loaded = [load(first + i * at_once + k) for k in range(at_once)]
-        for x, w in loaded:
-            m_new = jnp.maximum(m, w)
-            old, new = jnp.exp2(m - m_new), jnp.exp2(w - m_new)
-            acc = acc * lax.broadcast_in_dim(old, acc.shape, [0])
-            acc += x * lax.broadcast_in_dim(new, acc.shape, [0])
-            m, total = m_new, total * old + new
-        return acc, m, total
+    def add(turn, carry):
+        numbers = [turn * at_once + k for k in range(at_once)]
+        loaded = [[load(i, k) for k in numbers] for i in range(len(heads))]
+        return [_add_parts(*pair) for pair in zip(carry, loaded, strict=True)]
 
-    init = (
-        full((G, D), 0.0, layout),
+    zero = (
+        full((G, spec.head_size), 0.0, layout),
         full((G,), 1.5 * MASK_VALUE, layout.reduce(1)),
         full((G,), 0.0, layout.reduce(1)),
     )
-    steps = lax.div(last - first + (at_once - 1), at_once)
-    acc, _, total = lax.fori_loop(0, steps, add, init)
-    total = jnp.where(total == 0.0, 1.0, total)
-    acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-    out[token, pl.ds(head * G, G)] = acc.astype(spec.dtype)
+    longest = functools.reduce(jnp.maximum, [last - first for first, last in ranges])
+    steps = lax.div(longest + (at_once - 1), at_once)
+    sums = lax.fori_loop(0, steps, add, [zero] * len(heads))
+    for head, (first, last), state in zip(heads, ranges, sums, strict=True):
+        window = out.at[token, pl.ds(head * G, G)]
+        _write_rows(window, *state[::2], last > first, layout)
+
+
+def _write_rows(out, acc, total, has_parts, layout):
+    """Writes rows divided by their sums; zeros without parts, which hold anything."""
+
+    @pl.when(has_parts)
+    def _write():
+        share = 1.0 / jnp.where(total == 0.0, 1.0, total)
+        rows = acc * lax.broadcast_in_dim(share, acc.shape, [0])
+        out[...] = rows.astype(out.dtype)
+
+    @pl.when(jnp.logical_not(has_parts))
+    def _clear():
+        out[...] = full(acc.shape, 0.0, layout).astype(out.dtype)
+
+
+def _add_parts(carry, loaded):
+    """Returns (sum of rows, maximum, sum of weights) with those of some parts."""
+    acc, m, total = carry
+    for x, w in loaded:
+        m_new = jnp.maximum(m, w)
+        old, new = jnp.exp2(m - m_new), jnp.exp2(w - m_new)
+        acc = acc * lax.broadcast_in_dim(old, acc.shape, [0])
+        acc += x * lax.broadcast_in_dim(new, acc.shape, [0])
+        m, total = m_new, total * old + new
+    return acc, m, total

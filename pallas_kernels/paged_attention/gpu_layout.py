@@ -14,9 +14,12 @@ from pallas_kernels.paged_attention.api import LaneGroup
 
 BLOCK = 64  # keys of one step
 TILE = 64  # query rows of one matrix instruction
+UNIT = 16  # keys of one unit of work
+UNITS = BLOCK // UNIT  # of one block
 GROUP = 8  # neighbouring keys of a block whose probabilities are packed alike
 WARPS = 4  # of a CTA; each sums the mass of one block at a time
-MASS_BLOCKS = 16  # key blocks of one CTA that writes mass
+MERGE_ROWS = 24  # of parts, loaded together by a CTA that merges: registers
+MASS_CTAS = 8  # at most, that share the mass of one lane and KV head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,15 @@ class Spec:
     def parts_at_once(self) -> int:
         """Parts of a segment loaded together: as many as equal segments would have."""
         parts = -(-self.config.num_ctas // self.num_segments) + 1
-        return max(2, min(parts, 24 // self.group_size))  # registers for 24 rows
+        return max(2, min(parts, MERGE_ROWS // self.group_size))
+
+    @property
+    def heads_at_once(self) -> int:
+        """KV heads of a token that one CTA merges."""
+        rows = self.parts_at_once * self.group_size
+        counts = range(1, self.num_heads + 1)
+        fits = [n for n in counts if self.num_heads % n == 0 and n * rows <= MERGE_ROWS]
+        return max(fits, default=1)
 
     @property
     def edge_group(self) -> int | None:
@@ -208,6 +219,11 @@ class Spec:
         return round_up(blocks, WARPS)
 
     @property
+    def mass_ctas(self) -> int:
+        """CTAs that share the mass of one lane and head."""
+        return min(MASS_CTAS, self.mass_blocks // WARPS)
+
+    @property
     def options(self) -> dict:
         """Options of every launch."""
         params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512)
@@ -227,8 +243,10 @@ def edge_position(query, last):
 
 
 def segment_ends(kv_lengths: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
-    """Returns where the blocks of every segment end in the stream of all blocks.
+    """Returns where every segment ends in the stream of work.
 
+    The stream has units of work, one for every 16 keys that are copied. A block belongs
+    to the CTA whose share of the stream has the first unit of the block.
     int32 [segments padded to 128]; the padding repeats the total. One fused reduction,
     the same for all layers of a model, so a compiled step computes it once.
     """
@@ -240,7 +258,19 @@ def segment_ends(kv_lengths: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax
         visible = visible_keys(kv_lengths[tile.lane], *(x[:, None] for x in fields))
     index = np.arange(round_up(spec.num_segments, 128))[:, None, None]
     before = np.arange(spec.num_segments).reshape(1, *visible.shape) <= index
-    return jnp.sum(jnp.where(before, num_blocks(visible)[None], 0), axis=(1, 2))
+    return jnp.sum(jnp.where(before, num_units(visible, spec)[None], 0), axis=(1, 2))
+
+
+def num_units(visible, spec: Spec):
+    """Returns the work of a segment with a number of visible keys."""
+    copy_rows = min(spec.config.copy_rows, spec.page_size)
+    copied = jnp.maximum(round_up(visible, copy_rows), UNIT)
+    return jnp.where(visible > 0, lax.div(copied + (UNIT - 1), UNIT), 0)
+
+
+def blocks_before(unit, start):
+    """Returns how many blocks of a segment begin before a unit of the stream."""
+    return lax.div(jnp.maximum(unit - start, 0) + (UNITS - 1), UNITS)
 
 
 def visible_keys(kv_len, q_len, first_query, num_queries, has_edges):
@@ -256,28 +286,70 @@ def num_blocks(keys):
 
 
 def segment_start(ends_ref, segment):
-    """Returns where the blocks of a segment start in the stream."""
+    """Returns where a segment starts in the stream."""
     before = ends_ref[jnp.maximum(segment - 1, 0)]
     return jnp.where(segment == 0, 0, before)
+
+
+def last_block_of(ends_ref, segment, spec: Spec):
+    """Returns the unit of the stream where the last block of a segment starts."""
+    start = segment_start(ends_ref, segment)
+    return start + lax.div(ends_ref[segment] - start - 1, UNITS) * UNITS
+
+
+def next_segment(ends_ref, index, spec: Spec):
+    """Returns the first segment behind `index` that has keys, or the last one."""
+    end, last = ends_ref[index], spec.num_segments - 1
+    return lax.while_loop(
+        lambda s: (s < last) & (ends_ref[s] <= end),
+        lambda s: s + 1,
+        jnp.minimum(index + 1, last),
+    )
+
+
+def first_block(ends_ref, index, unit, spec: Spec):
+    """Returns segment, its start and the first block at or behind a unit.
+
+    `index` is the segment that the unit lies in; where it lies behind the start of the
+    last block, the first block of the next segment is returned.
+    """
+    start = segment_start(ends_ref, index)
+    block = blocks_before(unit, start)
+    return lax.cond(
+        start + block * UNITS > last_block_of(ends_ref, index, spec),
+        lambda: (next_segment(ends_ref, index, spec), ends_ref[index], jnp.int32(0)),
+        lambda: (index, start, block),
+    )
 
 
 def parts_of(ends_ref, segment, spec: Spec):
     """Returns the range of CTAs that own blocks of a segment; empty if it has none."""
     total, num_ctas = shares(ends_ref, spec)
     start, end = segment_start(ends_ref, segment), ends_ref[segment]
+    last_block = last_block_of(ends_ref, segment, spec)
     first = lax.div((start + 1) * num_ctas - 1, total)
-    last = lax.div(end * num_ctas - 1, total) + 1
+    last = lax.div((last_block + 1) * num_ctas - 1, total) + 1
     return first, jnp.where(end > start, last, first)
 
 
 def shares(ends_ref, spec: Spec):
-    """Returns the blocks of the stream, and the CTAs among which they are divided.
+    """Returns the units of the stream, and the CTAs among which they are divided.
 
-    CTA c owns blocks c * total // CTAs to (c + 1) * total // CTAs: never none, since a
-    segment's parts are those of all CTAs from its first to its last.
+    CTA c owns units c * total // CTAs to (c + 1) * total // CTAs: as many as a block
+    has, since a segment's parts are those of all CTAs from its first to its last.
     """
     total = jnp.maximum(ends_ref[spec.num_segments - 1], 1)
-    return total, jnp.minimum(total, spec.config.num_ctas)
+    return total, jnp.clip(lax.div(total, UNITS), 1, spec.config.num_ctas)
+
+
+def share_of(cta, ends_ref, spec: Spec):
+    """Returns the half-open range of units that a CTA owns, empty past the last one."""
+    total, num_ctas = shares(ends_ref, spec)
+
+    def begin(cta):
+        return lax.div(jnp.minimum(cta, num_ctas) * total, num_ctas)
+
+    return begin(cta), begin(cta + 1)
 
 
 def part_row(spec: Spec, tile_row, tile_rows, head, cta):

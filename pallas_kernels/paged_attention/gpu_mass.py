@@ -16,8 +16,6 @@ from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
-    MASS_BLOCKS,
-    TILE,
     WARPS,
     Spec,
     full,
@@ -25,6 +23,7 @@ from pallas_kernels.paged_attention.gpu_layout import (
 )
 
 _WORD = 32
+_LOADS = 12  # of log sums in flight, which take registers
 _ROUNDER = 2.0**23  # a float32 between it and twice it has no fraction
 
 
@@ -71,11 +70,11 @@ def unpack(words: list, bits: int) -> list:
     return groups
 
 
-def mass_chunk(
+def write_mass(
     spec: Spec,
     lane,
     head,
-    chunk,
+    first_step,
     ends,
     kv_lengths,
     q_lengths,
@@ -83,9 +82,8 @@ def mass_chunk(
     probabilities,
     maxima,
     mass,
-    final,
 ):
-    """Writes the mass of 1024 keys of one lane and KV head."""
+    """Writes the mass of every `mass_ctas`-th four blocks of one lane and KV head."""
     G, group = spec.group_size, spec.groups[spec.mass_group]
     is_edges = spec.mass_rows == "edges"
     tiles = 1 if is_edges else group.tiles_per_lane
@@ -93,29 +91,17 @@ def mass_chunk(
     q_len = q_lengths[lane_index]
     base = kv_lengths[lane_index, head] - q_len
     used = jnp.minimum(q_len, 2 if is_edges else group.num_queries) * G
-    first_block = chunk * MASS_BLOCKS
     levels = (1 << spec.config.mass_bits) - 1
     share = 1.0 / (jnp.maximum(used, 1) * levels).astype(jnp.float32)
 
-    def segment(number):
-        return (lane * group.tiles_per_lane + number) * spec.num_heads + head
-
-    @pl.when(first_block * BLOCK < base)
-    def _finals():
-        def write(number, _):
-            index = spec.mass_segments[0] + segment(number)
-            _final_log_sums(spec, index, ends, log_sums, final.at[number])
-
-        lax.fori_loop(0, tiles, write, None)
-        plgpu.commit_smem()
-
     def add_tile(block, number, acc):
+        segment = (lane * group.tiles_per_lane + number) * spec.num_heads + head
         rows = jnp.clip(used - number * group.step * G, 0, group.step * G)
-        tile = (probabilities.at[segment(number)], maxima.at[segment(number)])
-        return _add_rows(spec, block, rows, *tile, final.at[number], acc)
+        refs = (ends, log_sums, probabilities.at[segment], maxima.at[segment])
+        return _add_tile(spec, spec.mass_segments[0] + segment, block, rows, *refs, acc)
 
     def step(i, _):
-        block = first_block + i * WARPS
+        block = i * WARPS
         add = functools.partial(
             lax.fori_loop, 0, tiles, functools.partial(add_tile, block)
         )
@@ -129,56 +115,70 @@ def mass_chunk(
         key += plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_KEYS)
         mass[lane, head, pl.ds(block, WARPS)] = jnp.where(key < base, x, 0.0)
 
-    num_blocks = jnp.minimum(spec.mass_blocks - first_block, MASS_BLOCKS)
-    lax.fori_loop(0, lax.div(num_blocks, WARPS), step, None)
+    num_steps = spec.mass_blocks // WARPS
+    turns = lax.div(num_steps - 1 - first_step, spec.mass_ctas) + 1
+    lax.fori_loop(0, turns, lambda i, _: step(first_step + i * spec.mass_ctas, _), None)
 
 
-def _add_rows(spec: Spec, block, rows, probabilities, maxima, final, acc):
+def _add_tile(
+    spec: Spec, segment, block, rows, ends, log_sums, probabilities, maxima, acc
+):
     """Returns sums with those of the first `rows` rows of four blocks of a tile."""
     bits, count = spec.config.mass_bits, spec.mass_tile_rows
-    blocks = pl.ds(block, WARPS)
-    for wanted in range(0, count, GROUP):
-        # The last rows are read again where 8 more would be too many.
-        first = max(0, min(wanted, count - GROUP))
-        eight = pl.ds(first, GROUP)
+    by_row, blocks = _LAYOUT.reduce(2), pl.ds(block, WARPS)
+    wanted = range(0, count, GROUP)
+    # The last rows are read again where 8 more would be too many.
+    firsts = [max(0, min(row, count - GROUP)) for row in wanted]
 
-        def load(ref, layout):
-            return plgpu.load(ref, layout=layout, optimized=False)
+    def load(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
 
-        words = [
-            load(probabilities.at[blocks, eight, pl.ds(word, GROUP)], _LAYOUT)
-            for word in range(0, spec.mass_words, GROUP)
-        ]
-        w = load(maxima.at[blocks, eight], _LAYOUT.reduce(2))
-        end = load(final.at[eight], _LAYOUT.reduce((0, 2)))
-        w = jnp.exp2(w - lax.broadcast_in_dim(end, w.shape, [1]))
-        row = plgpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=_LAYOUT.reduce(2))
-        w = jnp.where((row >= wanted - first) & (row < rows - first), w, 0.0)
+    def load_words(first):
+        columns = range(0, spec.mass_words, GROUP)
+        windows = [(blocks, pl.ds(first, GROUP), pl.ds(c, GROUP)) for c in columns]
+        return [load(probabilities.at[window], _LAYOUT) for window in windows]
+
+    # All loads stand in front: they wait for memory together.
+    words = [load_words(first) for first in firsts]
+    tops = [load(maxima.at[blocks, pl.ds(first, GROUP)], by_row) for first in firsts]
+    final = _final_log_sums(spec, segment, firsts, ends, log_sums)
+    for i, first in enumerate(firsts):
+        w = jnp.exp2(tops[i] - lax.broadcast_in_dim(final[i], tops[i].shape, [1]))
+        row = plgpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=by_row)
+        w = jnp.where((row >= wanted[i] - first) & (row < rows - first), w, 0.0)
         w = lax.broadcast_in_dim(w, acc[0].shape, [0, 1])
-        pairs = zip(acc, unpack(words, bits), strict=True)
+        pairs = zip(acc, unpack(words[i], bits), strict=True)
         acc = [a + n.astype(jnp.float32) * w for a, n in pairs]
     return acc
 
 
-def _final_log_sums(spec: Spec, segment, ends, log_sums, final):
-    """Writes the log sums of the rows of a segment over all its parts."""
-    layout, at_once = plgpu.Layout.WGMMA.reduce(1), spec.parts_at_once
-    first, last = parts_of(ends, segment, spec)
+def _final_log_sums(spec: Spec, segment, firsts, ends, log_sums) -> list:
+    """Returns log sums over all parts of a segment, of eight rows from each first."""
+    layout = _LAYOUT.reduce((0, 2))
+    at_once = max(1, min(spec.parts_at_once, _LOADS // len(firsts)))
+    first_part, last_part = parts_of(ends, segment, spec)
 
-    def load(cta):
-        w = log_sums.at[segment + jnp.minimum(cta, last - 1)]
+    def load(cta, first):
+        part = segment + jnp.minimum(cta, last_part - 1)
+        w = log_sums.at[part, pl.ds(first, GROUP)]
         w = plgpu.load(w, layout=layout, optimized=False)
-        return w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
+        return w + jnp.where(cta < last_part, 0.0, 2 * MASK_VALUE)
 
     def add(i, carry):
-        m, total = carry
-        for w in [load(first + i * at_once + k) for k in range(at_once)]:
-            m_new = jnp.maximum(m, w)
-            total = total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)
-            m = m_new
-        return m, total
+        ctas = [first_part + i * at_once + k for k in range(at_once)]
+        loaded = [[load(cta, first) for first in firsts] for cta in ctas]
+        for part in loaded:
+            carry = [_add_log(*pair) for pair in zip(carry, part, strict=True)]
+        return carry
 
-    init = (full((TILE,), 1.5 * MASK_VALUE, layout), full((TILE,), 0.0, layout))
-    steps = lax.div(last - first + (at_once - 1), at_once)
-    m, total = lax.fori_loop(0, steps, add, init)
-    final[...] = m + jnp.log2(total)
+    zero = (full((GROUP,), 1.5 * MASK_VALUE, layout), full((GROUP,), 0.0, layout))
+    steps = lax.div(last_part - first_part + (at_once - 1), at_once)
+    sums = lax.fori_loop(0, steps, add, [zero] * len(firsts))
+    return [m + jnp.log2(total) for m, total in sums]
+
+
+def _add_log(carry, w):
+    """Returns (maximum, sum relative to it) with one more logarithm."""
+    m, total = carry
+    m_new = jnp.maximum(m, w)
+    return m_new, total * jnp.exp2(m - m_new) + jnp.exp2(w - m_new)

@@ -15,9 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
+    UNITS,
     Spec,
     Tile,
     edge_query,
+    next_segment,
     num_blocks,
     visible_keys,
 )
@@ -38,6 +40,7 @@ class Cursor(NamedTuple):
     """The next block to copy."""
 
     segment: jax.Array
+    unit: jax.Array  # of the stream, where the block starts
     block: jax.Array  # inside the segment
     visible: jax.Array  # keys of the segment
     lane: jax.Array
@@ -49,7 +52,7 @@ class Stream:
     """The share of one CTA, where it is read from, and where it arrives."""
 
     spec: Spec
-    low: jax.Array  # share of the stream of blocks, half-open
+    low: jax.Array  # share of the stream, in units, half-open
     high: jax.Array
     ends: Any  # int32 [segments]
     kv_lengths: Any  # int32 [lanes, H]
@@ -83,19 +86,15 @@ class Stream:
 
     def next_segment(self, index):
         """Returns the first segment behind `index` that has keys."""
-        end, last = self.ends[index], self.spec.num_segments - 1
-        return lax.while_loop(
-            lambda s: (s < last) & (self.ends[s] <= end),
-            lambda s: s + 1,
-            jnp.minimum(index + 1, last),
-        )
+        return next_segment(self.ends, index, self.spec)
 
-    def cursor(self, index, block) -> Cursor:
-        """Returns the cursor at a block of a segment."""
+    def cursor(self, index, start, block) -> Cursor:
+        """Returns the cursor at a block of a segment that starts at a unit."""
         segment = self.segment(index)
-        key = jnp.minimum(block * BLOCK, jnp.maximum(segment.visible - 1, 0))
-        lane = segment.tile.lane
-        return Cursor(index, block, segment.visible, lane, self.page(lane, key))
+        visible, lane = segment.visible, segment.tile.lane
+        key = jnp.minimum(block * BLOCK, jnp.maximum(visible - 1, 0))
+        unit = start + block * UNITS
+        return Cursor(index, unit, block, visible, lane, self.page(lane, key))
 
     def page(self, lane, key):
         """Returns the page of a key."""
@@ -107,13 +106,13 @@ class Stream:
 
         def stay():
             page = self.page(cursor.lane, block * BLOCK)
-            return cursor._replace(block=block, page=page)
+            return cursor._replace(unit=cursor.unit + UNITS, block=block, page=page)
 
-        return lax.cond(
-            block < num_blocks(cursor.visible),
-            stay,
-            lambda: self.cursor(self.next_segment(cursor.segment), jnp.int32(0)),
-        )
+        def move():
+            index, start = self.next_segment(cursor.segment), self.ends[cursor.segment]
+            return self.cursor(index, start, jnp.int32(0))
+
+        return lax.cond(block < num_blocks(cursor.visible), stay, move)
 
     def copy_block(self, i, cursor: Cursor) -> Cursor:
         """Starts the copies of the i-th block of this CTA; returns the next cursor."""
@@ -145,7 +144,7 @@ class Stream:
     def copy_block_if_mine(self, i, cursor: Cursor) -> Cursor:
         """Does `copy_block` unless block i belongs to the next CTA."""
         return lax.cond(
-            self.low + i < self.high,
+            cursor.unit < self.high,
             functools.partial(self.copy_block, i),
             lambda cursor: cursor,
             cursor,
