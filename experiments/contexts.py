@@ -171,7 +171,8 @@ def _define_flags():
     flags.DEFINE_string("model", "smollm2", "Model.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
     flags.DEFINE_string("prompts", None, "Prompt file; default: essays and exercises.")
-    flags.DEFINE_integer("num_prefixes", 24, "Texts that contexts are cut from.")
+    flags.DEFINE_integer("num_prefixes", 24, "Prompts that texts are made from.")
+    flags.DEFINE_integer("samples_per_prompt", 1, "Texts of each prompt.")
     flags.DEFINE_list("ranges", ["500-1000", "1000-2000", "2000-3000"], "Lengths.")
     flags.DEFINE_list("temperatures", ["0", "0.3", "0.65", "1"], "Of continuations.")
     flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
@@ -202,12 +203,13 @@ def main(argv):
     engine = plain_engine(
         model,
         length=min(longest + values.max_tokens + 1, model.config.max_length),
-        num_slots=count,
+        num_slots=count * values.samples_per_prompt,
         page_size=values.page_size,
         impl=values.impl,
         prefill_chunk=values.prefill_chunk,
     )
-    texts = free_runs(engine, chats[:count], length=longest, seed=values.seed)
+    chats = chats[:count] * values.samples_per_prompt
+    texts = free_runs(engine, chats, length=longest, seed=values.seed)
     contexts = cut(texts, seed=values.seed, ranges=ranges)
     _write(values.output, contexts)
     print(f"{len(contexts)} contexts", flush=True)

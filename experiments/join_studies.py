@@ -3,8 +3,9 @@
     python -m experiments.join_studies PART PART ... --output experiments/results \
         --suffix h100
 
-A study is written if a part holds one of its rows; rows come in the study's order. Rows
-of the parts that are in no study by themselves are in study_everything.
+A study is written if a part holds one of its rows; rows come in the study's order, and
+study_everything has them all. Parts may differ in what changes no token: slots, pages
+and chunks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from experiments import record
 from experiments.study import as_json
 from experiments.study_config import load_study, study_names
 
+_FREE = ("num_slots", "page_size", "prefill_chunk", "prefill_lanes", "impl", "study")
+
 
 def join(parts, output, *, suffix):
     """{study: (rows found, rows wanted)} of the run directories written.
@@ -28,9 +31,11 @@ def join(parts, output, *, suffix):
     configs, found, environment = [], {}, None
     for part in parts:
         config, records = record.load(part)
-        configs.append({k: v for k, v in config.items() if k != "study"})
+        configs.append({k: v for k, v in config.items() if k not in _FREE})
         if configs[-1] != configs[0]:
-            raise ValueError(f"{part} has another setting: {config}, not {configs[0]}")
+            raise ValueError(
+                f"{part} has another setting: {configs[-1]}, not {configs[0]}"
+            )
         found |= {json.dumps(r["row"], sort_keys=True): r for r in records}
         environment = json.loads((pathlib.Path(part) / "environment.json").read_text())
     written = {}

@@ -50,7 +50,10 @@ def score_share(policy, *, num_rows, group_size, head_dim):
     elif "mass" in policy.needs:
         share = num_rows * group_size / head_dim
     if policy.per_step:
-        return 0.5 * (num_rows - 1)
+        read = 0.5
+        if policy.index_bits is not None:
+            read = policy.index_bits / (32 * head_dim)
+        return read * (num_rows - 1)
     return share / policy.anchor_every
 
 
@@ -73,8 +76,11 @@ def summarise(results, lengths, *, policy, model_config):
             head_dim=model_config.head_dim,
         )
     reads = total.kv_tokens_read
+    moved = reads.decode
+    if policy.per_step:  # reads its picks where they lie
+        moved -= 2 * reads.gather
     committed = mean_and_error([a + 1 for a in accepted])
-    scored = (reads.decode + share * reads.verify) / max(1, total.plain_kv_tokens)
+    scored = (moved + share * reads.verify) / max(1, total.plain_kv_tokens)
     return {
         "mean_accepted_draft_tokens": mean_and_error(accepted),
         "committed_tokens_per_cycle": committed,
@@ -82,7 +88,7 @@ def summarise(results, lengths, *, policy, model_config):
         "acceptance_at_position": total.acceptance_at_position,
         "conditional_acceptance": conditional_acceptance(total),
         "accepted_histogram": total.accepted_histogram,
-        "kv_read_ratio": total.kv_read_ratio,
+        "kv_read_ratio": moved / max(1, total.plain_kv_tokens),
         "score_share": share,
         "kv_read_ratio_with_scores": scored,
     }

@@ -117,7 +117,8 @@ def _define_flags():
     flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
     flags.DEFINE_string("continuations", None, "Plain texts of experiments.contexts.")
     flags.DEFINE_integer("num_slots", 10, "Requests decoded at the same time.")
-    flags.DEFINE_integer("prefill_chunk", 256, "Prompt tokens per step.")
+    flags.DEFINE_integer("prefill_chunk", 256, "Prompt tokens per lane and step.")
+    flags.DEFINE_integer("prefill_lanes", 1, "Prompts prefilled in the same step.")
     flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
     flags.DEFINE_integer("seed", 0, "Seed of the continuations.")
     flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
@@ -167,6 +168,7 @@ def main(argv):
         impl=values.impl,
         seed=values.seed,
         prefill_chunk=values.prefill_chunk,
+        prefill_lanes=values.prefill_lanes,
     )
     continuations = None
     if values.continuations:

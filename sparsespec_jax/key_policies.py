@@ -8,6 +8,7 @@ the keys between verifications: scoring reads the K half of the cache.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from sparsespec_jax.policy import Policy, candidates, top_tokens
@@ -96,6 +97,71 @@ def double_sparsity(name="double_sparsity", *, num_channels=16, per_step=False):
     """Double Sparsity: tokens by the dot product over the heaviest channels."""
     select = functools.partial(_double_sparsity, num_channels=num_channels)
     return _key_policy(name, select, per_step)
+
+
+def coded_keys(keys, used, *, bits, page_size):
+    """What a `bits`-bit index keeps of keys float32 [E, H, X, D]: (values, ranges).
+
+    Each channel of each page is rounded to 2**bits levels between its smallest and
+    largest value over the `used` keys (bool [E, 1, X]); `ranges` [E, H, D] is that
+    span, the mean over pages, a measure of how much the channel tells keys apart.
+    """
+    lanes, heads, num_keys, size = keys.shape
+    num_pages = -(-num_keys // page_size)
+    widen = ((0, 0), (0, 0), (0, num_pages * page_size - num_keys), (0, 0))
+
+    def by_page(array):
+        padded = jnp.pad(array, widen, constant_values=array.dtype.type(0))
+        return padded.reshape(*array.shape[:2], num_pages, page_size, -1)
+
+    present, paged = by_page(used[..., None]), by_page(keys)
+    low = jnp.where(present, paged, _LARGE).min(3, keepdims=True)
+    high = jnp.where(present, paged, -_LARGE).max(3, keepdims=True)
+    has_keys = present.any(3, keepdims=True)
+    span = jnp.where(has_keys, high - low, 0.0)
+    step = jnp.maximum(span, 1e-6) / (2**bits - 1)
+    level = jnp.clip(jnp.round((paged - low) / step), 0, 2**bits - 1)
+    coded = jnp.where(present, level * step + low, 0.0)
+    coded = coded.reshape(lanes, heads, -1, size)[:, :, :num_keys]
+    count = jnp.maximum(has_keys.sum((2, 3)), 1)
+    return coded, span.sum((2, 3)) / count
+
+
+def _index(view, options, *, num_channels, bits, page_size):
+    coded, ranges = coded_keys(
+        view.keys().astype(jnp.float32),
+        candidates(view),
+        bits=bits,
+        page_size=page_size,
+    )
+    queries, _ = _queries_by_group(view)  # of one row
+    queries = queries[:, 0]
+    weight = jnp.abs(queries).sum(2) * ranges  # [E, H, D]
+    kept = min(num_channels, weight.shape[-1])
+    threshold = jnp.sort(weight, -1)[..., -kept][..., None]
+    heavy = jnp.where((weight >= threshold)[:, :, None], queries, 0.0)
+    logits = jnp.einsum("lhgd,lhkd->lhgk", heavy, coded) * queries.shape[-1] ** -0.5
+    used = candidates(view)[:, :, None]
+    mass = jax.nn.softmax(jnp.where(used, logits, -_LARGE), -1).mean(2)
+    return top_tokens(view, mass, options)
+
+
+@functools.cache
+def index_step(name="index", *, num_channels=16, bits=4, page_size=128):
+    """Each draft step picks its keys by an index of `bits`-bit keys.
+
+    The step's query reads its heaviest channels only, chosen for each KV head by
+    |q| times the channel's range (SparQ, arXiv 2312.04985, chooses by |q|), of keys
+    rounded per channel and page (as KIVI, arXiv 2402.02750, stores them). The estimated
+    attention, the mean of the group, ranks the keys. Nothing is trained, and no mass is
+    needed of a verification. This implementation codes the keys when it scores them.
+    """
+    select = functools.partial(
+        _index, num_channels=num_channels, bits=bits, page_size=page_size
+    )
+    # Two bounds of 16 bits per page and channel.
+    read = num_channels * (bits + 32 / page_size)
+    return Policy(name, ("queries", "keys"), select, per_step=True, index_bits=read)
 
 
 def _streaming_heads(view, options, *, page_size, num_streaming):

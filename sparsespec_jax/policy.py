@@ -72,6 +72,8 @@ class Policy:
         below and compute no mass (TidalDecode, arXiv 2410.05076).
       layers_at_once: called for the lanes of several layers together, one layer behind
         the other, with view.layer_index None: fewer launches. Needs mass alone.
+      index_bits: of a per_step policy, the bits per key and KV head that scoring reads
+        from an index in each draft step; None: it reads K itself.
       per_step: select before every draft step for that step's query, from the whole
         cache. A ceiling of quality and never fast: plain jnp on every platform.
 
@@ -87,6 +89,7 @@ class Policy:
     anchor_every: int = 1
     layers_at_once: bool = False
     per_step: bool = False
+    index_bits: float | None = None
 
     def __post_init__(self):
         needs = (self.needs,) if isinstance(self.needs, str) else tuple(self.needs)

@@ -10,7 +10,7 @@ import runpy
 import jax.numpy as jnp
 
 from sparsespec_jax import sampling
-from sparsespec_jax.key_policies import double_sparsity, lserve, quest
+from sparsespec_jax.key_policies import double_sparsity, index_step, lserve, quest
 from sparsespec_jax.mass_policies import mass_policy
 from sparsespec_jax.policy import Policy, top_tokens
 
@@ -71,6 +71,8 @@ _ALL = (
     mass_policy("oracle", per_step=True),
     quest("quest_step", per_step=True),
     double_sparsity("double_sparsity_step", per_step=True),
+    index_step(),
+    index_step("index_2bit", bits=2),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
 

@@ -12,7 +12,12 @@ import pytest
 from experiments.models import TINY
 from experiments.models import tiny_model as tiny_model_of
 from sparsespec_jax import Engine, Policy, attention
-from sparsespec_jax.key_policies import label_scores, page_scores
+from sparsespec_jax.key_policies import (
+    coded_keys,
+    index_step,
+    label_scores,
+    page_scores,
+)
 from sparsespec_jax.mass_policies import mass_policy
 from sparsespec_jax.model import init_params
 from sparsespec_jax.policy import SelectionOptions, SelectionView, top_tokens
@@ -184,6 +189,39 @@ def test_widening_follows_a_heavy_key():
     mass[:, :, 10] = 1.0
     result = POLICIES["pillar_widened"].select(make_view(mass=mass), OPTIONS)
     assert sets(result, 0, 0) == set(range(10, 18))
+
+
+def test_coded_keys_by_hand():
+    keys = jnp.array([0.0, 1.0, 1.6, 3.0, -1.0, 9.0]).reshape(1, 1, 6, 1)
+    used = jnp.array([True] * 5 + [False]).reshape(1, 1, 6)
+    coded, ranges = coded_keys(keys, used, bits=2, page_size=4)
+    # Levels 0, 1, 2, 3 in the first page; the second holds one key, its own range.
+    np.testing.assert_allclose(coded[0, 0, :5, 0], [0, 1, 2, 3, -1], atol=1e-6)
+    assert coded[0, 0, 5, 0] == 0
+    np.testing.assert_allclose(ranges, 1.5)  # 3 and 0, mean over two pages
+
+
+def test_an_index_of_many_bits_and_all_channels_is_exact():
+    view = make_view()
+    result = index_step("i", num_channels=SIZE, bits=16).select(view, OPTIONS)
+    query = np.asarray(view.queries)[:, 0].reshape(LANES, HEADS, 2, SIZE)
+    logits = np.einsum("lhgd,lhkd->lhgk", query, view.keys()) * SIZE**-0.5
+    inside = np.arange(KEYS) < np.array(LENGTHS)[:, None, None, None]
+    law = np.exp(np.where(inside, logits, -np.inf))
+    mass = (law / law.sum(-1, keepdims=True)).mean(2)
+    for lane in range(LANES):
+        for head in range(HEADS):
+            assert sets(result, lane, head) == top_of(mass, lane, head)
+
+
+def test_an_index_reads_the_channels_that_tell_keys_apart():
+    """Channel 3 varies, channel 5 is larger but the same for all keys of a page."""
+    keys = np.zeros((LANES, HEADS, KEYS, SIZE), np.float32)
+    keys[..., 3] = np.arange(KEYS) % 10
+    keys[..., 5] = 50
+    view = make_view(queries=jnp.ones((LANES, 1, 4, SIZE)), keys=lambda: keys)
+    result = index_step("i", num_channels=1, bits=4).select(view, OPTIONS)
+    assert sets(result, 0, 0) == {8, 9, 18, 19, 28, 29, 38, 39}
 
 
 def test_quest_scores_are_upper_bounds_of_the_pages_logits():

@@ -176,6 +176,8 @@ def test_score_shares_by_hand():
     assert share["quest"] == share["pillar_last"] == 0.5
     assert share["oracle"] == 4.0  # K once in each of eight draft steps
     assert share["window"] == share["random"] == 0
+    # 16 channels of 4 bits, and two 16-bit bounds per page of 128, against K and V.
+    assert share["index"] == 8 * 16 * (4 + 32 / 128) / (2 * 128 * 16)
 
 
 # -- studies --------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def test_engines_are_shared_over_budgets():
     rows = [Row(num_draft_tokens=2, budget_ratio=s) for s in (0.1, 0.6)]
     bench = small_bench(rows)
     found = [bench.measure(row) for row in rows]
-    assert bench._engine_of.cache_info().misses == 2  # one more for plain decoding
+    assert bench.num_engines == 2  # one more for plain decoding
     accepted = [f["mean_accepted_draft_tokens"]["mean"] for f in found]
     assert accepted[0] < accepted[1]
 
@@ -286,7 +288,7 @@ def test_continuations_of_a_file_replace_plain_decoding(tmp_path):
     bench = small_bench(rows)
     bench._continuations = found
     assert bench._plain(0.65) == texts["0.65"]
-    assert bench._engine_of.cache_info().misses == 0  # nothing was decoded for it
+    assert bench.num_engines == 0  # nothing was decoded for it
     assert bench.measure(rows[0])["identical_contexts"] == 2
     assert contexts_lib.load_continuations(path, contexts[:1], **law)[0.65] == [
         texts["0.65"][0]
@@ -316,8 +318,8 @@ def test_parts_join_to_studies(tmp_path):
     summary = json.loads((out / "study_sweep_k_gpu" / "summary.json").read_text())
     assert summary["x"] == "num_draft_tokens"
     assert not (out / "study_ladder_gpu").exists()
-    (tmp_path / "b" / "config.json").write_text('{"num_slots": 4}')
-    with pytest.raises(ValueError, match="num_slots"):
+    (tmp_path / "b" / "config.json").write_text('{"num_slots": 3, "seed": 4}')
+    with pytest.raises(ValueError, match="seed"):
         join_studies.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c", suffix="x")
 
 

@@ -12,18 +12,18 @@ Cost: 30 contexts, 97 tokens each: on an H100 about 20 s a row.
 from experiments.study_config import Row, Study
 
 POLICIES = (
-    "pillar", "oracle", "window", "full", "vegas", "pillar_last", "pillar_widened",
-    "pillar_decay", "pillar_mixed", "pillar_window", "pillar_churn", "pillar_anchors",
-    "h2o", "snapkv", "quest", "quest_step", "double_sparsity", "lserve", "recents",
-    "random",
+    "pillar", "oracle", "index", "window", "full", "vegas", "pillar_last",
+    "pillar_widened", "pillar_decay", "pillar_mixed", "pillar_window", "pillar_churn",
+    "pillar_anchors", "h2o", "snapkv", "quest", "quest_step", "double_sparsity",
+    "lserve", "recents", "random",
 )  # fmt: skip
 
 
 def get_study():
     """All policies at s = 0.05, and top-p under a wider ceiling."""
     rows = [Row(policy=p, budget_ratio=1.0 if p == "full" else 0.05) for p in POLICIES]
-    rows.insert(2, Row(proposer="ngram"))
-    rows.insert(7, Row(policy="top_p", budget_ratio=0.2))
+    rows.insert(3, Row(proposer="ngram"))
+    rows.insert(8, Row(policy="top_p", budget_ratio=0.2))
     return Study(
         claim="PillarAttn accepts 6.16 of 8 drafts at s = 0.05, more than Quest and a "
         "sliding window (arXiv 2512.01278, section 5)",
