@@ -110,6 +110,8 @@ class Policy:
                 "with layers_at_once a policy needs mass alone, remembers nothing and "
                 "has fixed_counts"
             )
+        if self.index_bits is not None and not self.per_step:
+            raise ValueError("index_bits goes with per_step")
         if self.per_step and (
             self.state_shape or self.anchor_every > 1 or self.fixed_counts
         ):
