@@ -125,6 +125,7 @@ def _define_flags():
     flags.DEFINE_string("policy_file", None, "FILE.py:NAME, rows of that policy too.")
     flags.DEFINE_list("skip", [], "Policies to leave out.")
     flags.DEFINE_string("mode", None, "Only rows measured so: decode or replay.")
+    flags.DEFINE_list("known", [], "Run directories whose rows are left out.")
     flags.DEFINE_string("part", None, "i/n: the i-th of n parts of the rows.")
     flags.DEFINE_bool("smoke", False, "A tiny random model and a few rows only.")
     flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
@@ -141,6 +142,8 @@ def rows_of(study, values, own):
             resolve_policy(row.policy)
     if values.mode:
         rows = [row for row in rows if row.mode == values.mode]
+    measured = [old["row"] for known in values.known for old in record.load(known)[1]]
+    rows = [row for row in rows if as_json(row) not in measured]
     rows = part_of(rows, values.part)
     return smoke_rows(rows) if values.smoke else rows
 

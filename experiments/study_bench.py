@@ -42,6 +42,7 @@ class Bench:
         self._continuations = continuations or {}
         self._plain = functools.cache(self._decode_plainly)
         self._held = None  # (speculation, Engine) of the last row
+        self._results = None  # (what was decoded, DecodeResults) of the last row
         self.num_engines = 0
         self._recording_of = functools.cache(self._record)
 
@@ -128,9 +129,11 @@ class Bench:
     def _decode(self, row, chosen):
         plain = self._plain(row.temperature)
         policy = self.policies[row.policy]
-        results = self._continue(
-            row.speculation(policy), self.contexts, row.temperature
-        )
+        decoded = row.speculation(policy), row.temperature
+        if self._results is None or self._results[0] != decoded:  # ranges share it
+            results = self._continue(decoded[0], self.contexts, decoded[1])
+            self._results = decoded, results
+        results = self._results[1]
         same = [[*r.token_ids] == [*t] for r, t in zip(results, plain, strict=True)]
         keep = self._not_looping(chosen, row.temperature)
         return {
