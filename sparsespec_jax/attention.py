@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.write_rows import write_rows
 from sparsespec_jax import step_selection
 from sparsespec_jax.plan import StepShape
 from sparsespec_jax.policy import SelectionOptions, SelectionView, run_policy
@@ -92,12 +93,17 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         rows = jnp.concatenate([k, v], axis=-1).astype(cache.kv_pages.dtype)
         fixed = lanes.draft_counts is not None
         counts = lanes.draft_counts if fixed else cache.draft_counts
-        places, written = _row_places(lanes, shape, counts), rows
+        places = _row_places(lanes, shape, counts)
         if drafting and fixed:
             places += [_tail_places(lanes, shape, lanes.verify.budgets[:, None])]
-            written = jnp.concatenate([rows, rows[verify_rows]])
         with jax.named_scope("write_rows"):
-            kv_pages = _write_rows(cache.kv_pages, places, written)
+            kv_pages = write_rows(
+                cache.kv_pages,
+                rows,
+                *_concatenate(places),
+                copies_from=verify_rows.start,
+                impl=impl,
+            )
         selects = drafting and not policy.per_step and policy.is_anchor(layer_index)
         needs_mass = selects and policy.needs_mass
         with jax.named_scope("attention"):
@@ -141,8 +147,8 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         with jax.named_scope("gather"):
             (kv_pages,) = _gather_selected([kv_pages], [picked], lanes, impl)
         if not fixed:
-            place = [_tail_places(lanes, shape, selected)]
-            kv_pages = _write_rows(kv_pages, place, rows[verify_rows])
+            place = _tail_places(lanes, shape, selected)
+            kv_pages = write_rows(kv_pages, rows[verify_rows], *place, impl=impl)
             selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
             counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
             cache = cache._replace(draft_counts=counts)
@@ -346,15 +352,15 @@ def _places(shape, tables, places):
     return RowPlaces(pages.reshape(flat), (places % shape.page_size).reshape(flat))
 
 
-def _write_rows(kv_pages, places, rows):
-    """Store rows [n, H, 2D] at the RowPlaces of a list, one behind the other."""
-    heads = rows.shape[1]
-    pages, offsets = (
-        jnp.concatenate([jnp.broadcast_to(p, (p.shape[0], heads)) for p in field])
-        for field in zip(*places, strict=True)
+def _concatenate(places):
+    """RowPlaces of a list, one behind the other."""
+    heads = max(place.pages.shape[1] for place in places)
+    return RowPlaces(
+        *(
+            jnp.concatenate([jnp.broadcast_to(p, (p.shape[0], heads)) for p in field])
+            for field in zip(*places, strict=True)
+        )
     )
-    head = jnp.arange(heads)[None]
-    return kv_pages.at[pages, head, offsets].set(rows, mode="drop")
 
 
 def _gather_selected(pools, picks, lanes, impl):

@@ -43,8 +43,7 @@ class WriteInputs(NamedTuple):
     """Array arguments of `write_rows`, numpy."""
 
     kv_pages: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    rows: np.ndarray
     pages: np.ndarray
     offsets: np.ndarray
 
@@ -385,8 +384,8 @@ def write_inputs(case: WriteCase, seed: int = 0) -> WriteInputs:
     pages, offsets = places // ps, places % ps
     if case.num_places > 2:
         pages[1, 0], pages[-1, -1] = case.num_pages, -1
-    k, v = (bits(case.num_rows, H, D) for _ in range(2))
-    return WriteInputs(bits(case.num_pages, H, ps, 2 * D), k, v, pages, offsets)
+    pool, rows = bits(case.num_pages, H, ps, 2 * D), bits(case.num_rows, H, 2 * D)
+    return WriteInputs(pool, rows, pages, offsets)
 
 
 def write_options(case: WriteCase) -> dict:

@@ -33,17 +33,17 @@ def numbered_pool(num_pages):
 def test_write_by_hand():
     # Row 0 goes to row 1 of page 2; row 1 to row 0 of page 0, and, as the one that is
     # stored again, to row 0 of page 1.
-    k = jnp.asarray([[[50.0]], [[60.0]]])
-    got = write(numbered_pool(3), k, k + 1, int32([2], [0], [1]), int32([1], [0], [0]),
+    rows = jnp.asarray([[[50.0, 51.0]], [[60.0, 61.0]]])
+    got = write(numbered_pool(3), rows, int32([2], [0], [1]), int32([1], [0], [0]),
                 copies_from=1)  # fmt: skip
     assert got[:, 0, :, 0].tolist() == [[60, 1], [60, 11], [20, 50]]
     assert got[:, 0, :, 1].tolist() == [[61, -1], [61, -11], [-20, 51]]
 
 
 def test_write_drops_rows_without_a_page():
-    k = jnp.asarray([[[50.0]], [[60.0]], [[70.0]]])
+    rows = jnp.asarray([[[50.0, 51.0]], [[60.0, 61.0]], [[70.0, 71.0]]])
     pool = numbered_pool(2)
-    got = write(pool, k, k, int32([2], [-1], [1]), int32([0], [0], [1]))
+    got = write(pool, rows, int32([2], [-1], [1]), int32([0], [0], [1]))
     assert got[:, 0, :, 0].tolist() == [[0, 1], [10, 70]]
 
 
@@ -57,8 +57,7 @@ def test_write_agrees_with_numpy_bit_for_bit(case):
         column = min(head, inputs.pages.shape[1] - 1)
         page, offset = inputs.pages[place, column], inputs.offsets[place, column]
         if 0 <= page < case.num_pages:
-            values = np.concatenate([inputs.k[row, head], inputs.v[row, head]])
-            expected[page, head, offset] = values
+            expected[page, head, offset] = inputs.rows[row, head]
     ki.assert_same_bits(write(*inputs, **ki.write_options(case)), expected)
 
 
@@ -84,7 +83,7 @@ def test_write_on_a_gpu_shows_faults():
     faults = (
         (inputs._replace(offsets=offsets), options),
         (inputs._replace(pages=pages), options),
-        (inputs._replace(k=inputs.v, v=inputs.k), options),
+        (inputs._replace(rows=inputs.rows[:, ::-1].copy()), options),
         (inputs, dict(copies_from=options["copies_from"] - 1)),
     )
     for faulty, options in faults:
@@ -108,23 +107,22 @@ def write_shapes(case):
     """Returns the shapes of the arguments of a case."""
     array, H, D = jax.ShapeDtypeStruct, case.num_heads, case.head_size
     dtype, lists = jnp.dtype(case.dtype), 1 if case.is_shared else H
-    row = array((case.num_rows, H, D), dtype)
+    rows = array((case.num_rows, H, 2 * D), dtype)
     place = array((case.num_places, lists), jnp.int32)
     pool = array((case.num_pages, H, case.page_size, 2 * D), dtype)
-    return pool, row, row, place, place
+    return pool, rows, place, place
 
 
 def test_write_rejects_what_does_not_fit():
-    pool, k, one = numbered_pool(2), jnp.zeros((2, 1, 1)), int32([0], [1])
+    pool, rows, one = numbered_pool(2), jnp.zeros((2, 1, 2)), int32([0], [1])
     for args, options, word in (
-        ((pool[0], k, k, one, one), {}, "kv_pages has shape"),
-        ((pool, k[0], k, one, one), {}, "k has shape"),
-        ((pool, k, k[:1], one, one), {}, "v has shape"),
-        ((pool, k.astype(jnp.bfloat16), k, one, one), {}, "k has dtype"),
-        ((pool, k, k, one[0], one), {}, "pages has shape"),
-        ((pool, k, k, one, one[:1]), {}, "offsets has shape"),
-        ((pool, k, k, one[:1], one[:1]), {}, "k has 2 rows and pages 1"),
-        ((pool, k, k, one, one), dict(copies_from=3), "copies_from is 3"),
+        ((pool[0], rows, one, one), {}, "kv_pages has shape"),
+        ((pool, rows[0], one, one), {}, "rows has shape"),
+        ((pool, rows.astype(jnp.bfloat16), one, one), {}, "rows has dtype"),
+        ((pool, rows, one[0], one), {}, "pages has shape"),
+        ((pool, rows, one, one[:1]), {}, "offsets has shape"),
+        ((pool, rows, one[:1], one[:1]), {}, "there are 2 rows, but pages has 1"),
+        ((pool, rows, one, one), dict(copies_from=3), "copies_from is 3"),
     ):
         with pytest.raises(ValueError, match=word):
             write(*args, **options)
@@ -132,8 +130,8 @@ def test_write_rejects_what_does_not_fit():
 
 def test_write_on_a_gpu_refuses_other_head_sizes():
     with pytest.raises(NotImplementedError, match="head size is 1:"):
-        k = jnp.zeros((1, 1, 1))
-        write_rows(numbered_pool(2), k, k, int32([0]), int32([0]), impl="gpu_interpret")
+        rows = jnp.zeros((1, 1, 2))
+        write_rows(numbered_pool(2), rows, int32([0]), int32([0]), impl="gpu_interpret")
 
 
 @pytest.mark.gpu

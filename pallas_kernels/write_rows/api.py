@@ -13,8 +13,7 @@ from pallas_kernels.common import (
 
 def write_rows(
     kv_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    rows: jax.Array,
     pages: jax.Array,
     offsets: jax.Array,
     *,
@@ -23,9 +22,9 @@ def write_rows(
 ) -> jax.Array:
     """Returns the pool with new rows stored, some of them in two places.
 
-    K and V of token `i` and head `h` go to `kv_pages[pages[i, h], h, offsets[i, h]]`,
-    bit for bit. Places past the `n` rows take rows once more, those from `copies_from`
-    on: place `n + j` gets row `copies_from + j`. Places with a page outside `[0, P)`
+    Row `i` of head `h` goes to `kv_pages[pages[i, h], h, offsets[i, h]]`, bit for bit.
+    Places past the `n` rows take rows once more, those from `copies_from` on: place
+    `n + j` gets row `copies_from + j`. Places with a page outside `[0, P)`
     are dropped; the others differ from each other.
 
         rows    draft 0 .. 63 | verified 0 .. 71 |            copies_from = 64
@@ -36,8 +35,7 @@ def write_rows(
 
     Args:
       kv_pages: [P, H, ps, 2*D], bfloat16 or float32.
-      k: [n, H, D], dtype of kv_pages.
-      v: like k.
+      rows: [n, H, 2*D], K then V, dtype of kv_pages.
       pages: int32 [m, H], or [m, 1] for all heads; m >= n.
       offsets: int32, like pages: row inside the page, below ps.
       copies_from: first row that is stored a second time; m - n rows are.
@@ -48,22 +46,20 @@ def write_rows(
       NotImplementedError: the chosen implementation cannot serve the shapes.
     """
     check_pool(kv_pages)
-    num_heads, head_size = kv_pages.shape[1], kv_pages.shape[3] // 2
-    check_shape("k", k, (None, num_heads, head_size), "[n, H, D] of kv_pages")
-    check_shape("v", v, tuple(k.shape), "like k")
-    check_dtype("k", k, kv_pages.dtype)
-    check_dtype("v", v, kv_pages.dtype)
+    num_heads, row_size = kv_pages.shape[1], kv_pages.shape[3]
+    check_shape("rows", rows, (None, num_heads, row_size), "[n, H, 2*D] of kv_pages")
+    check_dtype("rows", rows, kv_pages.dtype)
     num_lists = 1 if pages.shape[1:] == (1,) else num_heads
     meaning = "[m, H], or [m, 1] for all heads"
     check_shape("pages", pages, (None, num_lists), meaning)
     check_shape("offsets", offsets, tuple(pages.shape), "like pages")
     check_dtype("pages", pages, jnp.int32)
     check_dtype("offsets", offsets, jnp.int32)
-    num_rows, num_copies = k.shape[0], pages.shape[0] - k.shape[0]
+    num_rows, num_copies = rows.shape[0], pages.shape[0] - rows.shape[0]
     if num_rows == 0 or num_copies < 0:
         raise ValueError(
-            f"k has {num_rows} rows and pages {pages.shape[0]} places: give at least "
-            "one row, and a place for each"
+            f"there are {num_rows} rows, but pages has {pages.shape[0]} places: "
+            "give at least one row, and a place for each"
         )
     if not 0 <= copies_from <= num_rows - num_copies:
         raise ValueError(
@@ -71,4 +67,4 @@ def write_rows(
             f"stored again; it must lie in 0..{num_rows - num_copies}"
         )
     function = load_implementation("pallas_kernels.write_rows", "write_rows", impl)
-    return function(kv_pages, k, v, pages, offsets, copies_from=copies_from)
+    return function(kv_pages, rows, pages, offsets, copies_from=copies_from)

@@ -1,6 +1,6 @@
 """Store of new KV rows for Hopper GPUs, in Pallas Mosaic GPU.
 
-One CTA per place: it reads K and V of all heads, and stores each where it belongs. The
+One CTA per place: it reads the row of every head and stores it where it belongs. The
 pool is updated in place.
 """
 
@@ -19,8 +19,7 @@ from pallas_kernels.gpu_layouts import row_layout
 @functools.partial(jax.jit, static_argnames=("copies_from", "interpret"))
 def write_rows_gpu(
     kv_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    rows: jax.Array,
     pages: jax.Array,
     offsets: jax.Array,
     *,
@@ -29,36 +28,31 @@ def write_rows_gpu(
 ) -> jax.Array:
     """Returns what `api.write_rows` documents, computed on a Hopper GPU."""
     num_pages, num_heads, _, row_size = kv_pages.shape
-    num_rows, (num_places, num_lists) = k.shape[0], pages.shape
-    head_size = row_size // 2
-    if head_size not in (32, 64) and head_size % 128:
+    num_rows, (num_places, num_lists) = rows.shape[0], pages.shape
+    if row_size not in (32, 64) and row_size % 128:
         raise NotImplementedError(
-            f"the head size is {head_size}: the GPU kernel serves 32, 64 and multiples "
-            "of 128; impl='reference' serves every size"
+            f"the head size is {row_size // 2}: the GPU kernel serves 16, 32 and "
+            "multiples of 64; impl='reference' serves every size"
         )
-    layout = row_layout(head_size)
-    halves = (pl.ds(0, head_size), pl.ds(head_size, head_size))
+    layout = row_layout(row_size)
 
-    def body(k_ref, v_ref, page_ref, offset_ref, pool_ref):
+    def body(row_ref, page_ref, offset_ref, pool_ref):
         place = lax.axis_index("place")
         row = jnp.where(place < num_rows, place, place - num_rows + copies_from)
 
-        def load(ref, head):
-            window = ref.at[row, pl.ds(head, 1)]
+        def load(head):
+            window = row_ref.at[row, pl.ds(head, 1)]
             return plgpu.load(window, layout=layout, optimized=False)
 
         # All loads stand in front: they wait for memory together.
         lists = [min(head, num_lists - 1) for head in range(num_heads)]
         places = [(page_ref[place, i], offset_ref[place, i]) for i in lists]
-        rows = [
-            [load(ref, head) for ref in (k_ref, v_ref)] for head in range(num_heads)
-        ]
+        loaded = [load(head) for head in range(num_heads)]
         for head, (page, offset) in enumerate(places):
 
             @pl.when((page >= 0) & (page < num_pages))
             def _store(head=head, page=page, offset=offset):
-                for half, values in zip(halves, rows[head], strict=True):
-                    pool_ref[page, head, pl.ds(offset, 1), half] = values
+                pool_ref[page, head, pl.ds(offset, 1), :] = loaded[head]
 
     pool_ref = jax.new_ref(kv_pages)
     plgpu.kernel(
@@ -72,5 +66,5 @@ def write_rows_gpu(
         interpret=plgpu.InterpretGPUParams()
         if interpret is True
         else interpret or None,
-    )(k, v, pages, offsets, pool_ref)
+    )(rows, pages, offsets, pool_ref)
     return jax.freeze(pool_ref)

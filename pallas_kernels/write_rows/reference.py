@@ -9,15 +9,13 @@ import jax.numpy as jnp
 @functools.partial(jax.jit, static_argnames="copies_from")
 def write_rows_reference(
     kv_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    rows: jax.Array,
     pages: jax.Array,
     offsets: jax.Array,
     *,
     copies_from: int = 0,
 ) -> jax.Array:
     """Returns what `api.write_rows` documents; same arguments, no checks."""
-    rows = jnp.concatenate([k, v], axis=-1)
     copies = rows[copies_from : copies_from + pages.shape[0] - rows.shape[0]]
     is_page = (pages >= 0) & (pages < kv_pages.shape[0])
     pages = jnp.where(is_page, pages, kv_pages.shape[0])
