@@ -24,6 +24,7 @@ from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
     SELECT_CASES,
+    WRITE_CASES,
     AttentionCase,
     by_name,
 )
@@ -31,9 +32,10 @@ from pallas_kernels.common import default_impl
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.write_rows import write_rows
 
 _LAYERS = 32  # of one program, as models have; half as many selections
-_REPEATS = 7
+_REPEATS = 5
 _PROGRAMS = 8  # of one repeat; the dispatch of the first is part of the time
 _POOL_BYTES = 1.5e9  # of one pool; layers take turns in it
 _NEEDLE_LOGIT = 12.0
@@ -50,13 +52,14 @@ def _attention_cases() -> dict[str, AttentionCase]:
     for name in ("draft_410", "draft_1638", "mixed", "verify_8k_d64"):
         case = by_name(ATTENTION_CASES, name)
         cases[name] = dataclasses.replace(case, mass_group=None)
-    return cases
+    return cases | {"step_2560": by_name(ATTENTION_CASES, "step_2560")}
 
 
 ATTENTION = _attention_cases()
 SELECT = ("select_8k", "select_32k")
 GATHER = ("gather_512b",)
-NAMES = (*ATTENTION, *SELECT, *GATHER)
+WRITE = ("write_plain", "write_136")
+NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE)
 
 
 def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
@@ -102,48 +105,63 @@ def attention_layers(case: AttentionCase, seed: int = 0) -> tuple[list, tuple]:
     tables = np.full((turns, case.num_lanes, case.table_width), -1, np.int32)
     for turn, lane in np.ndindex(turns, case.num_lanes):
         tables[turn, lane, : used[lane]], pages = np.split(pages, [used[lane]])[:2]
-    shape = (turns * used.sum(), case.num_heads, case.page_size, 2 * case.head_size)
+    shape = (
+        int(turns * used.sum()),
+        case.num_heads,
+        case.page_size,
+        2 * case.head_size,
+    )
     key = jax.random.key(seed)
-    pool = jax.random.normal(key, shape, jnp.bfloat16)
     last, end = tables[:, np.arange(len(used)), used - 1], kv_lengths.max(1)
     unused = np.arange(case.page_size) >= (end - (used - 1) * case.page_size)[:, None]
-    unused = jnp.asarray(np.broadcast_to(unused, (turns, *unused.shape)))
-    pool = pool.at[last].set(
-        jnp.where(unused[:, :, None, :, None], jnp.nan, pool[last]).astype(pool.dtype)
-    )
+    pool = _draw_pool(key, shape, last, np.broadcast_to(unused, (turns, *unused.shape)))
     layers = []
     for layer in range(_LAYERS):
         table = tables[layer % turns]
-        q = _queries(case, jax.random.fold_in(key, layer), pool, table)
+        where = _needle_places(case, table)
+        q = _draw_queries(jax.random.fold_in(key, layer), pool, *where)
         layers.append((q, jnp.asarray(table)))
     return layers, (pool, jnp.asarray(kv_lengths), jnp.asarray(q_lengths))
 
 
-def _queries(case, key, pool, table):
-    """Returns random queries; every third token is aligned with a key at an edge."""
-    lanes = [
-        (lane_row, queries)
-        for num_lanes, queries in case.groups
-        for lane_row in [None] * num_lanes
-    ]
-    lane = np.repeat(np.arange(case.num_lanes), [queries for _, queries in lanes])
-    query = np.concatenate([np.arange(queries) for _, queries in lanes])
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_pool(key, shape, last_pages, unused):
+    """Returns random pages; rows `unused` of the last page of each lane are NaN."""
+    pool = jax.random.normal(key, shape, jnp.bfloat16)
+    rows = jnp.where(unused[:, :, None, :, None], jnp.nan, pool[last_pages])
+    return pool.at[last_pages].set(rows.astype(pool.dtype))
+
+
+def _needle_places(case, table):
+    """Returns page and row, [T, H, G], of the key that each query may be aligned with.
+
+    Keys at edges take turns: the own one, the next, the first of the page, and the one
+    before it.
+    """
+    num_queries = [queries for lanes, queries in case.groups for _ in range(lanes)]
+    lane = np.repeat(np.arange(case.num_lanes), num_queries)
+    query = np.concatenate([np.arange(queries) for queries in num_queries])
     length, q_len = np.asarray(case.kv_lengths)[lane], case.q_length_array()[lane]
     own = length - q_len + query
     page_start = own // case.page_size * case.page_size
     edges = np.stack([own, np.minimum(own + 1, length - 1), page_start, page_start - 1])
     shape = (case.num_tokens, case.num_heads, case.group_size)
     token, head, member = np.indices(shape)
-    which = (token + head + member) % 4
-    position = np.maximum(edges[which, token], 0)
-    page = table[lane[token], position // case.page_size]
-    k = pool[page, head, position % case.page_size, : case.head_size]
-    k = k.astype(jnp.float32)
+    position = np.maximum(edges[(token + head + member) % 4, token], 0)
+    return table[lane[token], position // case.page_size], position % case.page_size
+
+
+@jax.jit
+def _draw_queries(key, pool, page, row):
+    """Returns random queries; every third token is aligned with a key."""
+    head_size = pool.shape[3] // 2
+    token, head, _ = np.indices(page.shape)
+    k = pool[page, head, row, :head_size].astype(jnp.float32)
     norm = jnp.sum(k * k, axis=-1, keepdims=True)
-    needle = k * (_NEEDLE_LOGIT * math.sqrt(case.head_size) / norm)
-    q = jax.random.normal(key, (*shape, case.head_size), jnp.float32)
-    q = jnp.where(jnp.asarray(token % 3 == 0)[..., None], needle, q)
-    return q.reshape(case.num_tokens, -1, case.head_size).astype(jnp.bfloat16)
+    needle = k * (_NEEDLE_LOGIT * math.sqrt(head_size) / norm)
+    q = jax.random.normal(key, k.shape, jnp.float32)
+    q = jnp.where((token % 3 == 0)[..., None], needle, q)
+    return q.reshape(len(page), -1, head_size).astype(jnp.bfloat16)
 
 
 def bench_attention(case: AttentionCase, impl: str, read_rate: float) -> dict:
@@ -202,7 +220,7 @@ def _time_cudnn(case: AttentionCase) -> float:
     return time_us(attend, layers * (_LAYERS // len(layers)))
 
 
-# ------------------------------------------------------------ selection, gather
+# ----------------------------------------------------- selection, gather, write
 
 
 def bench_select(name: str, impl: str) -> dict:
@@ -275,6 +293,37 @@ def bench_gather(name: str, impl: str, copy_rate: float) -> dict:
     )
 
 
+def bench_write(name: str, impl: str) -> dict:
+    """Returns time and exactness of one case of new rows, and XLA's scatter's time."""
+    case = by_name(WRITE_CASES, name)
+    rng = np.random.default_rng(0)
+    places = rng.choice(case.num_pages * case.page_size, (case.num_places, 1), False)
+    places = np.divmod(places.astype(np.int32), case.page_size)
+    shape = (case.num_rows, case.num_heads, case.head_size)
+    keys = jax.random.split(jax.random.key(0), 2 * _LAYERS).reshape(_LAYERS, 2)
+    layers = [[jax.random.normal(k, shape, jnp.bfloat16) for k in ks] for ks in keys]
+    shape = (case.num_pages, case.num_heads, case.page_size, 2 * case.head_size)
+    pool = jax.random.normal(keys[0, 0], shape, jnp.bfloat16)
+
+    def write(pool, k, v, impl=impl):
+        args = (pool, k, v, *places)
+        return write_rows(*args, copies_from=case.copies_from, impl=impl)
+
+    def write_layers(pool, impl=impl):
+        for k, v in layers:
+            pool = write(pool, k, v, impl=impl)
+        return pool
+
+    expected = write(pool, *layers[0], impl="reference")
+    same = bool((jax.jit(write)(pool, *layers[0]) == expected).all())
+    scatter_layers = functools.partial(write_layers, impl="reference")
+    return dict(
+        us=_time_donated(write_layers, pool + 0) / _LAYERS,
+        exact=same,
+        xla_scatter_us=_time_donated(scatter_layers, pool + 0) / _LAYERS,
+    )
+
+
 def _time_donated(fn, x) -> float:
     program = jax.jit(fn, donate_argnums=0)
     x = jax.block_until_ready(program(x))
@@ -313,6 +362,8 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
             result = bench_attention(ATTENTION[name], impl, read_rate)
         elif name in SELECT:
             result = bench_select(name, impl)
+        elif name in WRITE:
+            result = bench_write(name, impl)
         else:
             result = bench_gather(name, impl, copy_rate)
         report["cases"][name] = result

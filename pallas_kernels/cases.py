@@ -272,6 +272,14 @@ ATTENTION_CASES = (
         kv_lengths=(410,) * 114 + (8192,) * 14,
         mass_group=1,
     ),
+    # Short drafts beside few long verifications, as in an engine of 64 slots.
+    AttentionCase(
+        name="step_2560",
+        groups=((57, 1), (7, 9)),
+        kv_lengths=(137,) * 57 + (2565,) * 7,
+        mass_group=1,
+        mass_rows="edges",
+    ),
     AttentionCase(
         name="mixed_ragged",
         groups=((112, 1), (14, 9), (1, 256)),

@@ -45,6 +45,7 @@ ATTENTION = (
     "draft_1638",
     "mixed",
     "mixed_ragged",
+    "step_2560",
     "verify_8k_d64",
     "verify_8k_g5",
     "verify_8k_g8",
