@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 
 from absl import app, flags
 
@@ -19,6 +20,7 @@ from experiments import record
 from experiments.study import as_json
 from experiments.study_config import load_study, study_names
 
+_FOLDERS = re.compile(r"(?<=[ =,])/[^ ,]*/")  # of the machine that measured
 _FREE = ("num_slots", "page_size", "prefill_chunk", "prefill_lanes", "impl", "study")
 
 
@@ -38,6 +40,7 @@ def join(parts, output, *, suffix):
             )
         found |= {json.dumps(r["row"], sort_keys=True): r for r in records}
         environment = json.loads((pathlib.Path(part) / "environment.json").read_text())
+        environment["command"] = _FOLDERS.sub("", environment["command"])
     written = {}
     for name in study_names():
         study, header = load_study(name)

@@ -1,6 +1,6 @@
 """One page of everything measured: the claim, what we found, on what, by what command.
 
-    python -m experiments.report --output experiments/results/REPORT.md
+    python -m experiments.report --output docs/report.md
 
 Reads every results file and run directory below --results; writes Markdown, or HTML if
 the name ends in .html.
@@ -51,11 +51,46 @@ def _throughput(data):
     )
 
 
+def _offload(data):
+    found = data.get("metrics", {})
+    ratios = [
+        f"{found[key]:.2f} times {name}"
+        for key, name in {
+            "offload_over_offload_without_copies": "the same schedule without copies",
+            "offload_over_recompute": "recomputing",
+            "offload_over_reserve": "reserving",
+        }.items()
+        if key in found
+    ]
+    return "spilling to host memory runs at " + ", ".join(ratios)
+
+
+def _simulator(data):
+    by_policy = {row["policy"]: row for row in data["rows"]}
+    return "share of the pool in use: " + ", ".join(
+        f"{name} {row['utilisation']:.3f}" for name, row in by_policy.items()
+    )
+
+
+def _host(data):
+    return "; ".join(
+        f"{row['num_requests']} requests: plan {row['plan_us']:.0f} us, commit "
+        f"{row['commit_us']:.0f} us"
+        for row in data["rows"]
+    )
+
+
+def _eagle(data):
+    found = data["accepted_drafts"].items()
+    counts = ", ".join(f"{name} {_figure(value)}" for name, value in found)
+    return f"{counts} (head of {data['num_texts']} texts)"
+
+
 def _other(data):
     return "see the file"
 
 
-# Files of single measurements: how a name begins -> (claim, what its content says).
+# Single measurements: how a file's (or its folder's) name begins -> (claim, content).
 FILES = {
     "acceptance_": (
         "6.16 of 8 drafts accepted at s = 0.05 (arXiv 2512.01278, section 5)",
@@ -69,6 +104,19 @@ FILES = {
     "throughput": (
         "up to 2.13 times plain decoding (arXiv 2512.01278, section 6)",
         _throughput,
+    ),
+    "offload": (
+        "KV offloading costs next to nothing (arXiv 2512.01278, section 4.4)",
+        _offload,
+    ),
+    "kv_simulator": (
+        "the pool is full without recomputation (arXiv 2512.01278, section 4.4)",
+        _simulator,
+    ),
+    "host_cost": ("the host keeps ahead of the device", _host),
+    "eagle": (
+        "an EAGLE-3 head accepts fewer than 2 drafts (arXiv 2512.01278, section 5)",
+        _eagle,
     ),
 }
 OTHER = ("measured for the claim that its command names", _other)
@@ -94,11 +142,12 @@ def _entry(path, claim, measured, environment):
 def file_entries(results):
     """Entries of the single results files, those that say what they ran on."""
     entries = []
-    for path in sorted(pathlib.Path(results).glob("*.json")):
+    for path in sorted(pathlib.Path(results).rglob("*.json")):
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or not {"environment", "device"} & data.keys():
             continue
-        known = (FILES[begin] for begin in FILES if path.name.startswith(begin))
+        name = path.parent.name if path.name == "results.json" else path.name
+        known = (FILES[begin] for begin in FILES if name.startswith(begin))
         claim, describe = next(known, OTHER)
         environment = data.get("environment") or {
             "devices": [data["device"]],

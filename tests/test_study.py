@@ -305,7 +305,7 @@ def test_parts_join_to_studies(tmp_path):
     for name, of_part in {"a": rows[1:], "b": [Row(policy="vegas"), rows[0]]}.items():
         config = {"num_slots": 3, "study": "everything"}
         with record.RunDirectory(tmp_path / name, config=config, resume=False) as part:
-            part.write_environment({"commit": "c"})
+            part.write_environment({"command": "python --contexts /tmp/s/c.json --x"})
             for row in of_part:
                 part.append(found(row))
     out = tmp_path / "out"
@@ -318,6 +318,8 @@ def test_parts_join_to_studies(tmp_path):
     summary = json.loads((out / "study_sweep_k_gpu" / "summary.json").read_text())
     assert summary["x"] == "num_draft_tokens"
     assert not (out / "study_ladder_gpu").exists()
+    found = json.loads((out / "study_sweep_k_gpu" / "environment.json").read_text())
+    assert found["command"] == "python --contexts c.json --x"
     (tmp_path / "b" / "config.json").write_text('{"num_slots": 3, "seed": 4}')
     with pytest.raises(ValueError, match="seed"):
         join_studies.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c", suffix="x")
@@ -396,6 +398,31 @@ def test_the_page_of_the_committed_results():
     assert "0 of 24576 tokens differ" in page
     kernels = next(e for e, _ in collected if e["source"].name == "kernels_h100.json")
     assert "H100" in kernels["device"] and "verify_8k 0.8" in kernels["measured"]
+
+
+def test_the_page_says_what_other_results_hold(tmp_path):
+    environment = {"devices": ["GPU"], "backend": "gpu", "command": "c"}
+    mean = {"mean": 0.5, "standard_error": 0.1}
+    files = {
+        "offload_h100.json": {"metrics": {"offload_over_recompute": 1.25}},
+        "host_cost.json": {
+            "rows": [{"num_requests": 2, "plan_us": 3.4, "commit_us": 5.6}]
+        },
+        "eagle_h100/results.json": {"accepted_drafts": {"eagle": mean}, "num_texts": 7},
+        "throughput_x.json": {
+            "metrics": {"speedup": 2, "speed_of_light": 3, "forced_acceptance": None}
+        },
+    }
+    for name, data in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(data | {"environment": environment}))
+    page = report.as_markdown(report.collect(tmp_path), tmp_path)
+    for words in (
+        "1.25 times recomputing", "2 requests: plan 3 us, commit 6 us",
+        "eagle 0.5 +- 0.1 (head of 7 texts)", "2.00 times plain decoding, bound 3.00",
+    ):  # fmt: skip
+        assert words in page
 
 
 def test_lines_of_a_figure_name_what_else_varies():
