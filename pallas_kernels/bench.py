@@ -299,23 +299,23 @@ def bench_write(name: str, impl: str) -> dict:
     rng = np.random.default_rng(0)
     places = rng.choice(case.num_pages * case.page_size, (case.num_places, 1), False)
     places = np.divmod(places.astype(np.int32), case.page_size)
-    shape = (case.num_rows, case.num_heads, case.head_size)
-    keys = jax.random.split(jax.random.key(0), 2 * _LAYERS).reshape(_LAYERS, 2)
-    layers = [[jax.random.normal(k, shape, jnp.bfloat16) for k in ks] for ks in keys]
+    shape = (case.num_rows, case.num_heads, 2 * case.head_size)
+    keys = jax.random.split(jax.random.key(0), _LAYERS)
+    layers = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
     shape = (case.num_pages, case.num_heads, case.page_size, 2 * case.head_size)
-    pool = jax.random.normal(keys[0, 0], shape, jnp.bfloat16)
+    pool = jax.random.normal(keys[0], shape, jnp.bfloat16)
 
-    def write(pool, k, v, impl=impl):
-        args = (pool, k, v, *places)
+    def write(pool, rows, impl=impl):
+        args = (pool, rows, *places)
         return write_rows(*args, copies_from=case.copies_from, impl=impl)
 
     def write_layers(pool, impl=impl):
-        for k, v in layers:
-            pool = write(pool, k, v, impl=impl)
+        for rows in layers:
+            pool = write(pool, rows, impl=impl)
         return pool
 
-    expected = write(pool, *layers[0], impl="reference")
-    same = bool((jax.jit(write)(pool, *layers[0]) == expected).all())
+    expected = write(pool, layers[0], impl="reference")
+    same = bool((jax.jit(write)(pool, layers[0]) == expected).all())
     scatter_layers = functools.partial(write_layers, impl="reference")
     return dict(
         us=_time_donated(write_layers, pool + 0) / _LAYERS,

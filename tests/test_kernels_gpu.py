@@ -380,3 +380,10 @@ def test_benchmark_inputs_have_needles_and_nan(monkeypatch):
     values = pool[table[0, 0], 0, :41, case.head_size :].astype(jnp.float32)
     distance = jnp.abs(result.out[0, 0].astype(jnp.float32) - values).max(1).min()
     assert distance < 0.1
+
+
+def test_benchmark_of_new_rows_runs(monkeypatch):
+    for name in ("_LAYERS", "_PROGRAMS", "_REPEATS"):
+        monkeypatch.setattr(bench, name, 1)
+    result = bench.bench_write("write_136", "reference")
+    assert result["exact"] and result["us"] > 0 and result["xla_scatter_us"] > 0
