@@ -1,9 +1,11 @@
 """Exact top-k selection for Hopper GPUs, in Pallas Mosaic GPU.
 
-One CTA per (lane, KV head). Its warpgroups hold the row as ordered 32-bit keys and
-find the smallest chosen key by bisection over the bits. Every thread owns consecutive
-positions, so prefix sums over threads give the rank of its first chosen position and
-the number of equal keys before it (of which the lowest positions are chosen).
+One CTA per (lane, KV head). Its warpgroups hold the row in registers and find the
+smallest chosen score by bisection over the bits of ordered 32-bit keys. Scores are
+compared and counted as floats, for which the chip has twice the units. Every thread
+owns consecutive positions, so prefix sums over threads give the rank of its first
+chosen position and the number of equal scores before it (of which the lowest positions
+are chosen).
 """
 
 import dataclasses
@@ -127,7 +129,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             first = (slab * W + wg) * (_THREADS * per_thread)
             return first + thread * per_thread + element
 
-        def load_keys(slab):
+        def load_scores(slab):
             first = pl.multiple_of((slab * W + wg) * _THREADS, _THREADS)
             x = plgpu.load(
                 score_ref.at[lane, row, pl.ds(first, _THREADS)],
@@ -135,25 +137,24 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
                 optimized=False,
             )
             position = positions(slab)
-            bits = lax.bitcast_convert_type(jnp.where(x == 0.0, 0.0, x), jnp.int32)
-            key = jnp.where(bits < 0, bits ^ jnp.int32(_LARGEST), bits)
-            key = jnp.where(position >= recent, jnp.int32(_LARGEST), key)
-            return jnp.where(position < length, key, jnp.int32(_SMALLEST))
+            x = jnp.where(position >= recent, jnp.inf, x)
+            return jnp.where(position < length, x, -jnp.inf)
 
-        kept = load_keys(jnp.int32(0)) if num_slabs == 1 else None
+        kept = load_scores(jnp.int32(0)) if num_slabs == 1 else None
 
-        def count_from(turn, smallest):
-            """Returns how many candidates of the row have at least a key."""
+        def count(turn, is_counted):
+            """Returns for how many candidates of the row a condition holds."""
 
             def count_slab(slab, total):
-                key = load_keys(slab) if kept is None else kept
-                return total + jnp.where(key >= smallest, 1, 0).sum(axis=1)
+                x = load_scores(slab) if kept is None else kept
+                return total + jnp.where(is_counted(x), 1.0, 0.0).sum(axis=1)
 
-            total = plgpu.layout_cast(jnp.zeros((_THREADS,), jnp.int32), by_thread)
+            total = plgpu.layout_cast(jnp.zeros((_THREADS,), jnp.float32), by_thread)
             if kept is None:
                 total = lax.fori_loop(0, num_slabs, count_slab, total)
             else:
                 total = count_slab(jnp.int32(0), total)
+            total = total.astype(jnp.int32)
             # Two sets in turn: a slow warp may still read the last one.
             sums = sums_s.at[lax.rem(turn, 2)]
             _write_warp_sums(sums, wg, total, by_thread, interpret)
@@ -163,17 +164,19 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         def halve(carry):
             bit, low, at_low = carry
             middle = low + lax.shift_left(jnp.int32(1), 31 - bit)
-            hits = count_from(bit, middle)
+            smallest = _score_of(middle, shape, by_thread)
+            hits = count(bit, lambda x: x >= smallest)
             enough = hits >= wanted
             low = jnp.where(enough, middle, low)
             return bit + 1, low, jnp.where(enough, hits, at_low)
 
-        # The largest key that at least `wanted` candidates reach.
+        # The key of the largest score that at least `wanted` candidates reach.
         bit, low, _ = lax.while_loop(
             lambda carry: (carry[0] < 32) & (carry[2] != wanted),
             halve,
             (jnp.int32(0), jnp.int32(_SMALLEST), jnp.int32(_LARGEST)),
         )
+        threshold = _score_of(low, shape, by_thread)
 
         def before_thread(scan):
             """Returns sums over earlier threads of the CTA, and over all of them."""
@@ -193,13 +196,13 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
 
         def write_slab(slab, carry):
             larger, equal = carry  # candidates of the slabs before
-            key = load_keys(slab) if kept is None else kept
-            is_larger = jnp.where(key > low, 1 << 16, 0)
-            kind = is_larger + jnp.where(key == low, 1, 0)
+            x = load_scores(slab) if kept is None else kept
+            is_larger = jnp.where(x > threshold, 1 << 16, 0)
+            kind = is_larger + jnp.where(x == threshold, 1, 0)
             # Both counts in one word: a slab has at most 2**15 candidates.
-            count = kind.sum(axis=1)
-            scan, total = before_thread(_warp_scan(count, by_thread, interpret))
-            scan -= count
+            both = kind.sum(axis=1)
+            scan, total = before_thread(_warp_scan(both, by_thread, interpret))
+            scan -= both
             larger_before = larger + lax.shift_right_logical(scan, 16)
             equal_before = equal + (scan & 0xFFFF)
             thread = plgpu.broadcasted_iota(jnp.int32, (_THREADS,), 0, layout=by_thread)
@@ -210,8 +213,8 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             total_larger = lax.shift_right_logical(total, 16)
             return larger + total_larger, equal + (total & 0xFFFF)
 
-        # Rank of a chosen position: larger keys before it and chosen equal ones.
-        num_larger = jnp.where(low == _LARGEST, 0, count_from(bit, low + 1))
+        # Rank of a chosen position: larger scores before it and chosen equal ones.
+        num_larger = count(bit, lambda x: x > threshold)
         lax.fori_loop(0, num_slabs, write_slab, (jnp.int32(0), jnp.int32(0)))
 
     return plgpu.kernel(
@@ -234,6 +237,17 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         if interpret is True
         else interpret or None,
     )(scores, lengths, budgets)
+
+
+def _score_of(key, shape, by_thread):
+    """Returns the float whose place among all floats is `key`, NaN past infinity.
+
+    It is repeated to a shape whose rows lie in the layout `by_thread`.
+    """
+    bits = jnp.where(key < 0, key ^ jnp.int32(_LARGEST), key)
+    bits = plgpu.layout_cast(jnp.full(shape[:1], bits), by_thread)
+    score = lax.bitcast_convert_type(bits, jnp.float32)
+    return lax.broadcast_in_dim(score, shape, [0])
 
 
 # What follows has no Pallas form: it names single threads. The interpreter runs the
