@@ -27,6 +27,7 @@ _BY_NAME = (
     ("paged_attention", "attention"),
     ("select_tokens", "selection"),
     ("gather_kv", "gather"),
+    ("write_rows", "attention"),
     ("memcpy", "copies"),
     ("memset", "copies"),
 )
