@@ -72,7 +72,7 @@ _ALL = (
     quest("quest_step", per_step=True),
     double_sparsity("double_sparsity_step", per_step=True),
     index_step(),
-    index_step("index_2bit", bits=2),
+    index_step("index_2bit", bits=2, page_size=64),
 )
 POLICIES = {policy.name: policy for policy in _ALL}
 
