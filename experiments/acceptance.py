@@ -24,7 +24,7 @@ from absl import app, flags
 from experiments import contexts as contexts_lib
 from experiments import measure as measure_lib
 from experiments import record
-from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model
+from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model, sizes
 from sparsespec_jax.selection import load_policy, resolve_policy
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to measure.")
@@ -43,6 +43,11 @@ _CONTEXTS = flags.DEFINE_string(
 _K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.")
 _FLOOR = flags.DEFINE_integer("min_budget", 0, "Tokens a draft reads at least.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.65, "Temperature; 0 is greedy.")
+_PROPOSER = flags.DEFINE_enum(
+    "proposer", "self", ["self", "ngram", "cascade"], "Who drafts."
+)
+_STEPS = flags.DEFINE_integer("draft_steps", None, "Cascade: draft steps of a cycle.")
+_GUESSES = flags.DEFINE_integer("num_guesses", None, "Cascade: guesses per draft step.")
 _ACCEPTOR = flags.DEFINE_string("acceptor", "shared_noise", "Acceptor.")
 _MASS_ROWS = flags.DEFINE_string("mass_rows", "all", "Verify rows that count.")
 _SCOPE = flags.DEFINE_string("scope", "kv_head", "Selection per kv_head or layer.")
@@ -69,17 +74,24 @@ def continue_contexts(engine, contexts):
     )
 
 
-def make_engine(model, policy, num_draft_tokens, ratio):
-    """An engine for contexts of any length up to the prefixes'."""
-    speculation = SpeculationConfig(
-        num_draft_tokens=num_draft_tokens,
+def make_speculation(policy, ratio):
+    """How a row drafts."""
+    return SpeculationConfig(
+        num_draft_tokens=_K.value,
         budget_ratio=ratio,
         min_budget=_FLOOR.value,
+        proposer=_PROPOSER.value,
         policy=policy,
         acceptor=_ACCEPTOR.value,
         mass_rows=_MASS_ROWS.value,
         scope=_SCOPE.value,
+        draft_steps=_STEPS.value,
+        num_guesses=_GUESSES.value,
     )
+
+
+def make_engine(model, speculation):
+    """An engine for contexts of any length up to the prefixes'."""
     config = EngineConfig(
         num_slots=_SLOTS.value,
         page_size=_PAGE.value,
@@ -96,7 +108,9 @@ def measure(model, contexts, wanted, write):
 
     `write(rows, num_looping)` is called after each row.
     """
-    plain = continue_contexts(make_engine(model, "pillar", 0, 1.0), contexts)
+    plain = continue_contexts(
+        make_engine(model, SpeculationConfig(num_draft_tokens=0)), contexts
+    )
     tokens = [r.token_ids for r in plain]
     keep = [i for i, ids in enumerate(tokens) if not contexts_lib.is_looping(ids)]
     lengths = [len(contexts[i]) for i in keep]
@@ -104,7 +118,7 @@ def measure(model, contexts, wanted, write):
     for policy, ratio in wanted:
         if policy not in engines:
             largest = max(r for p, r in wanted if p == policy)
-            engines[policy] = make_engine(model, policy, _K.value, largest)
+            engines[policy] = make_engine(model, make_speculation(policy, largest))
         engines[policy].set_budget(budget_ratio=ratio, min_budget=_FLOOR.value)
         start = time.perf_counter()
         results = continue_contexts(engines[policy], contexts)
@@ -175,6 +189,8 @@ def main(argv):
     try:
         own = load_policy(_POLICY_FILE.value) if _POLICY_FILE.value else None
         wanted = [parse_row(row, own) for row in _ROWS.value]
+        for policy, ratio in wanted:
+            sizes.check_cascade(make_speculation(policy, ratio), policy)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     model = load_model(_MODEL.value, dtype=_DTYPE.value)

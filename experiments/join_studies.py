@@ -17,7 +17,7 @@ import re
 from absl import app, flags
 
 from experiments import record
-from experiments.study import as_json
+from experiments.study import as_json, recorded
 from experiments.study_config import load_study, study_names
 
 _FOLDERS = re.compile(r"(?<=[ =,])/[^ ,]*/")  # of the machine that measured
@@ -38,7 +38,7 @@ def join(parts, output, *, suffix):
             raise ValueError(
                 f"{part} has another setting: {configs[-1]}, not {configs[0]}"
             )
-        found |= {json.dumps(r["row"], sort_keys=True): r for r in records}
+        found |= {json.dumps(recorded(r["row"]), sort_keys=True): r for r in records}
         environment = json.loads((pathlib.Path(part) / "environment.json").read_text())
         environment["command"] = _FOLDERS.sub("", environment["command"])
     written = {}

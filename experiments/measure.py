@@ -88,6 +88,8 @@ def summarise(results, lengths, *, policy, model_config):
         "acceptance_at_position": total.acceptance_at_position,
         "conditional_acceptance": conditional_acceptance(total),
         "accepted_histogram": total.accepted_histogram,
+        "steps_per_cycle": total.steps_per_cycle,
+        "guess_hit_rate": total.guess_hit_rate if total.num_guesses else None,
         "kv_read_ratio": moved / max(1, total.plain_kv_tokens),
         "score_share": share,
         "kv_read_ratio_with_scores": scored,

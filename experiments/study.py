@@ -30,7 +30,7 @@ from experiments import contexts as contexts_lib
 from experiments import record, replay
 from experiments.models import tiny_model
 from experiments.study_bench import Bench, Setting, without_budget
-from experiments.study_config import load_study, smoke_rows, study_names
+from experiments.study_config import Row, load_study, smoke_rows, study_names
 from sparsespec_jax import load_model
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
 
@@ -46,12 +46,17 @@ def as_json(row):
     return json.loads(json.dumps(dataclasses.asdict(row)))
 
 
+def recorded(row):
+    """A row as it was recorded, with the defaults of fields that came later."""
+    return as_json(Row()) | row
+
+
 def run(directory, bench, rows):
     """Measure the rows that the directory does not hold yet.
 
     Returns (True if no text differs, number of rows that failed).
     """
-    done = [old["row"] for old in directory.records]
+    done = [recorded(old["row"]) for old in directory.records]
     num_failed = 0
     for row in rows:
         if as_json(row) in done:

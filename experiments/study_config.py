@@ -27,6 +27,8 @@ class Row:
     acceptor: str = "shared_noise"
     num_recent: int = 0
     proposer: str = "self"
+    draft_steps: int | None = None  # cascade
+    num_guesses: int | None = None  # cascade
     contexts: tuple[int, int] = (0, 1 << 20)  # only those of a length in [low, high)
 
     def __post_init__(self):

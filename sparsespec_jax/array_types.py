@@ -5,18 +5,21 @@ Axes (one letter, one meaning)::
     S  slots: requests that can be decoded at the same time
     K  drafts per cycle (`num_draft_tokens`); Q = K + 1 rows of a verification
     E  verify lanes of one step, ceil(S / (K + 1))
+    Qd rows of a draft lane: 1, or with a cascade 1 + m, m guesses
     F  prefill lanes of one step;  C  tokens of one prefill chunk
-    T  tokens of one step: S + E * Q (+ F * C)
+    T  tokens of one step: S * Qd + E * Q (+ F * C)
     L  layers;  N  query heads;  H  KV heads;  G = N / H  (GQA group);  D  head size
     P  pages of the pool;  ps  tokens per page;  W  columns of a page table
     B  selected tokens of a draft cache (budget);  X  key columns, W * ps
-    V  vocabulary;  R  rows of logits of one step: S + E * Q
+    V  vocabulary;  R  rows of logits of one step: S * Qd + E * Q
 
 Terms::
 
     committed length  tokens of a request whose KV is final (written by full attention)
     pending token     the newest emitted token; it has no KV yet
     cycle             K draft steps and one verify step; commits a + 1 tokens
+    cascade           draft steps that check guesses: fewer of them make the K drafts
+    guess             a looked-up token that a draft step feeds behind its newest one
     accepted drafts   a, the longest prefix of the drafts that the target confirms
     acceptance length a + 1, bonus token included
     full table        page table of all tokens of a slot, read by verification
@@ -26,7 +29,7 @@ Terms::
     seed verify       the first verification of a request: it feeds the last prompt
                       tokens, so it gives the first token and the first selection
     lag               steps between dispatching a step and reading its outcome
-    phase             the residue mod (K + 1) of the steps that verify a request
+    phase             which step of every cycle, 0..K, verifies a request
     preempted         keeps its slot, but some of its pages were spilled to host memory
                       or dropped; they are restored or recomputed before it goes on
     chunk             pages copied together to host memory or back

@@ -3,7 +3,7 @@
 Binds pages, page tables, policy and kernels of a step into the `attend` function that
 the model calls in every layer. The token axis of a step is
 
-    [ S draft tokens | E verifications of Q tokens | F prefill chunks of C tokens ]
+    [ S drafts of Qd tokens | E verifies of Q tokens | F prompt chunks of C tokens ]
 
 and each part is one lane group of a single paged-attention call.
 """
@@ -37,6 +37,7 @@ class StepLanes(NamedTuple):
     """Where each token of a step lives and what it sees."""
 
     draft_active: jax.Array  # bool [S] (size 0 in plain decoding)
+    draft_rows: jax.Array  # int32 [S], tokens that an active draft lane feeds
     draft_tails: jax.Array  # int32 [S], rows behind the selected ones, own one excluded
     draft_counts: jax.Array | None  # int32 [S, 1] if the policy's counts are fixed
     draft_table: jax.Array  # int32 [S, Wd]
@@ -81,7 +82,8 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         impl=impl,
     )
     verify_rows = slice(
-        shape.draft_lanes, shape.draft_lanes + shape.verify_lanes * shape.num_queries
+        shape.num_draft_rows,
+        shape.num_draft_rows + shape.verify_lanes * shape.num_queries,
     )
 
     picked = None  # by the newest layer below that selects, while tracing
@@ -247,7 +249,7 @@ def _view(layer_index, queries, mass, cache, lanes, shape, policy):
 
 def _lane_groups(shape, lanes):
     groups = [
-        LaneGroup(shape.draft_lanes, 1),
+        LaneGroup(shape.draft_lanes, shape.draft_queries),
         LaneGroup(shape.verify_lanes, shape.num_queries),
         LaneGroup(lanes.prefill_slots.size, shape.prefill_chunk),
     ]
@@ -268,7 +270,8 @@ def _tables_and_rows(lanes, shape):
         full.at[lanes.verify.slots].get(mode="clip"),
         full.at[lanes.prefill_slots].get(mode="clip"),
     ]
-    rows = [lanes.draft_active, lanes.verify.num_rows, lanes.prefill_counts]
+    drafted = jnp.where(lanes.draft_active, lanes.draft_rows, 0)
+    rows = [drafted, lanes.verify.num_rows, lanes.prefill_counts]
     return (
         jnp.concatenate(tables),
         jnp.concatenate([r.astype(jnp.int32) for r in rows]),
@@ -278,9 +281,10 @@ def _tables_and_rows(lanes, shape):
 def _kv_lengths(lanes, shape, counts):
     """Visible keys int32 [lanes, H or 1], from the selected rows `counts` [S, H or 1].
 
-    A draft lane sees its selected rows, the tail behind them and its own row.
+    A draft lane sees its selected rows, the tail behind them and its own rows.
     """
-    draft = counts[: shape.draft_lanes] + lanes.draft_tails[:, None] + 1
+    tails = lanes.draft_tails + lanes.draft_rows
+    draft = counts[: shape.draft_lanes] + tails[:, None]
     draft = jnp.where(lanes.draft_active[:, None], draft, 0)
     verify = lanes.verify.starts + lanes.verify.num_rows
     verify = jnp.where(lanes.verify.num_rows > 0, verify, 0)
@@ -292,12 +296,14 @@ def _kv_lengths(lanes, shape, counts):
 
 def _row_places(lanes, shape, counts):
     """RowPlaces of the step's tokens, in lane order; counts [S, H or 1]."""
-    place = counts[: shape.draft_lanes] + lanes.draft_tails[:, None]
-    place = jnp.where(lanes.draft_active[:, None], place, -1)
+    row = jnp.arange(shape.draft_queries)[None, :, None]
+    place = (counts[: shape.draft_lanes] + lanes.draft_tails[:, None])[:, None] + row
+    is_fed = lanes.draft_active[:, None, None] & (row < lanes.draft_rows[:, None, None])
+    place = jnp.where(is_fed, place, -1)
     table = lanes.draft_table[: shape.draft_lanes]
     verify = lanes.verify
     places = [
-        _places(shape, table, place[:, None]),
+        _places(shape, table, place),
         _span(shape, lanes, verify.slots, verify.starts, verify.num_rows,
               shape.num_queries),
     ]  # fmt: skip

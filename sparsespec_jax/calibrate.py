@@ -68,8 +68,14 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
       lengths: context lengths to measure; default: three up to the longest that fits.
 
     Raises:
-      ValueError: the engine has work, or a length does not fit.
+      ValueError: the engine has work, a length does not fit, or the proposer is a
+        cascade, whose drafts per step depend on the text.
     """
+    if engine.speculation.is_cascade:
+        raise ValueError(
+            "step times say nothing of the cycles of proposer='cascade', which make a "
+            "number of drafts that depends on the text: choose k by hand"
+        )
     if engine.has_work:
         raise ValueError(
             "the engine has unfinished requests: measure before adding any"

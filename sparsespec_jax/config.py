@@ -110,6 +110,8 @@ class SpeculationConfig:
     num_recent: int = 0  # newest committed tokens always selected
     num_sinks: int = 4  # first tokens always kept (window policy only)
     draft_top_m: int = 32  # ratio test: tokens of the draft's own law
+    draft_steps: int | None = None  # cascade: steps that make k drafts; None: half of k
+    num_guesses: int | None = None  # cascade: tokens looked up per step; None: 3
 
     def __post_init__(self):
         _require_int("num_draft_tokens", self.num_draft_tokens, 0, 31)
@@ -133,6 +135,26 @@ class SpeculationConfig:
         _require_int("num_recent", self.num_recent, 0)
         _require_int("num_sinks", self.num_sinks, 0)
         _require_int("draft_top_m", self.draft_top_m, 1)
+        self._check_cascade()
+
+    def _check_cascade(self):
+        sizes = {"draft_steps": self.draft_steps, "num_guesses": self.num_guesses}
+        sizes = {name: value for name, value in sizes.items() if value is not None}
+        _require(
+            self.is_cascade or not sizes,
+            f"{' and '.join(sizes)} need proposer='cascade', got {self.proposer!r}",
+        )
+        if not self.is_cascade:
+            return
+        drafts = self.num_draft_tokens
+        _require(
+            drafts >= 2,
+            f"proposer='cascade' needs num_draft_tokens >= 2, got {drafts}: a draft "
+            "step has nothing to guess",
+        )
+        most = {"draft_steps": drafts, "num_guesses": drafts - 1}
+        for name, value in sizes.items():
+            _require_int(name, value, 1, most[name])
 
     @property
     def is_lossless(self):
@@ -153,8 +175,26 @@ class SpeculationConfig:
 
     @property
     def cycle(self):
-        """Steps of a cycle: k drafts and one verification."""
-        return self.num_draft_tokens + 1
+        """Steps of a cycle: those that draft and one verification."""
+        if self.is_cascade:
+            return self.cascade_sizes[0] + 1
+        return self.num_draft_tokens + 1 if self.proposer == "self" else 1
+
+    @property
+    def is_cascade(self):
+        """True if draft steps check looked-up tokens (proposers.Cascade)."""
+        return self.proposer == "cascade" or hasattr(self.proposer, "guesser")
+
+    @property
+    def cascade_sizes(self):
+        """(draft steps of a cycle, guesses per step); (None, 0) if no cascade."""
+        if not self.is_cascade:
+            return None, 0
+        drafts = self.num_draft_tokens
+        return (
+            self.draft_steps or -(-drafts // 2),
+            self.num_guesses or min(3, drafts - 1),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

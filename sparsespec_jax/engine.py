@@ -54,6 +54,7 @@ class Engine:
         self.impl = sizes.resolve_impl(self.config.impl)
         self.policy = resolve_policy(self.speculation.policy)
         self.proposer = resolve_proposer(self.speculation.proposer)
+        sizes.check_cascade(self.speculation, self.policy)
         self.max_length = sizes.resolve_max_length(model, self.config)
         sizes.check_vocabulary(model.config, self.speculation)
         self.shape = sizes.make_shape(

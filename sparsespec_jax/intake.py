@@ -57,6 +57,7 @@ def make_output(model, request, sampling, speculation, *, prompt_index, sample):
         stop_ids=plan_lib.stop_ids(model.config.eos_ids, sampling),
         metrics=RequestMetrics(
             max_draft_tokens=speculation.num_draft_tokens,
+            max_draft_steps=speculation.cycle - 1,
             num_prompt_tokens=request.num_prompt,
         ),
         submitted_s=time.perf_counter(),

@@ -8,6 +8,8 @@ Conventions (the bonus token is the target's own token that ends every cycle):
 * counts are verification's own, before a stop token or length limit cuts the
   output, and leave out seed verifications, which have no drafts to judge, and short
   cycles (after a change of k or of phase), which have fewer than the others;
+* a guess is a token that a cascade looks up for a draft step to check; it is accepted
+  if the step's own draft equals it and those before it held;
 * a KV token is the K and V of one context token over all layers and KV heads.
 
 Totals come as a ratio of sums and as a mean over requests; the first weighs long
@@ -53,6 +55,7 @@ class RequestMetrics:
     """
 
     max_draft_tokens: int = 0  # k, drafts per cycle; 0 is plain decoding
+    max_draft_steps: int | None = None  # draft steps per cycle; None: k
     num_requests: int = 1
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
@@ -60,6 +63,9 @@ class RequestMetrics:
     num_short_steps: int = 0  # verify steps of fewer drafts than k, or at k = 0 of none
     accepted_histogram: list[int] = field(default_factory=list)
     # ^ [k + 1]: verify steps that accepted exactly i drafts, short ones left out
+    num_draft_steps: int = 0  # that fed tokens for the drafts judged
+    num_guesses: int = 0  # checked by those steps
+    num_accepted_guesses: int = 0
     kv_tokens_read: KvTokens = field(default_factory=KvTokens)
     plain_kv_tokens: int = 0  # what plain decoding would read for the same output
     time_to_first_token_s: float = 0.0  # from submission
@@ -68,9 +74,20 @@ class RequestMetrics:
     def __post_init__(self):
         missing = self.max_draft_tokens + 1 - len(self.accepted_histogram)
         self.accepted_histogram = list(self.accepted_histogram) + [0] * missing
+        if self.max_draft_steps is None:
+            self.max_draft_steps = self.max_draft_tokens
 
-    def record_verification(self, *, num_accepted: int, num_drafted: int) -> None:
+    def record_verification(
+        self,
+        *,
+        num_accepted: int,
+        num_drafted: int,
+        num_draft_steps: int | None = None,
+        num_guesses: int = 0,
+    ) -> None:
         """Count one verify step that accepted `num_accepted` of `num_drafted`.
+
+        `num_draft_steps` made the drafts (None: one each) and checked `num_guesses`.
 
         Raises:
             ValueError: not 0 <= num_accepted <= num_drafted <= max_draft_tokens.
@@ -83,6 +100,10 @@ class RequestMetrics:
             )
         self.accepted_histogram[num_accepted] += 1
         self.num_draft_tokens += num_drafted
+        steps = num_drafted if num_draft_steps is None else num_draft_steps
+        self.num_draft_steps += steps
+        self.num_guesses += num_guesses
+        self.num_accepted_guesses += num_drafted - steps if num_guesses else 0
 
     def finish(self, *, num_output_tokens: int) -> None:
         """Set the output length and what plain decoding would have read for it."""
@@ -97,6 +118,7 @@ class RequestMetrics:
             self,
             other,
             max_draft_tokens=max(self.max_draft_tokens, other.max_draft_tokens),
+            max_draft_steps=max(self.max_draft_steps, other.max_draft_steps),
             accepted_histogram=_add_padded(
                 self.accepted_histogram, other.accepted_histogram
             ),
@@ -133,6 +155,16 @@ class RequestMetrics:
         return _ratio(self.num_accepted_draft_tokens, self.num_draft_tokens)
 
     @property
+    def steps_per_cycle(self) -> float:
+        """Steps that fed tokens per verify step, that one included; 1..k+1."""
+        return 1 + _ratio(self.num_draft_steps, self.num_verify_steps)
+
+    @property
+    def guess_hit_rate(self) -> float:
+        """Accepted guesses over checked ones; NaN without a cascade."""
+        return _ratio(self.num_accepted_guesses, self.num_guesses)
+
+    @property
     def accepted_at_position(self) -> list[int]:
         """[k]: verify steps that accepted draft i (and so all before it)."""
         counts = self.accepted_histogram
@@ -162,6 +194,8 @@ class RequestMetrics:
             "mean_acceptance_length",
             "mean_accepted_draft_tokens",
             "draft_acceptance_rate",
+            "steps_per_cycle",
+            "guess_hit_rate",
             "accepted_at_position",
             "acceptance_at_position",
             "kv_tokens_per_output_token",
@@ -220,7 +254,7 @@ class DecodeStats:
         All slots are taken as busy, which is the load the bound is meant for.
         """
         total = self.total
-        drafts = total.max_draft_tokens
+        drafts = total.max_draft_steps
         verify = total.kv_tokens_read.verify
         plain_step = _ratio(total.plain_kv_tokens, total.num_decode_tokens)
         return speed_of_light(
@@ -287,12 +321,12 @@ def speed_of_light(
     """Bound on the speed-up over plain decoding when every step is bound by memory.
 
     A plain step reads the weights W and the caches KV of all slots and commits one
-    token per slot. A cycle of k drafts and one verification reads
+    token per slot. A cycle of k draft steps and one verification reads
     (k + 1) W + (k s + 1 + m) KV and commits a + 1, so the bound is
     (a + 1) (W + KV) / ((k + 1) W + (k s + 1 + m) KV).
 
     Args:
-        num_draft_tokens: k.
+        num_draft_tokens: k; of a proposer or a cascade the draft steps of a cycle.
         mean_accepted_draft_tokens: a, without the bonus token.
         weight_bytes: W, read once per step whatever the number of slots.
         kv_bytes: KV, what one plain step reads over all slots.

@@ -3,6 +3,7 @@
 import array
 import copy
 import dataclasses
+import itertools
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.metrics import RequestMetrics
-from sparsespec_jax.plan import budget_tokens
+from sparsespec_jax.plan import CascadeCounts, budget_tokens
 from sparsespec_jax.request import Request
 from sparsespec_jax.results import DecodeResult, RequestProgress, StreamEvent
 from sparsespec_jax.text import OutputText
@@ -123,6 +124,11 @@ class Outputs:
         num_rows = planned.num_rows
         selected = self._selected(planned, is_seed)
         self._scheduler.commit(planned, np.where(is_seed, num_rows, accepted + 1))
+        cascade = itertools.repeat(None)
+        if outcome.cascade is not None:
+            counts = outcome.cascade[:num_lanes]
+            num_rows = np.where(is_seed, num_rows, counts[:, 0] + 1)
+            cascade = itertools.starmap(CascadeCounts, counts.tolist())
         if self.with_acceptance:
             self._count_acceptance(num_rows - 1, accepted, ~is_seed)
         lanes = zip(
@@ -134,13 +140,16 @@ class Outputs:
             outcome.logprobs[:num_lanes].tolist(),
             num_rows.tolist(),
             selected.tolist(),
+            planned.is_whole.tolist(),
             strict=True,
         )
-        for request, count, taken, is_done, tokens, logprobs, rows, chosen in lanes:
+        for (request, count, taken, is_done, tokens, logprobs, *judged), counts in zip(
+            lanes, cascade, strict=False
+        ):
             output = self._unfinished.get(request.request_id)
             if output is None or count == 0:
                 continue  # finished or aborted while this step was in flight
-            self._record(output, rows, planned.num_queries, taken, chosen)
+            self._record(output, taken, *judged, counts)
             first = len(request.tokens)
             reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
             self._count_emitted(output, first, version)
@@ -206,8 +215,11 @@ class Outputs:
         self._judged += judged.sum(0)
         self._accepted += (judged & (accepted[:, None] > position)).sum(0)
 
-    def _record(self, output, num_rows, num_queries, num_accepted, selected):
-        """Count acceptance and KV traffic of one verification."""
+    def _record(self, output, num_accepted, num_rows, selected, is_whole, cascade):
+        """Count acceptance and KV traffic of one verification.
+
+        `cascade` is its CascadeCounts, or None: as many draft steps as drafts.
+        """
         request, metrics = output.request, output.metrics
         reads = metrics.kv_tokens_read
         if num_accepted == plan_lib.NOT_SEED:
@@ -220,15 +232,20 @@ class Outputs:
             tail = num_rows
         else:
             drafts = num_rows - 1
-            is_whole = drafts == num_queries - 1
+            steps = drafts if self._max_budget else 0
+            guesses, tail_keys = 0, steps * (steps + 1) // 2
+            if cascade is not None:
+                _, steps, guesses, tail_keys = cascade
             if is_whole and (drafts or not metrics.max_draft_tokens):
                 metrics.record_verification(
-                    num_accepted=num_accepted, num_drafted=drafts
+                    num_accepted=num_accepted,
+                    num_drafted=drafts,
+                    num_draft_steps=steps,
+                    num_guesses=guesses,
                 )
             else:
                 metrics.num_short_steps += 1
-            if self._max_budget:
-                reads.draft += drafts * output.draft_cache + drafts * (drafts + 1) // 2
+            reads.draft += steps * output.draft_cache + tail_keys
             reads.verify += request.committed + num_rows
             tail = num_accepted + 1
         reads.gather += selected

@@ -41,6 +41,8 @@ class StepShape:
     prefill_chunk: int
     restore_pages: int = 0  # pages that may come back from host memory in one step
     drafts_at_once: bool = False  # a proposer drafts in the verifying step itself
+    draft_steps: int | None = None  # of a cycle, at most; None: one per draft
+    num_guesses: int = 0  # tokens that a draft lane checks beside its newest one
 
     @property
     def num_queries(self):
@@ -54,13 +56,31 @@ class StepShape:
 
     @property
     def cycle(self):
-        """Steps from one verification of a slot to the next: K + 1, or 1."""
-        return 1 if self.drafts_at_once else self.num_queries
+        """Steps from one verification of a slot to the next: K + 1, or fewer."""
+        if self.drafts_at_once:
+            return 1
+        steps = self.num_draft_tokens
+        return 1 + (steps if self.draft_steps is None else min(self.draft_steps, steps))
 
     @property
     def draft_lanes(self):
         """Draft lanes per step: one per slot, none where no step drafts a token."""
         return 0 if self.cycle == 1 else self.num_slots
+
+    @property
+    def draft_queries(self):
+        """Rows of a draft lane: the newest token and the guesses behind it."""
+        return 1 + self.num_guesses
+
+    @property
+    def num_draft_rows(self):
+        """Rows of all draft lanes, the first of a step."""
+        return self.draft_lanes * self.draft_queries
+
+    @property
+    def keeps_history(self):
+        """True if the device keeps the token ids of every slot's text."""
+        return self.drafts_at_once or self.num_guesses > 0
 
     @property
     def max_table_updates(self):
@@ -153,11 +173,21 @@ class PlannedVerifies(NamedTuple):
     requests: list  # of Request
     num_rows: np.ndarray  # int64 [n], most rows that each commits (drafts + 1)
     num_queries: int  # Q of the step
+    is_whole: np.ndarray  # bool [n], all draft steps of a cycle lie behind
 
 
 # Columns of an outcome row, one row per verify lane.
 NUM_EMITTED, NUM_ACCEPTED, IS_DONE = range(3)
 OUTCOME_HEADER = 3
+
+
+class CascadeCounts(NamedTuple):
+    """What a cascade did in one cycle: more columns of an outcome row."""
+
+    drafts: int  # judged by the verification
+    steps: int  # draft steps that fed tokens
+    guesses: int  # tokens that they checked
+    tail_keys: int  # keys that they read behind the selected and the verified ones
 
 
 class StepOutcome(NamedTuple):
@@ -168,19 +198,23 @@ class StepOutcome(NamedTuple):
     is_done: np.ndarray  # [E] the device saw a stop token or the length limit
     tokens: np.ndarray  # [E, Q] emitted tokens, first num_emitted are valid
     logprobs: np.ndarray  # float32 [E, Q]
+    cascade: np.ndarray | None  # [E, 4], CascadeCounts of each lane
 
     @classmethod
     def from_packed(cls, packed, num_queries):
-        """Decode the device's int32 [E, 3 + 2 Q] array."""
+        """Decode the device's int32 [E, 3 + 2 Q], or [E, 7 + 2 Q], array."""
         packed = np.asarray(packed)
-        tokens = packed[:, OUTCOME_HEADER : OUTCOME_HEADER + num_queries]
-        bits = np.ascontiguousarray(packed[:, OUTCOME_HEADER + num_queries :])
+        header = packed.shape[1] - 2 * num_queries
+        counts = packed[:, OUTCOME_HEADER:header]
+        tokens = packed[:, header : header + num_queries]
+        bits = np.ascontiguousarray(packed[:, header + num_queries :])
         return cls(
             num_emitted=packed[:, NUM_EMITTED],
             num_accepted=packed[:, NUM_ACCEPTED],
             is_done=packed[:, IS_DONE].astype(bool),
             tokens=tokens,
             logprobs=bits.view(np.float32),
+            cascade=counts if counts.size else None,
         )
 
 

@@ -9,6 +9,9 @@ lossless; the draft law is a single token each.
 One that remembers has `init_memory(shape)`, a pytree kept in the device state, weights
 included, and instead `propose_from(view, memory, num_drafts)`, which returns (drafts,
 memory) from a `ProposalView`; `feature_layers` names the streams that it reads.
+
+A `Cascade` is no proposer in that sense: the model drafts with its sparse attention
+and checks a few tokens of its `guesser`, an object with `propose`, in every draft step.
 """
 
 import dataclasses
@@ -75,7 +78,20 @@ class NGram:
         return jnp.take_along_axis(history, jnp.maximum(source, 0), axis=1)
 
 
-PROPOSERS = {"ngram": NGram()}
+@dataclasses.dataclass(frozen=True)
+class Cascade:
+    """Two levels of drafting (TriForce, arXiv 2404.11912).
+
+    In a draft step the model feeds its newest token and `num_guesses` tokens of the
+    guesser, attends to its sparse cache, and keeps its own choices up to the first that
+    a guess misses. Drafts are thus those of sparse self-speculation, in fewer steps:
+    `draft_steps` of them, with at most `num_draft_tokens` drafts, then a verification.
+    """
+
+    guesser: Any = NGram()
+
+
+PROPOSERS = {"ngram": NGram(), "cascade": Cascade()}
 
 
 def resolve_proposer(proposer):
@@ -90,6 +106,6 @@ def resolve_proposer(proposer):
             )
         return PROPOSERS[proposer]
     name = "propose_from" if hasattr(proposer, "init_memory") else "propose"
-    if not callable(getattr(proposer, name, None)):
+    if not callable(getattr(getattr(proposer, "guesser", proposer), name, None)):
         raise ValueError(f"proposer has no {name} function: {proposer!r}")
     return proposer

@@ -150,8 +150,9 @@ class Scheduler:
         drafting = self.arrays.is_running & (self.arrays.phase != now)
         planned = PlannedVerifies(
             [self.slots[slot] for slot in slots.tolist()],
-            self._num_rows(slots),
+            self.arrays.num_rows(slots, self.shape),
             self.shape.num_queries,
+            self.arrays.is_whole(slots, self.shape.cycle),
         )
         plan = None
         if prefilling or slots.size or updates or drafting.any():
@@ -266,12 +267,6 @@ class Scheduler:
             np.append(draft, [0] * len(ends)),
         )
 
-    def _num_rows(self, slots):
-        """Rows that running slots verify: their drafts and the pending token."""
-        if self.shape.draft_lanes:
-            return self.arrays.drafted[slots] + 1
-        return np.full(slots.size, self.shape.num_queries)
-
     def _plan_verifies(self, views, slots, planned):
         """Fill the verify lanes for `slots`."""
         views["verify_slots"][: slots.size] = slots
@@ -315,7 +310,7 @@ class Scheduler:
         """
         last = request.num_prompt - self._widest.num_queries
         count = max(0, last) // self.shape.page_size
-        if request.prefilled or not count or self.shape.drafts_at_once:
+        if request.prefilled or not count or self.shape.keeps_history:
             return True  # a proposer reads the slot's own copy of the prompt
         owner, must_wait = self._groups.owner(request)
         if owner is None:

@@ -47,12 +47,23 @@ def check_vocabulary(model_config, speculation):
         )
 
 
+def check_cascade(speculation, policy):
+    """ValueError if a cascade is to check guesses with a selection of every step."""
+    if speculation.is_cascade and policy.per_step:
+        raise ValueError(
+            f"policy {policy.name!r} selects for one query of a draft step, "
+            f"proposer='cascade' feeds {1 + speculation.cascade_sizes[1]}: choose a "
+            "policy that selects once per verification"
+        )
+
+
 def make_shape(speculation, config, max_length, impl):
     """StepShape of an engine; pages for all slots at full length unless given."""
     page_size, drafts = config.page_size, speculation.num_draft_tokens
     cap = largest_budget(speculation, max_length)
     table = pages_for(max_length + drafts, page_size)
-    at_once = speculation.proposer != "self"
+    at_once = speculation.proposer != "self" and not speculation.is_cascade
+    draft_steps, num_guesses = speculation.cascade_sizes
     copies = drafts and not at_once
     draft_table = pages_for(cap + 2 * drafts + 1, page_size) if copies else 0
     # Columns of a table cost nothing, a pad of the mass in every layer does.
@@ -68,6 +79,8 @@ def make_shape(speculation, config, max_length, impl):
         prefill_lanes=config.prefill_lanes,
         prefill_chunk=config.prefill_chunk,
         drafts_at_once=at_once,
+        draft_steps=draft_steps,
+        num_guesses=num_guesses,
         restore_pages=RESTORE_CHUNKS * config.host_chunk_pages,
     )
 

@@ -17,7 +17,8 @@ class SlotArrays:
         self.phase = np.full(num_slots, NO_PHASE, np.int32)
         self.is_running = np.zeros(num_slots, bool)
         self.is_suspended = np.zeros(num_slots, bool)
-        self.drafted = np.zeros(num_slots, np.int64)  # since the last verification
+        # Draft steps since the last verification.
+        self.drafted = np.zeros(num_slots, np.int64)
         # Committed length if every verification in flight accepts everything.
         self.reach = np.zeros(num_slots, np.int64)
         self.limit = np.zeros(num_slots, np.int64)
@@ -45,6 +46,17 @@ class SlotArrays:
         self.is_suspended[slot] = False
         self.request_id[slot] = -1
         self.reach[slot] = 0
+
+    def num_rows(self, slots, shape):
+        """Most rows that running slots verify: their drafts and the pending token."""
+        if not shape.draft_lanes:
+            return np.full(slots.size, shape.num_queries)
+        drafts = self.drafted[slots] * shape.draft_queries
+        return np.minimum(drafts, shape.num_draft_tokens) + 1
+
+    def is_whole(self, slots, cycle):
+        """Bool [n]: all draft steps of a cycle lie behind the verification to come."""
+        return self.is_running[slots] & (self.drafted[slots] == cycle - 1)
 
     def phase_tokens(self, cycle):
         """Context that each of the `cycle` phases verifies, float [cycle]."""

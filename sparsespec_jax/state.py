@@ -32,6 +32,8 @@ class DecodeState(NamedTuple):
     draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
     history: jax.Array  # int32 [S, X] token ids for a proposer, else [S, 0]
     proposer_memory: Any  # pytree of a proposer that remembers, else None
+    # int32 [S, 3], CascadeCounts of this cycle but for the drafts; None if no cascade
+    cascade_counts: jax.Array | None
 
 
 def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy, proposer=None):
@@ -70,10 +72,11 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy, proposer=No
         draft_law=DraftLaw(
             jnp.zeros(drafts, jnp.int32), jnp.zeros(drafts, jnp.float32)
         ),
-        history=jnp.zeros((slots, num_keys * shape.drafts_at_once), jnp.int32),
+        history=jnp.zeros((slots, num_keys * shape.keeps_history), jnp.int32),
         proposer_memory=proposer.init_memory(shape)
         if hasattr(proposer, "init_memory")
         else None,
+        cascade_counts=jnp.zeros((slots, 3), jnp.int32) if shape.num_guesses else None,
     )
 
 

@@ -1,8 +1,9 @@
 """The compiled step: plan in, outcome out, state donated. The only jit of the engine.
 
-One step runs, for all slots at once and in a fixed shape: one draft token of every
-drafting slot, the verification of 1/(K+1) of the slots, and optionally prefill chunks.
-Acceptance, commitment and stop checks happen here, so nothing waits for the host.
+One step runs, for all slots at once and in a fixed shape: one draft (of a cascade, one
+or more) of every drafting slot, the verification of the slots whose cycle ends, and
+optionally prefill chunks. Acceptance, commitment and stop checks happen here, so
+nothing waits for the host.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsespec_jax import acceptance, sampling
+from sparsespec_jax import acceptance, cascade, sampling
 from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.attention import StepLanes, VerifyLanes, make_attend
 from sparsespec_jax.model import forward_with_features, logits
@@ -58,29 +59,34 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
         state = _update_tables(state, plan["table_updates"])
         verification = _verification(state, plan, shape)
         lanes = _step_lanes(state, plan, verification, shape)
-        tokens, positions = _tokens(state, plan, verification, lanes, shape)
+        guesses = cascade.guess(state, shape, proposer)
+        tokens, positions = _tokens(state, plan, verification, lanes, guesses, shape)
         attend, fill = make_attend(lanes, shape, policy, options, impl)
         hidden, layers, features = forward_with_features(
             model_config, params, tokens, positions, attend, state.layers,
             getattr(proposer, "feature_layers", ()),
         )  # fmt: skip
-        rows = shape.draft_lanes + shape.verify_lanes * shape.num_queries
+        num_drafts = shape.num_draft_rows
+        rows = num_drafts + shape.verify_lanes * shape.num_queries
         scores = logits(model_config, params, hidden[:rows])
         state = state._replace(layers=tuple(fill(layers)))
         with jax.named_scope("sample"):
             verified, laws = _accept(
-                scores[shape.draft_lanes :], state, plan, verification, shape,
-                options, filters,
+                scores[num_drafts:], state, plan, verification, shape, options,
+                filters,
             )  # fmt: skip
             if shape.draft_lanes:
                 state = _store_drafts(
-                    scores[: shape.draft_lanes], state, plan, lanes, options, filters
+                    scores[:num_drafts], state, plan, lanes, guesses, options, filters
                 )
             state, outcome = _commit(
-                state, plan, verification, verified, laws,
-                scores[shape.draft_lanes :], shape, filters,
+                state, plan, verification, verified, laws, scores[num_drafts:], shape,
+                filters,
             )  # fmt: skip
-        if proposer is not None and shape.num_draft_tokens:
+        if shape.num_guesses:
+            fed = tokens[num_drafts:]
+            state = _keep_history(state, plan, verification.lanes, fed, shape)
+        elif proposer is not None and shape.num_draft_tokens:
             state = _propose(
                 state, plan, verification.lanes, tokens, features, params, shape,
                 proposer,
@@ -150,11 +156,17 @@ def _step_lanes(state, plan, verification, shape):
     """Where every token of the step reads and writes."""
     drafting = shape.draft_lanes
     active = (plan["draft_mask"] != 0) & ~state.done
+    rows = jnp.ones_like(state.num_drafted)
+    if shape.num_guesses:
+        left = shape.num_draft_tokens - state.num_drafted
+        active &= left > 0
+        rows = jnp.minimum(left, shape.draft_queries)
     none = jnp.zeros(0, jnp.int32)
     draft_params = plan["slot_params"][:drafting]
     draft_starts = jnp.maximum(state.lengths - state.draft_tails, 0)[:drafting]
     return StepLanes(
         draft_active=active[:drafting],
+        draft_rows=rows[:drafting],
         draft_tails=(state.draft_tails + state.num_drafted)[:drafting],
         draft_counts=state.draft_counts,
         draft_table=state.draft_table,
@@ -169,17 +181,18 @@ def _step_lanes(state, plan, verification, shape):
     )
 
 
-def _tokens(state, plan, verification, lanes, shape):
+def _tokens(state, plan, verification, lanes, guesses, shape):
     """Token ids and positions int32 [T] of the step, in lane order."""
     slot = jnp.arange(shape.num_slots)[: shape.draft_lanes]
     drafted = state.num_drafted[: shape.draft_lanes]
-    tokens = [state.tokens[slot, drafted], verification.tokens.ravel()]
+    newest = state.tokens[slot, drafted]
+    drafts = jnp.concatenate([newest[:, None], guesses], axis=1)
+    tokens = [drafts.ravel(), verification.tokens.ravel()]
+    draft_positions = (state.lengths[: shape.draft_lanes] + drafted)[:, None]
+    draft_positions += jnp.arange(shape.draft_queries)[None]
     row = jnp.arange(shape.num_queries)[None]
     verify_positions = verification.lanes.starts[:, None] + row
-    positions = [
-        state.lengths[: shape.draft_lanes] + drafted,
-        verify_positions.ravel(),
-    ]
+    positions = [draft_positions.ravel(), verify_positions.ravel()]
     if lanes.prefill_slots.size:
         chunk = jnp.arange(shape.prefill_chunk)[None]
         tokens.append(plan["prefill_tokens"].ravel())
@@ -233,36 +246,50 @@ def _ratio_test_or_seed(
     return acceptance.Verified(tested.num_accepted, tokens)
 
 
-def _store_drafts(scores, state, plan, lanes, options, filters):
-    """Draw the next draft of every drafting slot from scores [S, V]."""
-    laws = sampling.law_of(plan["slot_params"])
-    positions = state.lengths + state.num_drafted + 1
-    slot = jnp.arange(state.lengths.size)
-    active = lanes.draft_active
+def _store_drafts(scores, state, plan, lanes, guesses, options, filters):
+    """Draw the next drafts of every drafting slot from scores [S * Qd, V].
+
+    Drafts follow the model's own law: a guess only decides whether the row behind it
+    is one that the model would have fed.
+    """
+    num_slots, rows = state.lengths.size, guesses.shape[1] + 1
+    laws = sampling.law_of(jnp.repeat(plan["slot_params"], rows, axis=0))
+    row = jnp.arange(rows)[None]
+    first = state.num_drafted[:, None]
+    positions = (state.lengths[:, None] + first + row + 1).ravel()
+    slot = jnp.arange(num_slots)[:, None]
     if options.acceptor == "ratio_test":
         drafts, law = acceptance.draft_from_top_m(
             scores, laws, positions,
             num_kept=options.draft_top_m, filters=filters,
         )  # fmt: skip
-        place = jnp.where(active, state.num_drafted, state.tokens.shape[1])
-        state = state._replace(
-            draft_law=jax.tree.map(
-                lambda old, new: old.at[slot, place].set(new, mode="drop"),
-                state.draft_law,
-                law,
-            )
-        )
     else:
         drafts = sampling.choose(scores, laws, positions, filters=filters)
-    place = jnp.where(active, state.num_drafted + 1, state.tokens.shape[1])
+    drafts = drafts.reshape(num_slots, rows)
+    count = cascade.num_kept(guesses, drafts, lanes)
+    place = jnp.where(row < count[:, None], first + row, state.tokens.shape[1])
+    if options.acceptor == "ratio_test":
+        law = jax.tree.map(
+            lambda old, new: old.at[slot, place].set(
+                new.reshape(num_slots, rows, -1), mode="drop"
+            ),
+            state.draft_law,
+            law,
+        )
+        state = state._replace(draft_law=law)
+    if guesses.shape[1]:
+        state = cascade.record(state, lanes, drafts, count)
     return state._replace(
-        tokens=state.tokens.at[slot, place].set(drafts, mode="drop"),
-        num_drafted=state.num_drafted + active,
+        tokens=state.tokens.at[slot, place + 1].set(drafts, mode="drop"),
+        num_drafted=state.num_drafted + count,
     )
 
 
-def _propose(state, plan, lanes, tokens, features, params, shape, proposer):
-    """Keep the step's tokens [T] in the histories and draft for the verified slots."""
+def _keep_history(state, plan, lanes, tokens, shape):
+    """Put the tokens of verifications and prompt chunks [E * Q (+ F * C)] in histories.
+
+    The pending token of a verified slot comes behind them.
+    """
     verify_rows = shape.verify_lanes * shape.num_queries
     groups = [(lanes.slots, lanes.starts, lanes.num_rows, tokens[:verify_rows])]
     if tokens.size > verify_rows:
@@ -279,8 +306,15 @@ def _propose(state, plan, lanes, tokens, features, params, shape, proposer):
     slots = lanes.slots
     known = state.lengths.at[slots].get(mode="clip")
     pending = state.tokens.at[slots, 0].get(mode="clip")
-    history = history.at[slots, known].set(pending, mode="drop")
-    count = shape.num_draft_tokens
+    return state._replace(history=history.at[slots, known].set(pending, mode="drop"))
+
+
+def _propose(state, plan, lanes, tokens, features, params, shape, proposer):
+    """Keep the step's tokens [T] in the histories and draft for the verified slots."""
+    state = _keep_history(state, plan, lanes, tokens, shape)
+    slots, history, count = lanes.slots, state.history, shape.num_draft_tokens
+    verify_rows = shape.verify_lanes * shape.num_queries
+    known = state.lengths.at[slots].get(mode="clip")
     texts = history.at[slots].get(mode="clip")
     memory = state.proposer_memory
     if memory is None:
@@ -300,7 +334,6 @@ def _propose(state, plan, lanes, tokens, features, params, shape, proposer):
             token_ids=ids, probs=law.probs.at[slots, :count, 0].set(1.0, mode="drop")
         )
     return state._replace(
-        history=history,
         proposer_memory=memory,
         draft_law=law,
         tokens=state.tokens.at[slots, 1 : count + 1].set(drafts, mode="drop"),
@@ -351,8 +384,11 @@ def _commit(state, plan, verification, verified, laws, scores, shape, filters):
         draft_law=state.draft_law,
         history=state.history,
         proposer_memory=state.proposer_memory,
+        cascade_counts=state.cascade_counts,
     )
     accepted = jnp.where(verification.is_seed, plan_lib.NOT_SEED, verified.num_accepted)
     bits = jax.lax.bitcast_convert_type(chosen_logprobs, jnp.int32)
     header = jnp.stack([count, accepted, done.astype(jnp.int32)], axis=1)
+    if shape.num_guesses:
+        state, header = cascade.report(state, lanes, header)
     return state, jnp.concatenate([header, tokens, bits], axis=1)

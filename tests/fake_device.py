@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparsespec_jax import plan as plan_lib
-from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
+from sparsespec_jax.plan import NOT_SEED, StepShape, budget_tokens, pages_for
 from sparsespec_jax.request import Request, Status, token_array
 from sparsespec_jax.scheduler import RESTORE_CHUNKS
 
@@ -13,7 +13,9 @@ _SPAN = 1 << 20  # tags of a request: positions, then rows of its draft cache
 _DRAFT = 1 << 19
 
 
-def make_shape(*, slots, k, pages, page_size=4, max_length=64, chunk=8, lanes=1):
+def make_shape(
+    *, slots, k, pages, page_size=4, max_length=64, chunk=8, lanes=1, **cascade
+):
     table = pages_for(max_length + k, page_size)
     draft = pages_for(max_length + 2 * k + 1, page_size) if k else 1
     return StepShape(
@@ -27,6 +29,7 @@ def make_shape(*, slots, k, pages, page_size=4, max_length=64, chunk=8, lanes=1)
         prefill_lanes=lanes,
         prefill_chunk=chunk,
         restore_pages=RESTORE_CHUNKS * CHUNK_PAGES,
+        **cascade,
     )
 
 
@@ -55,6 +58,7 @@ class FakeDevice:
         self.full = np.full((slots, shape.table_width), shape.num_pages)
         self.draft = np.full((slots, shape.draft_table_width), shape.num_pages)
         self.draft_rows = np.zeros(slots, np.int64)
+        self.drafted = np.zeros(slots, np.int64)
         self.host, self.arriving = {}, []
         self.known = {}  # request id -> tokens known on the device
         self.holder = [None] * slots
@@ -110,13 +114,16 @@ class FakeDevice:
                 self._write(self.full, slot, start, self._tags(request, start, count))
 
     def _draft(self, slot):
-        """Read the draft cache and append a row to it."""
-        rows = int(self.draft_rows[slot])
+        """Read the draft cache and append rows to it, of which some are kept."""
+        rows, shape = int(self.draft_rows[slot]), self.shape
+        fed = min(shape.draft_queries, shape.num_draft_tokens - int(self.drafted[slot]))
         base = self.holder[slot].request_id * _SPAN + _DRAFT
         found = self._rows(self.draft, slot, 0, rows)
         assert (found == base + np.arange(rows)).all()
-        self._write(self.draft, slot, rows, base + rows + np.arange(1))
-        self.draft_rows[slot] += 1
+        self._write(self.draft, slot, rows, base + rows + np.arange(fed))
+        kept = self.rng.integers(1, fed + 1) if fed > 1 else fed
+        self.draft_rows[slot] += kept
+        self.drafted[slot] += kept
 
     def _verify(self, views, lane, request, most):
         slot, known = request.slot, self.known.get(request.request_id)
@@ -129,6 +136,9 @@ class FakeDevice:
             assert list(tail) == list(request.tokens[start:])
         else:
             start = known - 1
+            assert self.drafted[slot] < most or views["seed_counts"][lane] != NOT_SEED
+            most = min(most, int(self.drafted[slot]) + 1)
+        self.drafted[slot] = 0
         self._check(request, self._rows(self.full, slot, 0, start))
         self._write(self.full, slot, start, self._tags(request, start, most))
         if self.shape.num_draft_tokens:

@@ -35,6 +35,25 @@ def test_acceptance_conventions_by_hand():
     assert m.num_decode_tokens == 12
 
 
+def test_a_cascade_by_hand():
+    # Two cycles of k = 4: 3 drafts in 2 steps that checked 5 guesses, 4 in 1 of 3.
+    m = RequestMetrics(max_draft_tokens=4, max_draft_steps=2)
+    for accepted, drafted, steps, guesses in [(2, 3, 2, 5), (4, 4, 1, 3)]:
+        m.record_verification(
+            num_accepted=accepted,
+            num_drafted=drafted,
+            num_draft_steps=steps,
+            num_guesses=guesses,
+        )
+    assert (m.num_draft_steps, m.num_guesses, m.num_accepted_guesses) == (3, 8, 4)
+    assert m.steps_per_cycle == 2.5 and m.guess_hit_rate == 0.5
+    assert m.mean_accepted_draft_tokens == 3.0
+    assert (m + m).max_draft_steps == 2 and (m + m).guess_hit_rate == 0.5
+    assert RequestMetrics.from_dict(m.to_dict()) == m
+    plain = request([4, 0])
+    assert plain.steps_per_cycle == 5 and math.isnan(plain.guess_hit_rate)
+
+
 def test_identities_hold_between_the_conventions():
     m = request([4, 0, 2, 2, 1, 3, 4])
     assert sum(m.accepted_at_position) == m.num_accepted_draft_tokens

@@ -31,11 +31,12 @@ LOAD = dict(
 )
 
 
-def make_scheduler(requests, *, k, slots, lanes, spare, **options):
+def make_scheduler(requests, *, k, slots, lanes, spare, cascade=None, **options):
     """A scheduler whose pool has `spare` pages more than the largest request needs."""
-    probe = Scheduler(make_shape(slots=slots, k=k, pages=1000, lanes=lanes))
+    sizes = dict(slots=slots, k=k, lanes=lanes, **(cascade or {}))
+    probe = Scheduler(make_shape(pages=1000, **sizes))
     most = max(probe.kv.pages_needed(r) for r in requests)
-    shape = make_shape(slots=slots, k=k, pages=most + spare, lanes=lanes)
+    shape = make_shape(pages=most + spare, **sizes)
     return Scheduler(shape, chunk_pages=CHUNK_PAGES, **options)
 
 
@@ -113,6 +114,34 @@ def test_preemption_abort_and_other_k_at_any_step(
     device = FakeDevice(scheduler.shape, rng)
     simulate(scheduler, device, requests, lag=lag, disturb=disturb)
     check_all_ended(scheduler, [r for r in requests if r not in aborted])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    draft_steps=st.integers(1, 8),
+    num_guesses=st.integers(1, 7),
+    share=st.sampled_from([0.0, 0.1]),
+    **LOAD | {"k": st.sampled_from([2, 5, 8])},
+)
+def test_a_cascade_has_the_pages_for_what_it_may_draft(
+    k, draft_steps, num_guesses, slots, lag, sizes, lanes, seed, share
+):
+    """The device checks that the host plans for as many rows as there can be."""
+    rng = np.random.default_rng(seed)
+    requests = [make_request(i, p, n) for i, (p, n) in enumerate(sizes)]
+    cascade = dict(draft_steps=min(k, draft_steps), num_guesses=min(k - 1, num_guesses))
+    scheduler = make_scheduler(
+        requests, k=k, slots=slots, lanes=lanes, spare=20, cascade=cascade,
+        num_host_chunks=20,
+    )  # fmt: skip
+
+    def disturb(step):
+        if rng.random() < share:
+            scheduler.set_num_draft_tokens(int(rng.integers(k + 1)))
+
+    device = FakeDevice(scheduler.shape, rng)
+    simulate(scheduler, device, requests, lag=lag, disturb=disturb)
+    check_all_ended(scheduler, requests)
 
 
 def test_pressure_spills_the_youngest_and_restores_before_admitting():

@@ -17,6 +17,7 @@ from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax import step as step_lib
 from sparsespec_jax.model import param_shapes
 from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax.proposers import resolve_proposer
 from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import new_state
 
@@ -26,11 +27,13 @@ _INSTRUCTION = re.compile(
 )
 
 
-def compile_step(target, num_draft_tokens, policy="pillar"):
+def compile_step(target, num_draft_tokens, policy="pillar", proposer="self"):
     """The step of a two-layer model for `target`, and the bytes of one layer's pool."""
     impl = "gpu" if target == "h100" else "tpu"
     model = dataclasses.replace(PRESETS["qwen3-1.7b"], num_layers=2, vocab_size=1024)
-    speculation = SpeculationConfig(num_draft_tokens=num_draft_tokens, policy=policy)
+    speculation = SpeculationConfig(
+        num_draft_tokens=num_draft_tokens, policy=policy, proposer=proposer
+    )
     config = EngineConfig(num_slots=16, page_size=128, max_length=2000)
     shape = sizes.make_shape(speculation, config, config.max_length, impl)
     policy = resolve_policy(speculation.policy)
@@ -38,6 +41,7 @@ def compile_step(target, num_draft_tokens, policy="pillar"):
         model,
         shape,
         policy=policy,
+        proposer=resolve_proposer(proposer),
         options=step_lib.step_options(speculation),
         filters=False,
         impl=impl,
@@ -65,12 +69,18 @@ def compile_step(target, num_draft_tokens, policy="pillar"):
 
 
 @pytest.mark.parametrize(
-    ("target", "num_draft_tokens", "most_launches"),
-    [("h100", 8, 14), ("h100", 0, 14), ("v5e", 8, None)],
+    ("target", "num_draft_tokens", "proposer", "most_launches"),
+    [
+        ("h100", 8, "self", 14),
+        ("h100", 0, "self", 14),
+        ("h100", 8, "cascade", 14),
+        ("v5e", 8, "self", None),
+        ("v5e", 8, "cascade", None),
+    ],
 )
-def test_a_step_compiles_in_place(target, num_draft_tokens, most_launches):
+def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launches):
     pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
-    compiled, pool_bytes = compile_step(target, num_draft_tokens)
+    compiled, pool_bytes = compile_step(target, num_draft_tokens, proposer=proposer)
     assert compiled.temp_bytes < pool_bytes / 8
     assert compiled.alias_bytes >= 2 * pool_bytes
     if most_launches is None:

@@ -229,6 +229,21 @@ def test_an_interrupted_study_measures_only_what_is_missing(tmp_path):
     assert 0 < directory.records[2]["recall"]["mean"] < 1
 
 
+def test_a_row_of_a_cascade_tells_steps_and_hits():
+    rows = smoke_rows([Row(), Row(proposer="cascade")])
+    bench = small_bench(rows)
+    sparse, cascade = [bench.measure(row) for row in rows]
+    assert cascade["identical_contexts"] == cascade["num_contexts"] == 2
+    assert sparse["steps_per_cycle"] == 3 and sparse["guess_hit_rate"] is None
+    assert cascade["steps_per_cycle"] == 2 and 0 <= cascade["guess_hit_rate"] <= 1
+
+
+def test_rows_recorded_before_a_field_came_are_known():
+    row = Row(policy="window")
+    old = {k: v for k, v in study.as_json(row).items() if k != "draft_steps"}
+    assert study.recorded(old) == study.as_json(row)
+
+
 def test_engines_are_shared_over_budgets():
     rows = [Row(num_draft_tokens=2, budget_ratio=s) for s in (0.1, 0.6)]
     bench = small_bench(rows)
@@ -367,6 +382,7 @@ def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
         "acceptance", f"--model={tmp_path / 'tiny'}", f"--contexts={contexts}",
         f"--policy_file={own_policy}", "--rows=oldest:0.2", f"--output={out}",
         "--max_tokens=16", "--num_draft_tokens=2", "--prefix_length=80",
+        "--proposer=cascade", "--draft_steps=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["rows"]
@@ -374,6 +390,7 @@ def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
     accepted = row["mean_accepted_draft_tokens"]["mean"]
     assert row["committed_tokens_per_cycle"]["mean"] == pytest.approx(accepted + 1)
     assert row["score_share"] == 0 and row["kv_read_ratio"] > 0
+    assert row["steps_per_cycle"] == 2 and 0 <= row["guess_hit_rate"] <= 1
 
 
 def test_bad_input_ends_before_any_work(tmp_path):
@@ -384,8 +401,13 @@ def test_bad_input_ends_before_any_work(tmp_path):
     }.items():
         done = run_module("study", *arguments)
         assert done.returncode == 1 and message in done.stderr + done.stdout
-    done = run_module("acceptance", "--output=x", "--rows=pilar:1")
-    assert done.returncode == 1 and "policy must be one of" in done.stderr + done.stdout
+    for arguments, message in {
+        ("--rows=pilar:1",): "policy must be one of",
+        ("--rows=oracle:1", "--proposer=cascade"): "selects for one query",
+        ("--rows=pillar:1", "--draft_steps=2"): "need proposer='cascade'",
+    }.items():
+        done = run_module("acceptance", "--output=x", *arguments)
+        assert done.returncode == 1 and message in done.stderr + done.stdout
     assert not (tmp_path / "x").exists()
 
 

@@ -4,7 +4,7 @@ Claim: those of the other studies.
 Command: python -m experiments.study --study everything --part 1/8 --output_dir PART
 Expected: see the other studies. `python -m experiments.join_studies` makes their run
 directories from the parts.
-Cost: 40 engines and 20 replays; ten parts at a time on one H100 take minutes.
+Cost: 47 engines and 20 replays; ten parts at a time on one H100 take minutes.
 """
 
 from experiments.study_config import Row, Study, load_study
@@ -12,7 +12,7 @@ from experiments.study_config import Row, Study, load_study
 # In the order of worth: what comes first is there when time runs out.
 STUDIES = (
     "policies", "ladder", "equal_bytes", "sweep_budget", "sweep_temperature",
-    "sweep_context", "sweep_k", "ablations",
+    "sweep_context", "sweep_k", "ablations", "cascade",
 )  # fmt: skip
 GREEDY = ("pillar", "oracle", "window", "vegas", "quest", "full")
 
@@ -26,5 +26,5 @@ def get_study():
         claim="see the other studies",
         x="policy",
         series="mode",
-        rows=tuple(dict.fromkeys([*rows[:23], *greedy, *rows[23:]])),
+        rows=tuple(dict.fromkeys([*rows[:25], *greedy, *rows[25:]])),
     )

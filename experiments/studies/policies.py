@@ -20,10 +20,14 @@ POLICIES = (
 
 
 def get_study():
-    """All policies at s = 0.05, and top-p under a wider ceiling."""
+    """All policies at s = 0.05, top-p under a wider ceiling, and other proposers."""
     rows = [Row(policy=p, budget_ratio=1.0 if p == "full" else 0.05) for p in POLICIES]
-    rows.insert(3, Row(proposer="ngram"))
-    rows.insert(8, Row(policy="top_p", budget_ratio=0.2))
+    rows[3:3] = [
+        Row(proposer="ngram"),
+        Row(proposer="cascade"),
+        Row(proposer="cascade", draft_steps=6, num_guesses=3),
+    ]
+    rows.insert(10, Row(policy="top_p", budget_ratio=0.2))
     return Study(
         claim="PillarAttn accepts 6.16 of 8 drafts at s = 0.05, more than Quest and a "
         "sliding window (arXiv 2512.01278, section 5)",
