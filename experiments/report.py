@@ -119,6 +119,7 @@ FILES = {
         _eagle,
     ),
 }
+_SHOWN = 5  # rows of a study in its line
 OTHER = ("measured for the claim that its command names", _other)
 
 
@@ -166,7 +167,7 @@ def run_entries(results):
         if "claim" in summary:
             _, records = record.load(path.parent)
             table = study_table(summary, records)
-            measured = f"{len(records)} rows below"
+            measured = _headline(summary, records)
             yield _entry(path, summary["claim"], measured, environment), table
         elif "comparison" in summary:
             same = summary["comparison"]
@@ -177,6 +178,27 @@ def run_entries(results):
             )
             claim = "the output equals plain decoding's, token by token"
             yield _entry(path, claim, measured, environment), []
+
+
+def _headline(summary, records):
+    """The first rows in a line: what the figure of the study shows."""
+    shown = []
+    for found in records[:_SHOWN]:
+        row = found["row"]
+        own = row["proposer"] if row["proposer"] != "self" else row["policy"]
+        name = (
+            own if summary["series"] in ("mode", "policy") else row[summary["series"]]
+        )
+        at = "" if summary["x"] == "policy" else f" at {_setting(row[summary['x']])}"
+        shown.append(f"{name}{at}: ")
+    figures = (
+        _figure(found.get(summary["y"]) or found.get("expected_accepted"))
+        for found in records[:_SHOWN]
+    )
+    line = ", ".join(map("".join, zip(shown, figures, strict=True)))
+    more = len(records) - _SHOWN
+    name = summary["y"].replace("_", " ")
+    return f"{name}: {line}" + (f"; {more} more below" if more > 0 else "")
 
 
 def study_table(summary, records):
