@@ -53,7 +53,7 @@ def join(parts, output, *, suffix):
         with record.RunDirectory(path, config=config, resume=False) as directory:
             directory.write_environment(environment)
             for row in rows:
-                directory.append(row)
+                directory.append(row | {"row": recorded(row["row"])})
             summary = {"claim": study.claim, "header": header, "x": study.x}
             summary |= {"series": study.series, "y": study.y}
             directory.write_summary(summary)

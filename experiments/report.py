@@ -87,7 +87,7 @@ def _eagle(data):
 
 
 def _other(data):
-    return "see the file"
+    return data.get("what", "see the file")
 
 
 # Single measurements: how a file's (or its folder's) name begins -> (claim, content).
@@ -150,13 +150,15 @@ def file_entries(results):
         name = path.parent.name if path.name == "results.json" else path.name
         known = (FILES[begin] for begin in FILES if name.startswith(begin))
         claim, describe = next(known, OTHER)
-        environment = data.get("environment") or {
-            "devices": [data["device"]],
-            "backend": "",
-            "command": "python -m pallas_kernels.bench",
-        }
-        entries.append(_entry(path, claim, describe(data), environment))
+        entries.append(_entry(path, claim, describe(data), _environment(data)))
     return entries
+
+
+def _environment(data):
+    """The environment of a file; older and shorter headers hold less of it."""
+    found = data.get("environment", {"command": "python -m pallas_kernels.bench"})
+    device = found.get("device") or data.get("device")
+    return {"devices": [device], "backend": "", "command": ""} | found
 
 
 def run_entries(results):
@@ -251,7 +253,8 @@ def as_markdown(collected, folder):
     for entry, _ in collected:
         link = _relative(entry["source"], folder)
         cells = [entry["claim"], f"[{entry['measured']}]({link})"]
-        lines.append(_row([*cells, entry["device"], f"`{entry['command']}`"]))
+        command = f"`{entry['command']}`" if entry["command"] else ""
+        lines.append(_row([*cells, entry["device"], command]))
     for entry, table in collected:
         if table:
             lines += ["", f"## {entry['source'].parent.name}", "", entry["claim"], ""]
