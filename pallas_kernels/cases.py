@@ -192,6 +192,14 @@ ATTENTION_CASES = (
         extra_columns=2,
         **_TINY,
     ),
+    # Nothing to do, as when an engine warms up.
+    AttentionCase(
+        name="idle",
+        groups=((3, 1), (2, 5)),
+        kv_lengths=(0,) * 5,
+        mass_group=1,
+        **_TINY,
+    ),
     # First chunk of a prompt: no candidates yet.
     AttentionCase(
         name="prefill_first",

@@ -68,7 +68,7 @@ def test_every_block_has_one_owner_and_parts_are_those_of_owners(num_ctas):
     rng = np.random.default_rng(num_ctas)
     groups = ((9, 1), (4, 9))
     spec = spec_of(groups, 3, num_ctas=num_ctas)
-    for longest in (1, 60, 700):
+    for longest in (0, 1, 60, 700):
         kv_lengths = rng.integers(0, longest + 1, (13, 3)).astype(np.int32)
         q_lengths = rng.integers(0, 2, 13).astype(np.int32)
         owned, ends, visible = owned_blocks(spec, kv_lengths, q_lengths)

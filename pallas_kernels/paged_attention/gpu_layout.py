@@ -333,7 +333,7 @@ def parts_of(ends_ref, segment, spec: Spec):
 
 
 def shares(ends_ref, spec: Spec):
-    """Returns the units of the stream, and the CTAs among which they are divided.
+    """Returns the units of the stream, at least 1, and the CTAs that divide them.
 
     CTA c owns units c * total // CTAs to (c + 1) * total // CTAs: as many as a block
     has, since a segment's parts are those of all CTAs from its first to its last.
@@ -343,11 +343,11 @@ def shares(ends_ref, spec: Spec):
 
 
 def share_of(cta, ends_ref, spec: Spec):
-    """Returns the half-open range of units that a CTA owns, empty past the last one."""
-    total, num_ctas = shares(ends_ref, spec)
+    """Returns the half-open range of units that a CTA owns; empty if there are none."""
+    units, (_, num_ctas) = ends_ref[spec.num_segments - 1], shares(ends_ref, spec)
 
     def begin(cta):
-        return lax.div(jnp.minimum(cta, num_ctas) * total, num_ctas)
+        return lax.div(jnp.minimum(cta, num_ctas) * units, num_ctas)
 
     return begin(cta), begin(cta + 1)
 
