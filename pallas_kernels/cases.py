@@ -200,6 +200,7 @@ ATTENTION_CASES = (
         mass_group=1,
         **_TINY,
     ),
+    AttentionCase(name="idle_plain", groups=((64, 1),), kv_lengths=(0,) * 64, **_TINY),
     # First chunk of a prompt: no candidates yet.
     AttentionCase(
         name="prefill_first",
