@@ -116,7 +116,7 @@ def test_every_block_of_many_segments_has_one_owner(num_lanes):
 
 def test_shares_are_even_in_keys_read():
     # 57 drafts of 137 keys, of whose last block 9 keys are used, and 7 verifications:
-    # equal numbers of blocks would read up to a fifth more keys than the mean.
+    # with equal numbers of blocks the largest share is 1.085 times the mean.
     spec = spec_of(((57, 1), (7, 9)), 8)
     kv_lengths = np.repeat(np.array([[137]] * 57 + [[2565]] * 7, np.int32), 8, axis=1)
     owned, _, visible = owned_blocks(spec, kv_lengths, np.ones(64, np.int32))
