@@ -2,8 +2,9 @@
 
     python -m experiments.report --output docs/report.md
 
-Reads every results file and run directory below --results; writes Markdown, or HTML if
-the name ends in .html.
+Reads every results file and run directory below --results, except in folders whose name
+ends in _partial (runs cut short, see LOG.md); writes Markdown, or HTML if the name of
+the page ends in .html.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ FILES = {
         _eagle,
     ),
 }
+_UNFINISHED = "_partial"  # ends the name of a folder of runs cut short: see LOG.md
 _SHOWN = 5  # rows of a study in its line
 OTHER = ("measured for the claim that its command names", _other)
 
@@ -144,6 +146,8 @@ def file_entries(results):
     """Entries of the single results files, those that say what they ran on."""
     entries = []
     for path in sorted(pathlib.Path(results).rglob("*.json")):
+        if path.parent.name.endswith(_UNFINISHED):
+            continue
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or not {"environment", "device"} & data.keys():
             continue
