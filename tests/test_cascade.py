@@ -60,7 +60,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("speculation, engine", CASES.values(), ids=CASES)
+# The others are options of other features too, or lie between these.
+QUICK = {
+    "defaults", "lag 2", "pages of one", "counts by head", "tight pool",
+    "impossible guesses",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "speculation, engine",
+    [
+        pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_no_option_of_a_cascade_changes_a_token(
     tiny_model, prompts, plain, speculation, engine
 ):
@@ -93,7 +106,7 @@ def test_samples_of_one_prompt_and_filters(tiny_model, prompts):
     assert tokens_of(got) == tokens_of(base)
 
 
-@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
     speculation = dataclasses.replace(
         SPECULATION, num_draft_tokens=4, draft_token_choices=(0, 1, 2, 4),
@@ -448,11 +461,11 @@ def test_outcomes_carry_the_counts_of_a_cascade():
 
 @pytest.mark.slow
 def test_default_model_long_outputs(default_model):
-    """Greedy and sampled, 400 tokens past a 1,000-token context, real weights."""
+    """Greedy and sampled, 100 tokens past a 1,000-token context, real weights."""
     text = "The number of ways to tile a board, counted in several ways. " * 80
     prompt = default_model.tokenizer.encode(text)[:1000]
     laws = [
-        SamplingParams(temperature=t, seed=i, max_tokens=400, ignore_eos=True)
+        SamplingParams(temperature=t, seed=i, max_tokens=100, ignore_eos=True)
         for i, t in enumerate([0, 0.65, 1.0])
     ]
     options = dict(engine=dict(page_size=16, prefill_chunk=128))
@@ -467,5 +480,5 @@ def test_default_model_long_outputs(default_model):
     same = run(default_model, [prompt] * 3, laws, **sparse, **options)
     total, other = got.stats.total, same.stats.total
     assert total.accepted_histogram == other.accepted_histogram
-    assert total.num_accepted_guesses > 0.2 * total.num_guesses
+    assert total.num_accepted_guesses > 100  # rows behind accepted guesses were used
     jax.clear_caches()
