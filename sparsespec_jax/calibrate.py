@@ -96,7 +96,7 @@ def longest_context(engine) -> int:
     """Tokens that every slot can hold at once, with room for the timed cycles."""
     shape = engine.shape
     pages = _full_pages(shape)
-    room = _ROUNDS * (_STEPS + shape.num_queries)  # a step commits a token at most
+    room = room_for(shape.num_draft_tokens)
     longest = min(pages * shape.page_size, engine.max_length) - room
     if longest < 2:
         raise ValueError(
@@ -106,16 +106,30 @@ def longest_context(engine) -> int:
     return longest
 
 
+def room_for(num_draft_tokens) -> int:
+    """Tokens by which the timed steps may lengthen a slot's text."""
+    return _ROUNDS * (_STEPS + num_draft_tokens + 1)  # a step commits one at most
+
+
 def _full_pages(shape):
     """Pages of a slot's full table when all slots share the pool evenly."""
     return shape.num_pages // shape.num_slots - shape.draft_table_width
 
 
-def _time(engine, k, length) -> float:
-    """Median seconds of a step of k drafts with `length` tokens in every slot."""
+def made_up_cycle(engine, k, length):
+    """Put `length` made-up tokens into every slot; returns the plans of a cycle.
+
+    They go to `engine.run_plan` in turn, as often as wanted: steps of `k` drafts, in
+    each of which another part of the slots verifies.
+    """
     shape = engine.shape.with_draft_tokens(k)
     engine.replace_state(**_state_fields(engine, length))
-    plans = [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
+    return [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
+
+
+def _time(engine, k, length) -> float:
+    """Median seconds of a step of k drafts with `length` tokens in every slot."""
+    plans = made_up_cycle(engine, k, length)
     steps = plans * -(-_STEPS // len(plans))
     times = []
     for _ in range(_ROUNDS):

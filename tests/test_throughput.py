@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import pressure, time_split
+from experiments import pressure, step_time, time_split
 from experiments.loads import LOADS
 from experiments.time_split import Kernel
+from sparsespec_jax import calibrate
 
 SCOPES = {
     "loop_add_fusion_1": "jit(step)/Transformer/layer_0/add",
@@ -120,6 +121,22 @@ def test_no_trace_is_an_error(tmp_path):
 def test_a_wrong_load_is_refused(options):
     with pytest.raises(ValueError):
         dataclasses.replace(LOADS["qwen3_8b_64x512x4096"], **options)
+
+
+def test_steps_of_a_load_on_made_up_caches(monkeypatch, tiny_model):
+    monkeypatch.setattr(step_time, "random_model", lambda *_: tiny_model)
+    load = dataclasses.replace(
+        LOADS["qwen3_8b_64x512x4096"], num_slots=4, dtype="float32", prefill_chunk=16
+    )
+    engine = step_time.make_engine(load, [0, 2], 300)
+    plans = calibrate.made_up_cycle(engine, 2, 300)
+    slots = [plan.views["verify_slots"].tolist() for plan in plans]
+    assert sorted(slot for step in slots for slot in step if slot < 4) == [0, 1, 2, 3]
+    steps = calibrate.measure(engine, [20, 300])
+    assert {k: [t for t, _ in points] for k, points in steps.items()} == {
+        0: [80, 1200],
+        2: [80, 1200],
+    }
 
 
 def test_a_small_load_end_to_end(tmp_path):

@@ -1,0 +1,108 @@
+"""What one compiled step takes, and which kernels it runs, without decoding a load.
+
+    python -m experiments.step_time --load qwen3_8b_64x512x4096 --contexts 660,2560 \\
+        --output F.json
+
+Times the steps of plain decoding and of the load's k on made-up caches, every slot at
+the same context, and traces some at the last context (GPU). For questions about a step,
+such as an XLA flag or a kernel, which a whole load answers slowly. About 50 s on an
+H100 for qwen3-8b, most of it compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+
+from absl import app, flags
+
+from experiments import record, time_split
+from experiments.loads import LOADS
+from experiments.models import random_model
+from sparsespec_jax import Engine, calibrate
+
+_LOAD = flags.DEFINE_enum(
+    "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose engine is timed."
+)
+_MODEL = flags.DEFINE_string("model", None, "Another preset; weights are random.")
+_SLOTS = flags.DEFINE_integer("num_slots", None, "Other slots than the load's.")
+_K = flags.DEFINE_list("k", None, "Numbers of drafts; default: 0 and the load's.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["660", "2560"], "Tokens in every slot.")
+_TRACE_STEPS = flags.DEFINE_integer("trace_steps", 18, "Steps to trace; 0: none.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
+_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
+
+
+def make_engine(load, choices: list[int], longest: int) -> Engine:
+    """An engine of the load's sizes that may run with every k of `choices`."""
+    model = random_model(load.model, load.dtype)
+    speculation = dataclasses.replace(
+        load.speculation(),
+        num_draft_tokens=max(choices),
+        draft_token_choices=tuple(choices),
+        acceptor="shared_noise",  # what is accepted costs the same
+        forced_acceptance=None,
+    )
+    longest += calibrate.room_for(max(choices))
+    config = dataclasses.replace(load.engine(1, None), max_length=longest)
+    return Engine(model, speculation=speculation, engine=config)
+
+
+def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
+    """The time split of `num_steps` steps of k drafts, and their largest kernels."""
+    plans = calibrate.made_up_cycle(engine, k, length)
+    with tempfile.TemporaryDirectory() as directory:
+        with time_split.trace(directory):
+            for step in range(num_steps):
+                outcome = engine.run_plan(plans[step % len(plans)])
+            outcome.block_until_ready()
+        kernels = time_split.load_kernels(directory)
+    scopes = time_split.scopes_of("jit_step", plans[0].buffer.size)
+    largest = time_split.largest(kernels, num_steps, 20)
+    return time_split.split(kernels, scopes, num_steps) | {"largest": largest}
+
+
+def options_from_flags():
+    """(load, numbers of drafts, contexts); ValueError if one is out of range."""
+    given = {"model": _MODEL.value, "num_slots": _SLOTS.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    load = dataclasses.replace(LOADS[_LOAD.value], **given)
+    choices = [0, load.num_draft_tokens] if _K.value is None else map(int, _K.value)
+    contexts = sorted({int(length) for length in _CONTEXTS.value})
+    if not contexts or contexts[0] < 2:
+        raise ValueError(f"contexts must be numbers >= 2, got {_CONTEXTS.value}")
+    return load, sorted(set(choices)), contexts
+
+
+def main(argv):
+    """Time every k, trace it at the longest context, write the results file."""
+    del argv
+    try:
+        load, choices, contexts = options_from_flags()
+        engine = make_engine(load, choices, contexts[-1])
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    header = record.results_header(own_flags, commit=_COMMIT.value) | {
+        "load": dataclasses.asdict(load),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    steps = calibrate.measure(engine, contexts)
+    rows = []
+    for k, points in steps.items():
+        row = {"num_draft_tokens": k}
+        seconds = [value for _, value in points]
+        row["ms_per_step"] = {
+            length: 1e3 * value for length, value in zip(contexts, seconds, strict=True)
+        }
+        if _TRACE_STEPS.value:
+            row["time_split"] = trace_steps(engine, k, contexts[-1], _TRACE_STEPS.value)
+        rows.append(row)
+        print(k, row["ms_per_step"], flush=True)
+        record.write_results(_OUTPUT.value, header | {"rows": rows})
+
+
+if __name__ == "__main__":
+    app.run(main)
