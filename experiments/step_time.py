@@ -14,14 +14,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import tempfile
 
 from absl import app, flags
 
-from experiments import record, time_split
+from experiments import record
 from experiments.loads import LOADS
+from experiments.made_up import make_engine, trace_steps
 from experiments.models import random_model
-from sparsespec_jax import Engine, calibrate
+from sparsespec_jax import calibrate
 
 _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose engine is timed."
@@ -33,35 +33,6 @@ _CONTEXTS = flags.DEFINE_list("contexts", ["660", "2560"], "Tokens in every slot
 _TRACE_STEPS = flags.DEFINE_integer("trace_steps", 18, "Steps to trace; 0: none.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
-
-
-def make_engine(load, choices: list[int], longest: int) -> Engine:
-    """An engine of the load's sizes that may run with every k of `choices`."""
-    model = random_model(load.model, load.dtype)
-    speculation = dataclasses.replace(
-        load.speculation(),
-        num_draft_tokens=max(choices),
-        draft_token_choices=tuple(choices),
-        acceptor="shared_noise",  # what is accepted costs the same
-        forced_acceptance=None,
-    )
-    longest += calibrate.room_for(max(choices))
-    config = dataclasses.replace(load.engine(1, None), max_length=longest)
-    return Engine(model, speculation=speculation, engine=config)
-
-
-def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
-    """The time split of `num_steps` steps of k drafts, and their largest kernels."""
-    plans = calibrate.made_up_cycle(engine, k, length)
-    with tempfile.TemporaryDirectory() as directory:
-        with time_split.trace(directory):
-            for step in range(num_steps):
-                outcome = engine.run_plan(plans[step % len(plans)])
-            outcome.block_until_ready()
-        kernels = time_split.load_kernels(directory)
-    scopes = time_split.scopes_of("jit_step", plans[0].buffer.size)
-    largest = time_split.largest(kernels, num_steps, 20)
-    return time_split.split(kernels, scopes, num_steps) | {"largest": largest}
 
 
 def options_from_flags():
@@ -81,7 +52,8 @@ def main(argv):
     del argv
     try:
         load, choices, contexts = options_from_flags()
-        engine = make_engine(load, choices, contexts[-1])
+        model = random_model(load.model, load.dtype)
+        engine = make_engine(model, load, choices, contexts[-1])
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])

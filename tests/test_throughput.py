@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import pressure, step_time, time_split
+from experiments import made_up, pressure, time_split
 from experiments.loads import LOADS
 from experiments.time_split import Kernel
 from sparsespec_jax import calibrate
@@ -123,12 +123,11 @@ def test_a_wrong_load_is_refused(options):
         dataclasses.replace(LOADS["qwen3_8b_64x512x4096"], **options)
 
 
-def test_steps_of_a_load_on_made_up_caches(monkeypatch, tiny_model):
-    monkeypatch.setattr(step_time, "random_model", lambda *_: tiny_model)
+def test_steps_of_a_load_on_made_up_caches(tiny_model):
     load = dataclasses.replace(
         LOADS["qwen3_8b_64x512x4096"], num_slots=4, dtype="float32", prefill_chunk=16
     )
-    engine = step_time.make_engine(load, [0, 2], 300)
+    engine = made_up.make_engine(tiny_model, load, [0, 2], 300)
     plans = calibrate.made_up_cycle(engine, 2, 300)
     slots = [plan.views["verify_slots"].tolist() for plan in plans]
     assert sorted(slot for step in slots for slot in step if slot < 4) == [0, 1, 2, 3]

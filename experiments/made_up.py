@@ -1,0 +1,37 @@
+"""Engines for steps on made-up caches, and traces of such steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+
+from experiments import time_split
+from sparsespec_jax import Engine, calibrate
+
+
+def make_engine(model, load, choices: list[int], longest: int) -> Engine:
+    """An engine of the load's sizes that may run with every k of `choices`."""
+    speculation = dataclasses.replace(
+        load.speculation(),
+        num_draft_tokens=max(choices),
+        draft_token_choices=tuple(choices),
+        acceptor="shared_noise",  # what is accepted costs the same
+        forced_acceptance=None,
+    )
+    longest += calibrate.room_for(max(choices))
+    config = dataclasses.replace(load.engine(1, None), max_length=longest)
+    return Engine(model, speculation=speculation, engine=config)
+
+
+def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
+    """The time split of `num_steps` steps of k drafts, and their largest kernels."""
+    plans = calibrate.made_up_cycle(engine, k, length)
+    with tempfile.TemporaryDirectory() as directory:
+        with time_split.trace(directory):
+            for step in range(num_steps):
+                outcome = engine.run_plan(plans[step % len(plans)])
+            outcome.block_until_ready()
+        kernels = time_split.load_kernels(directory)
+    scopes = time_split.scopes_of("jit_step", plans[0].buffer.size)
+    largest = time_split.largest(kernels, num_steps, 20)
+    return time_split.split(kernels, scopes, num_steps) | {"largest": largest}
