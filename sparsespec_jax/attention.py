@@ -145,7 +145,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
             if memory is not None:
                 put = cache.policy_state.at[lanes.verify.slots]
                 cache = cache._replace(policy_state=put.set(memory, mode="drop"))
-        indices, selected = picked
+        _, selected = picked
         with jax.named_scope("gather"):
             (kv_pages,) = _gather_selected([kv_pages], [picked], lanes, impl)
         if not fixed:
@@ -189,20 +189,8 @@ def _select_together(policy, options, masses, lanes, shape):
     """One call of the policy: (indices, counts) for each mass [E, H, X] of a list."""
     count, num_keys = len(masses), masses[0].shape[-1]
     verify = jax.tree.map(lambda x: jnp.concatenate([x] * count), lanes.verify)
-    view = SelectionView(
-        mass=jnp.concatenate(masses),
-        queries=None,
-        keys=None,
-        num_queries=verify.num_rows,
-        lengths=verify.starts,
-        budgets=verify.budgets,
-        is_first=verify.is_seed,
-        state=None,
-        seeds=verify.seeds,
-        layer_index=None,
-        num_kv_heads=masses[0].shape[1],
-        num_keys=num_keys,
-    )
+    mass, heads = jnp.concatenate(masses), masses[0].shape[1]
+    view = _view_of_mass(None, mass, verify, heads, num_keys)
     indices, counts, _ = run_policy(policy, view, options)
     counts = jnp.split(counts, count)
     counts = [_of_live_lanes(lanes, part) for part in counts]
@@ -231,18 +219,29 @@ def _view(layer_index, queries, mass, cache, lanes, shape, policy):
         return jnp.where(used[:, None, :, None], rows, 0)
 
     queries = queries.reshape(-1, shape.num_queries, *queries.shape[1:])
-    return SelectionView(
-        mass=mass,
+    return _view_of_mass(
+        layer_index, mass, verify, cache.kv_pages.shape[1], num_keys
+    )._replace(
         queries=queries if "queries" in needs else None,
         keys=keys if "keys" in needs else None,
+        state=state,
+    )
+
+
+def _view_of_mass(layer_index, mass, verify, num_kv_heads, num_keys):
+    """A SelectionView of verifications without queries, keys and state."""
+    return SelectionView(
+        mass=mass,
+        queries=None,
+        keys=None,
         num_queries=verify.num_rows,
         lengths=verify.starts,
         budgets=verify.budgets,
         is_first=verify.is_seed,
-        state=state,
+        state=None,
         seeds=verify.seeds,
         layer_index=layer_index,
-        num_kv_heads=cache.kv_pages.shape[1],
+        num_kv_heads=num_kv_heads,
         num_keys=num_keys,
     )
 
