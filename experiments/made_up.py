@@ -31,7 +31,5 @@ def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
             for step in range(num_steps):
                 outcome = engine.run_plan(plans[step % len(plans)])
             outcome.block_until_ready()
-        kernels = time_split.load_kernels(directory)
-    scopes = time_split.scopes_of("jit_step", plans[0].buffer.size)
-    largest = time_split.largest(kernels, num_steps, 20)
-    return time_split.split(kernels, scopes, num_steps) | {"largest": largest}
+        plan_size = plans[0].buffer.size
+        return time_split.split_of_steps(directory, plan_size, num_steps, 20)

@@ -164,18 +164,8 @@ def _trace(engine, clock, trace_dir):
     first = engine.num_steps
     with time_split.trace(trace_dir):
         clock.run(lambda finished: engine.num_steps >= last)
-    kernels = time_split.load_kernels(trace_dir)
     plan_size = engine.shape.new_plan(prefill=False).buffer.size
-    scopes = time_split.scopes_of("jit_step", plan_size)
-    if not scopes:
-        raise RuntimeError(
-            "no live compiled step takes this plan, so kernels cannot be sorted by "
-            "their scopes: run with --trace_steps 0 for rates alone"
-        )
-    steps = engine.num_steps - first
-    return time_split.split(kernels, scopes, steps) | {
-        "largest": time_split.largest(kernels, steps)
-    }
+    return time_split.split_of_steps(trace_dir, plan_size, engine.num_steps - first)
 
 
 def metrics_of(plain: list[dict], spec: list[dict], load: Load) -> dict:

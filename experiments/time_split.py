@@ -144,6 +144,27 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
     }
 
 
+def split_of_steps(directory, plan_size: int, num_steps: int, count: int = 40) -> dict:
+    """`split` and the `count` largest kernels of the newest trace under `directory`.
+
+    plan_size: of the plans of the traced steps, see `scopes_of`.
+
+    Raises:
+        RuntimeError: no live compiled step takes such a plan.
+        ValueError: as `load_kernels`.
+    """
+    kernels = load_kernels(directory)
+    scopes = scopes_of("jit_step", plan_size)
+    if not scopes:
+        raise RuntimeError(
+            "no live compiled step takes this plan, so kernels cannot be sorted by "
+            "their scopes: run with --trace_steps 0 for rates alone"
+        )
+    return split(kernels, scopes, num_steps) | {
+        "largest": largest(kernels, num_steps, count)
+    }
+
+
 def hidden_copy_share(kernels: list[Kernel]) -> dict:
     """Milliseconds of copies between host and device, and the share beside kernels."""
     total = hidden = 0.0
