@@ -1,4 +1,4 @@
-"""Attention, selection and gather kernels over a paged KV pool.
+"""Kernels around attention over a paged KV pool.
 
 Each operation is a package with the same four modules: `api` (public function),
 `reference` (the specification in plain jnp), `tpu` and `gpu` (Pallas kernels).
@@ -7,6 +7,7 @@ Each operation is a package with the same four modules: `api` (public function),
     from pallas_kernels.select_tokens import select_tokens
     from pallas_kernels.gather_kv import gather_kv
     from pallas_kernels.write_rows import write_rows
+    from pallas_kernels.rotate_heads import rotate_heads
 """
 
 from pallas_kernels.common import IMPLS, default_impl

@@ -23,6 +23,7 @@ import numpy as np
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
+    ROTATE_CASES,
     SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
@@ -31,6 +32,7 @@ from pallas_kernels.cases import (
 from pallas_kernels.common import default_impl
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.write_rows import write_rows
 
@@ -59,7 +61,8 @@ ATTENTION = _attention_cases()
 SELECT = ("select_8k", "select_32k")
 GATHER = ("gather_512b",)
 WRITE = ("write_plain", "write_136")
-NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE)
+ROTATE = ("rotate_136", "rotate_d64", "rotate_2184")
+NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE, *ROTATE)
 
 
 def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
@@ -220,7 +223,7 @@ def _time_cudnn(case: AttentionCase) -> float:
     return time_us(attend, layers * (_LAYERS // len(layers)))
 
 
-# ----------------------------------------------------- selection, gather, write
+# --------------------------------------------- selection, gather, write, rotation
 
 
 def bench_select(name: str, impl: str) -> dict:
@@ -324,6 +327,28 @@ def bench_write(name: str, impl: str) -> dict:
     )
 
 
+def bench_rotate(name: str, impl: str) -> dict:
+    """Returns time and error of one case of new heads, and the time of XLA."""
+    case = by_name(ROTATE_CASES, name)
+    keys = jax.random.split(jax.random.key(0), _LAYERS)
+    layers = [(jax.random.normal(key, case.shape, jnp.bfloat16),) for key in keys]
+    angles = jax.random.uniform(keys[0], (case.num_tokens, case.head_size // 2))
+    scale = jnp.linspace(0.5, 2.0, case.head_size, dtype=jnp.bfloat16)
+    shared = (jnp.cos(angles), jnp.sin(angles), *[scale, scale] * case.is_normed)
+    rotate = functools.partial(rotate_heads, eps=1e-6, impl=impl)
+    reference = functools.partial(rotate, impl="reference")
+    us = time_us(rotate, layers, shared)
+    moved = 2 * layers[0][0].nbytes
+    got, expected = (fn(*layers[0], *shared) for fn in (rotate, reference))
+    return dict(
+        us=us,
+        bytes=moved,
+        tb_per_s=moved / us / 1e6,
+        error=max(map(relative_error, got, expected)),
+        xla_us=time_us(reference, layers, shared),
+    )
+
+
 def _time_donated(fn, x) -> float:
     program = jax.jit(fn, donate_argnums=0)
     x = jax.block_until_ready(program(x))
@@ -364,6 +389,8 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
             result = bench_select(name, impl)
         elif name in WRITE:
             result = bench_write(name, impl)
+        elif name in ROTATE:
+            result = bench_rotate(name, impl)
         else:
             result = bench_gather(name, impl, copy_rate)
         report["cases"][name] = result

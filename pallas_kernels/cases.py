@@ -149,6 +149,25 @@ class WriteCase:
         return self.num_rows + self.num_copies
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotateCase:
+    """One call of `rotate_heads`."""
+
+    name: str
+    num_tokens: int
+    num_heads: int = 8
+    group_size: int = 4
+    head_size: int = 128
+    is_normed: bool = True
+    dtype: str = "bfloat16"
+    tags: frozenset[str] = LARGE
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[T, H, G + 2, D] of the projection."""
+        return self.num_tokens, self.num_heads, self.group_size + 2, self.head_size
+
+
 _SMOLLM2 = dict(num_heads=3, group_size=3, head_size=64)
 _TINY = dict(num_heads=2, page_size=8, dtype="float32", tags=SMALL)
 
@@ -527,6 +546,32 @@ WRITE_CASES = (
         num_heads=3,
         head_size=64,
     ),
+)
+
+ROTATE_CASES = (
+    RotateCase(
+        name="one_token",
+        num_tokens=1,
+        num_heads=1,
+        group_size=1,
+        head_size=16,
+        dtype="float32",
+        tags=SMALL,
+    ),
+    # Tokens that no tile divides, without and with a norm.
+    RotateCase(
+        name="rotate_ragged",
+        num_tokens=11,
+        is_normed=False,
+        dtype="float32",
+        tags=SMALL,
+        **_SMOLLM2,
+    ),
+    RotateCase(name="rotate_bf16", num_tokens=9, num_heads=2, tags=SMALL),
+    # Steps of an engine: a large model, a small one, a prompt chunk beside the first.
+    RotateCase(name="rotate_136", num_tokens=136),
+    RotateCase(name="rotate_d64", num_tokens=512, is_normed=False, **_SMOLLM2),
+    RotateCase(name="rotate_2184", num_tokens=2184),
 )
 
 

@@ -3,6 +3,7 @@
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _THREADS = 128  # of a warpgroup
+_WARP = 32
 
 
 def row_layout(size: int):
@@ -20,4 +21,25 @@ def row_layout(size: int):
         warp_dims=warp_dims,
         lane_dims=(-2,),
         vector_dim=-1,
+    )
+
+
+def lane_rows_layout(size: int, lanes: int, *, single: bool = False):
+    """Returns a layout of rows of `size` elements, each held by `lanes` of a warp.
+
+    A warpgroup holds 128 / lanes rows side by side; a `single` row is held by all of
+    them, its sums being formed alike. `size` is a multiple of `lanes`, a power of 2
+    below 32.
+    """
+    vector, in_warp = size // lanes, _WARP // lanes
+    if single:
+        tiles = (1, size), (vector,)
+        warp_dims = (plgpu.Replicated(_THREADS // _WARP),)
+        lane_dims = (plgpu.Replicated(in_warp), -2)
+    else:
+        rows = _THREADS // lanes
+        tiles = (rows, size), (in_warp, size), (vector,)
+        warp_dims, lane_dims = (-5,), (-3, -2)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=warp_dims, lane_dims=lane_dims, vector_dim=-1
     )

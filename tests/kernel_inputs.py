@@ -11,11 +11,19 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.cases import AttentionCase, GatherCase, SelectCase, WriteCase
+from pallas_kernels.cases import (
+    AttentionCase,
+    GatherCase,
+    RotateCase,
+    SelectCase,
+    WriteCase,
+)
 from pallas_kernels.paged_attention import AttentionOutput, LaneGroup
 
 NO_PAGE = -1
 OUT_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+# Of the length of a pair: one rounding of the norm and one of the rotation.
+PAIR_TOLERANCE = {"float32": 2e-6, "bfloat16": 1.6e-2}
 MASS_TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
 _NEEDLE_LOGIT = 12.0
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
@@ -46,6 +54,16 @@ class WriteInputs(NamedTuple):
     rows: np.ndarray
     pages: np.ndarray
     offsets: np.ndarray
+
+
+class RotateInputs(NamedTuple):
+    """Array arguments of `rotate_heads`, numpy."""
+
+    qkv: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+    q_scale: np.ndarray | None
+    k_scale: np.ndarray | None
 
 
 class GatherInputs(NamedTuple):
@@ -391,3 +409,38 @@ def write_inputs(case: WriteCase, seed: int = 0) -> WriteInputs:
 def write_options(case: WriteCase) -> dict:
     """Returns the keyword arguments of `write_rows` for `case`."""
     return dict(copies_from=case.copies_from)
+
+
+# --------------------------------------------------------------------- rotate
+
+
+def rotate_inputs(case: RotateCase, seed: int = 0) -> RotateInputs:
+    """Returns heads of many sizes, some so small that eps counts, and random angles."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(case.dtype)
+    size = 10.0 ** rng.uniform(-3, 1, (*case.shape[:3], 1))
+    qkv = (size * rng.standard_normal(case.shape)).astype(dtype)
+    angles = rng.uniform(0, 2 * np.pi, (case.num_tokens, case.head_size // 2))
+    scales = [None, None]
+    if case.is_normed:
+        scales = rng.uniform(0.5, 2.0, (2, case.head_size)).astype(dtype)
+    tables = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
+    return RotateInputs(qkv, *tables, *scales)
+
+
+def assert_rotations_agree(actual, expected) -> None:
+    """Raises AssertionError unless two (queries, rows) agree, values bit for bit."""
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    size = expected[0].shape[-1]
+    (q, k, v), (wanted_q, wanted_k, wanted_v) = (
+        (np.asarray(q), *np.split(np.asarray(rows), [size], axis=-1))
+        for q, rows in (actual, expected)
+    )
+    tolerance = PAIR_TOLERANCE[q.dtype.name]
+    for got, wanted in ((q, wanted_q), (k, wanted_k)):
+        first, second = np.split(wanted.astype(np.float32), 2, axis=-1)
+        bound = tolerance * np.tile(np.hypot(first, second), 2)
+        error = np.abs(got.astype(np.float32) - wanted.astype(np.float32))
+        assert (error <= bound).all(), f"error {np.max(error / bound)} of its bound"
+    assert_same_bits(v, wanted_v)

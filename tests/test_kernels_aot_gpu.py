@@ -17,15 +17,18 @@ from pallas_kernels.aot import compile_for
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
+    ROTATE_CASES,
     SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
     GatherCase,
+    RotateCase,
     SelectCase,
     by_name,
 )
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.write_rows import write_rows
 
@@ -53,6 +56,7 @@ ATTENTION = (
 )
 SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_131k")
 WRITE = ("write_plain", "write_136", "write_d64")
+ROTATE = ("rotate_ragged", "rotate_136", "rotate_d64", "rotate_2184")
 GATHER = ("gather_512b", "gather_410", "gather_d64")
 
 
@@ -206,3 +210,16 @@ def test_write_compiles_in_place(compile_h100, name):
     assert_fits(kernels["write_rows"], blocks=8)
     assert result.temp_bytes == 0
     assert result.alias_bytes == num_bytes(pool)
+
+
+@pytest.mark.parametrize("name", ROTATE)
+def test_rotation_compiles(compile_h100, name):
+    case: RotateCase = by_name(ROTATE_CASES, name)
+    table = Array((case.num_tokens, case.head_size // 2), jnp.float32)
+    dtype = jnp.dtype(case.dtype)
+    scales = [Array((case.head_size,), dtype)] * 2 if case.is_normed else []
+    args = (Array(case.shape, dtype), table, table, *scales)
+    rotate = functools.partial(rotate_heads, eps=1e-6, impl="gpu")
+    result, kernels = compile_h100(rotate, args)
+    assert_fits(kernels["rotate_heads"], blocks=4)
+    assert result.temp_bytes <= 64  # the addresses of two results

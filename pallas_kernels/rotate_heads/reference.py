@@ -1,0 +1,35 @@
+"""The specification of the head rotation, in plain jnp."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def rotate_heads_reference(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    q_scale: jax.Array | None,
+    k_scale: jax.Array | None,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `api.rotate_heads` documents; same arguments, no checks."""
+    num_tokens, _, width, head_size = qkv.shape
+    k_index = width - 2
+    heads = qkv[:, :, : k_index + 1]
+    if q_scale is not None:
+        # Queries and keys in one pass: each would cost XLA a launch of its own.
+        is_key = jnp.arange(k_index + 1)[:, None] == k_index
+        scale = jnp.where(is_key, k_scale, q_scale).astype(jnp.float32)
+        wide = heads.astype(jnp.float32)
+        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        heads = (wide * jax.lax.rsqrt(power + eps) * scale).astype(qkv.dtype)
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    heads = jnp.concatenate(turned, axis=-1).astype(qkv.dtype)
+    q = heads[:, :, :k_index].reshape(num_tokens, -1, head_size)
+    return q, jnp.concatenate([heads[:, :, k_index], qkv[:, :, -1]], axis=-1)

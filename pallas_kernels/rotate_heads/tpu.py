@@ -1,0 +1,17 @@
+"""Head rotation for TPUs: XLA, which fuses the reference there.
+
+Elementwise but for a sum over D, all of it follows the projection without a launch of
+its own.
+"""
+
+import jax
+
+from pallas_kernels.rotate_heads.reference import rotate_heads_reference
+
+
+def rotate_heads_tpu(
+    *args: jax.Array | None, eps: float, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `api.rotate_heads` documents; nothing in it needs interpretation."""
+    del interpret
+    return rotate_heads_reference(*args, eps=eps)
