@@ -55,10 +55,14 @@ def run_mode(model, load, speculation, config, *, copies=True):
         moved.append((usage["spilled_pages"], usage["restored_pages"]))
         ends.append(time.perf_counter() - start)
         history.append(
-            (usage["utilisation"], usage["num_running"], engine.context_tokens)
+            (
+                usage["utilisation"],
+                usage["num_running"],
+                usage["num_waiting"] + usage["num_preempted"],
+            )
         )
     history = np.array(history)
-    pressed = history[:, 1] < len(load[0])  # not all of the requests are running
+    pressed = history[:, 2] > 0  # requests wait for pages
     every = max(1, len(history) // _SERIES)
     page_bytes = config.page_size * engine.kv_bytes_per_token
     usage = engine.kv_usage

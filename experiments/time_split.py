@@ -165,24 +165,41 @@ def split_of_steps(directory, plan_size: int, num_steps: int, count: int = 40) -
     }
 
 
-def hidden_copy_share(kernels: list[Kernel]) -> dict:
-    """Milliseconds of copies between host and device, and the share beside kernels."""
-    total = hidden = 0.0
+def hidden_copy_share(kernels: list[Kernel], count: int = 16) -> dict:
+    """Milliseconds of copies between host and device, and the share beside kernels.
+
+    `longest`: the `count` longest ones, by their start in the trace.
+    """
+    copies = [k for k in kernels if re.match(r"memcpy(h2d|d2h)", k.name.lower())]
     others = [k for k in kernels if not re.match(r"mem(cpy|set)", k.name.lower())]
-    firsts, lasts = _busy_spans(others)
-    for copy in kernels:
-        if not re.match(r"memcpy(h2d|d2h)", copy.name.lower()):
-            continue
-        end = copy.start + copy.duration
-        total += copy.duration
-        place = bisect.bisect_right(lasts, copy.start)
-        while place < len(firsts) and firsts[place] < end:
-            hidden += min(end, lasts[place]) - max(copy.start, firsts[place])
-            place += 1
+    spans = _busy_spans(others)
+    hidden = {copy: _overlap(copy, *spans) for copy in copies}
+    total = sum(copy.duration for copy in copies)
+    begin = min((k.start for k in kernels), default=0)
+    longest = sorted(copies, key=lambda k: -k.duration)[:count]
     return {
         "copy_ms": total * 1e-6,
-        "hidden_share": hidden / total if total else float("nan"),
+        "hidden_share": sum(hidden.values()) / total if total else float("nan"),
+        "longest": [
+            {
+                "name": copy.name,
+                "start_ms": (copy.start - begin) * 1e-6,
+                "ms": copy.duration * 1e-6,
+                "hidden_share": hidden[copy] / copy.duration,
+            }
+            for copy in sorted(longest, key=lambda k: k.start)
+        ],
     }
+
+
+def _overlap(copy, firsts, lasts):
+    """Time of a copy inside the spans that start at `firsts` and end at `lasts`."""
+    hidden, end = 0.0, copy.start + copy.duration
+    place = bisect.bisect_right(lasts, copy.start)
+    while place < len(firsts) and firsts[place] < end:
+        hidden += min(end, lasts[place]) - max(copy.start, firsts[place])
+        place += 1
+    return hidden
 
 
 def _busy_spans(kernels):
