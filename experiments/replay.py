@@ -51,10 +51,11 @@ class Recording(NamedTuple):
 def record_text(config, params, tokens, first, *, num_rows):
     """Recording of tokens int32 [X] (padding behind the text does no harm)."""
 
-    def attend(layer_index, q, k, v, cache):
+    def attend(layer_index, q, rows, cache):
         del layer_index, cache
-        rows = jax.lax.dynamic_slice_in_dim(q, first, num_rows)
-        kept = k.swapaxes(0, 1), v.swapaxes(0, 1), rows
+        k, v = jnp.split(rows, 2, axis=-1)
+        queries = jax.lax.dynamic_slice_in_dim(q, first, num_rows)
+        kept = k.swapaxes(0, 1), v.swapaxes(0, 1), queries
         return _attend_by_block(q, k, v), kept
 
     positions = jnp.arange(tokens.size)
@@ -215,7 +216,8 @@ def _draft_logits(config, params, recording, row, k, mask, start):
     tail = (column >= start) & (column < position[0])
     own = jnp.tril(jnp.ones((k, k), bool))
 
-    def attend(layer_index, q, k_new, v_new, cache):
+    def attend(layer_index, q, rows, cache):
+        k_new, v_new = jnp.split(rows, 2, axis=-1)
         heads, size = k_new.shape[1:]
         query = q.reshape(k, heads, -1, size)
         keys = jnp.concatenate([recording.keys[layer_index], k_new.swapaxes(0, 1)], 1)

@@ -63,13 +63,14 @@ _LAYERS_AT_ONCE = 8
 
 
 def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
-    """The functions `attend(layer, q, k, v, cache)` and `fill(layers)` of one step.
+    """The functions `attend(layer, q, rows, cache)` and `fill(layers)` of one step.
 
-    `attend` takes q [T, N, D] and k, v [T, H, D] (rotated) and the layer's LayerCache
-    to the attention output [T, N, D] and the next LayerCache. With fixed counts all
-    that depends on lengths is the same in every layer, and computed once. `fill` takes
-    all LayerCaches after the last layer and fills the draft caches that a policy with
-    `layers_at_once` left to it; other policies fill them in `attend`.
+    `attend` takes q [T, N, D] and rows [T, H, 2 * D] (K then V; q and K rotated) and
+    the layer's LayerCache to the attention output [T, N, D] and the next LayerCache.
+    With fixed counts all that depends on lengths is the same in every layer, and
+    computed once. `fill` takes all LayerCaches after the last layer and fills the draft
+    caches that a policy with `layers_at_once` left to it; other policies fill them in
+    `attend`.
     """
     groups = _lane_groups(shape, lanes)
     tables, q_lengths = _tables_and_rows(lanes, shape)
@@ -89,10 +90,9 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
     picked = None  # by the newest layer below that selects, while tracing
     masses = []  # of the layers that select, left to `fill`
 
-    def attend(layer_index, q, k, v, cache):
+    def attend(layer_index, q, rows, cache):
         nonlocal picked
-        heads = k.shape[1]
-        rows = jnp.concatenate([k, v], axis=-1).astype(cache.kv_pages.dtype)
+        heads, rows = rows.shape[1], rows.astype(cache.kv_pages.dtype)
         fixed = lanes.draft_counts is not None
         counts = lanes.draft_counts if fixed else cache.draft_counts
         places = _row_places(lanes, shape, counts)

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax import model as model_lib
 from sparsespec_jax.model import Projection, RmsNorm
 from sparsespec_jax.model_config import ModelConfig
-from sparsespec_jax.rope import rope_tables, rotate
+from sparsespec_jax.rope import rope_tables
 
 _MASKED = -1e30
 _EXACT = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -67,11 +68,8 @@ class EagleHead(nn.Module):
             [self.token_norm(embedded), self.feature_norm(feature)], -1
         )
         qkv = self.qkv(both)
-        cos, sin = rope_tables(positions, c)
-        q = qkv[:, :, : c.group_size].reshape(-1, c.num_heads, c.head_dim)
-        q = rotate(q, cos, sin)
-        k = rotate(qkv[:, :, c.group_size], cos, sin)
-        mixed = attend(q, k, qkv[:, :, c.group_size + 1])
+        q, rows = rotate_heads(qkv, *rope_tables(positions, c), impl="reference")
+        mixed = attend(q, *jnp.split(rows, 2, axis=-1))
         x = feature + self.out(mixed.astype(self.dtype).reshape(feature.shape[0], -1))
         inner = self.gate_up(self.mlp_norm(x))
         return x + self.down(nn.silu(inner[:, 0]) * inner[:, 1])

@@ -1,8 +1,8 @@
 """The transformer over a flat token axis; the caller brings the attention.
 
 A step mixes tokens of many requests, so the model sees tokens [T] and positions
-[T] and nothing of requests or caches: each layer hands its rotated q, k, v to
-``attend``, which owns the KV cache. Parameters are a plain nested dict::
+[T] and nothing of requests or caches: each layer hands its rotated queries and its new
+KV rows to ``attend``, which owns the KV cache. Parameters are a plain nested dict::
 
     embed/weight            [V, hidden]
     layer_I/input_norm      scale [hidden]
@@ -32,15 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.model_config import ModelConfig
-from sparsespec_jax.rope import rope_tables, rotate
+from sparsespec_jax.rope import rope_tables
 
 Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
 Params = dict[str, Any]
-# (layer_index, q [T, N, D], k [T, H, D], v [T, H, D], cache) -> out [T, N, D], cache
-Attend = Callable[
-    [int, jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]
-]
+# (layer_index, q [T, N, D], rows [T, H, K V], cache) -> out [T, N, D], cache
+Attend = Callable[[int, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
 
@@ -80,13 +79,6 @@ class Projection(nn.Module):
         return y
 
 
-def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square along the last axis, times scale; in float32."""
-    wide = x.astype(jnp.float32)
-    power = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return wide * jax.lax.rsqrt(power + eps) * scale.astype(jnp.float32)
-
-
 class Scale(nn.Module):
     """The learnt factor [size] of a norm."""
 
@@ -111,8 +103,10 @@ class RmsNorm(nn.Module):
         """Return x [..., n] normalised and scaled, in dtype."""
         ones = nn.initializers.ones_init()
         scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
-        scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        return _rms_norm(x, scale, self.eps).astype(self.dtype)
+        wide = x.astype(jnp.float32)
+        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(power + self.eps) * scale.astype(jnp.float32)
+        return normed.astype(self.dtype)
 
 
 class Layer(nn.Module):
@@ -121,15 +115,15 @@ class Layer(nn.Module):
     config: ModelConfig
     dtype: Any
     index: int
+    impl: str | None
 
     @nn.compact
     def __call__(self, x, cos, sin, attend: Attend, cache: Cache):
         """Return the stream [T, hidden] after this block, and its new cache."""
         c = self.config
         norm = functools.partial(RmsNorm, c.norm_eps, self.dtype)
-        q, k, v = self._queries_keys_values(norm(name="input_norm")(x))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed, cache = attend(self.index, q, k, v, cache)
+        q, rows = self._queries_and_rows(norm(name="input_norm")(x), cos, sin)
+        mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
         hidden = (c.hidden_size,)
         x = x + Projection(hidden, self.dtype, c.attention_out_bias, name="out")(mixed)
@@ -140,22 +134,14 @@ class Layer(nn.Module):
         x = x + Projection(hidden, self.dtype, c.mlp_bias, name="down")(gated)
         return x, cache
 
-    def _queries_keys_values(self, x):
-        c = self.config
+    def _queries_and_rows(self, x, cos, sin):
+        c, scales = self.config, ()
         features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
         qkv = Projection(features, self.dtype, c.attention_bias, name="qkv")(x)
         if c.qk_norm:
-            # All heads in one pass: slices of their own would cost a launch each.
-            head = jnp.arange(c.group_size + 2)[None, None, :, None]
-            q_scale, k_scale = (
-                Scale(c.head_dim, self.dtype, name=name)()[None, None, None]
-                for name in ("q_norm", "k_norm")
-            )
-            scale = jnp.where(head == c.group_size, k_scale, q_scale)
-            normed = _rms_norm(qkv, scale, c.norm_eps).astype(self.dtype)
-            qkv = jnp.where(head == c.group_size + 1, qkv, normed)
-        q = qkv[:, :, : c.group_size].reshape(-1, c.num_heads, c.head_dim)
-        return q, qkv[:, :, c.group_size], qkv[:, :, c.group_size + 1]
+            names = "q_norm", "k_norm"
+            scales = (Scale(c.head_dim, self.dtype, name=name)() for name in names)
+        return rotate_heads(qkv, cos, sin, *scales, eps=c.norm_eps, impl=self.impl)
 
 
 class Embedding(nn.Module):
@@ -188,12 +174,13 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    impl: str | None = None  # of the kernels; None: that of the platform
 
     def setup(self):
         """Declare the submodules; their names are the parameter names."""
         c = self.config
         self.embed = Embedding(c, self.dtype)
-        self.layer = [Layer(c, self.dtype, i) for i in range(c.num_layers)]
+        self.layer = [Layer(c, self.dtype, i, self.impl) for i in range(c.num_layers)]
         self.final_norm = RmsNorm(c.norm_eps, self.dtype)
         if not c.tie_embeddings:
             self.lm_head = Projection(
@@ -213,11 +200,12 @@ class Transformer(nn.Module):
         caches: one pytree a layer, passed through attend and returned in order. The
         third value holds the streams behind `feature_layers`, [T, n * hidden].
         """
-        cos, sin = rope_tables(positions, self.config)
+        # The barrier keeps layers from evaluating the angles again, each for itself.
+        tables = jax.lax.optimization_barrier(rope_tables(positions, self.config))
         x = self.embed(tokens)
         new_caches, streams = [], []
         for layer, cache in zip(self.layer, caches, strict=True):
-            x, cache = layer(x, cos, sin, attend, cache)
+            x, cache = layer(x, *tables, attend, cache)
             new_caches.append(cache)
             streams.append(x)
         features = [streams[i] for i in feature_layers]
@@ -246,19 +234,23 @@ def forward(
     positions: jax.Array,
     attend: Attend,
     caches: tuple[Cache, ...],
+    *,
+    impl: str | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Normed hidden states [T, hidden] and new caches; computes in the params' dtype.
 
     tokens, positions: int32 [T], of any mix of requests; ids must lie in [0, V).
+    impl: of the kernels, one of `pallas_kernels.IMPLS`; None: that of the platform.
     """
-    return forward_with_features(config, params, tokens, positions, attend, caches)[:2]
+    args = config, params, tokens, positions, attend, caches
+    return forward_with_features(*args, impl=impl)[:2]
 
 
 def forward_with_features(
-    config, params, tokens, positions, attend, caches, feature_layers=()
+    config, params, tokens, positions, attend, caches, feature_layers=(), *, impl=None
 ):
     """As `forward`, and the streams behind `feature_layers` [T, n * hidden] or None."""
-    module = Transformer(config, dtype=params_dtype(params))
+    module = Transformer(config, dtype=params_dtype(params), impl=impl)
     return module.apply(
         {"params": params}, tokens, positions, attend, caches, feature_layers
     )
@@ -277,7 +269,7 @@ def params_dtype(params: Params) -> np.dtype:
 
 def param_shapes(config: ModelConfig, dtype=jnp.float32) -> Params:
     """The parameter tree with a jax.ShapeDtypeStruct in place of each array."""
-    module = Transformer(config, dtype=dtype)
+    module = Transformer(config, dtype=dtype, impl="reference")
     init = functools.partial(module.init, method="everything")
     tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
     return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
@@ -326,15 +318,16 @@ def _random_arrays(key, *, spec):
 
 
 def causal_attend(
-    layer_index: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache
+    layer_index: int, q: jax.Array, rows: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Plain causal attention among the T tokens given, taken as one text in order.
 
-    q [T, N, D]; k, v [T, H, D]; the cache is returned as it came. For tests and
-    for scoring a text: scores are [T, N, T] in float32.
+    q [T, N, D]; rows [T, H, 2 * D], K then V; the cache is returned as it came. For
+    tests and for scoring a text: scores are [T, N, T] in float32.
     """
     del layer_index
     num_tokens, num_heads, head_dim = q.shape
+    k, v = jnp.split(rows, 2, axis=-1)
     grouped = q.reshape(num_tokens, k.shape[1], -1, head_dim)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = functools.partial(

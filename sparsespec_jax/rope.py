@@ -76,21 +76,13 @@ def _yarn(base: np.ndarray, scaling: YarnScaling, config: ModelConfig) -> np.nda
 def rope_tables(
     positions: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of positions [T], each float32 [T, D/2]."""
+    """Cos and sin of positions [T], each float32 [T, D/2].
+
+    Element i of a head is paired with element i + D/2, the convention of Hugging Face
+    checkpoints (GGUF files pair neighbours; their loader reorders the weights).
+    """
     frequencies = jnp.asarray(inverse_frequencies(config))
     # An elementwise product: a matmul may round its operands to fewer bits.
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     scale = amplitude(config)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [T, heads, D] turned by the tables [T, D/2]; computed in float32.
-
-    Element i is paired with element i + D/2, the convention of Hugging Face
-    checkpoints (GGUF files pair neighbours; their loader reorders the weights).
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -64,7 +64,7 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
         attend, fill = make_attend(lanes, shape, policy, options, impl)
         hidden, layers, features = forward_with_features(
             model_config, params, tokens, positions, attend, state.layers,
-            getattr(proposer, "feature_layers", ()),
+            getattr(proposer, "feature_layers", ()), impl=impl,
         )  # fmt: skip
         num_drafts = shape.num_draft_rows
         rows = num_drafts + shape.verify_lanes * shape.num_queries

@@ -137,7 +137,7 @@ def test_causal_attend_equals_jax_dot_product_attention():
     q, k, v = (
         jnp.asarray(rng.normal(size=(7, heads, 16)), jnp.float32) for heads in (6, 2, 2)
     )
-    out, cache = causal_attend(0, q, k, v, "kept")
+    out, cache = causal_attend(0, q, jnp.concatenate([k, v], axis=-1), "kept")
     wanted = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)
     np.testing.assert_allclose(out, wanted[0], atol=1e-6)
     assert cache == "kept"
@@ -147,8 +147,8 @@ def test_attend_gets_each_layer_once_in_order_and_its_own_cache(tiny_config):
     params = init_params(tiny_config, seed=0)
     seen = []
 
-    def attend(layer_index, q, k, v, cache):
-        seen.append((layer_index, q.shape, k.shape, v.shape))
+    def attend(layer_index, q, rows, cache):
+        seen.append((layer_index, q.shape, rows.shape))
         return q, cache + 1 + layer_index
 
     tokens = jnp.array([3, 1, 4], jnp.int32)
@@ -157,7 +157,7 @@ def test_attend_gets_each_layer_once_in_order_and_its_own_cache(tiny_config):
     hidden, caches = jax.jit(run)(
         params, tokens=tokens, positions=tokens, caches=caches
     )
-    assert seen == [(i, (3, 4, 16), (3, 2, 16), (3, 2, 16)) for i in range(2)]
+    assert seen == [(i, (3, 4, 16), (3, 2, 32)) for i in range(2)]
     assert [float(c) for c in caches] == [11.0, 22.0]
     assert hidden.shape == (3, 32)
 
@@ -169,7 +169,8 @@ def test_tokens_meet_only_in_attention(tiny_config):
     positions = np.array([0, 9, 2, 40], np.int32)
     order = np.array([2, 0, 3, 1])
 
-    def own_value(layer_index, q, k, v, cache):
+    def own_value(layer_index, q, rows, cache):
+        k, v = jnp.split(rows, 2, axis=-1)
         return q + jnp.repeat(k + v, 2, axis=1), cache
 
     straight = compute_logits(tiny_config, params, tokens, positions, own_value)
