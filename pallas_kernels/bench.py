@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
+    NORM_CASES,
     ROTATE_CASES,
     SELECT_CASES,
     WRITE_CASES,
@@ -34,11 +36,16 @@ from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.timing import (
+    PROGRAMS,
+    measure_rates,
+    relative_error,
+    time_donated_us,
+    time_us,
+)
 from pallas_kernels.write_rows import write_rows
 
 _LAYERS = 32  # of one program, as models have; half as many selections
-_REPEATS = 5
-_PROGRAMS = 8  # of one repeat; the dispatch of the first is part of the time
 _POOL_BYTES = 1.5e9  # of one pool; layers take turns in it
 _NEEDLE_LOGIT = 12.0
 
@@ -62,37 +69,8 @@ SELECT = ("select_8k", "select_32k")
 GATHER = ("gather_512b",)
 WRITE = ("write_plain", "write_136")
 ROTATE = ("rotate_136", "rotate_d64", "rotate_2184")
-NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE, *ROTATE)
-
-
-def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
-    """Returns the median time of one call of `fn` in a program that makes many."""
-    one = jax.jit(fn)
-
-    @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
-    def program(layers, shared, old):
-        return [one(*args, *shared) for args in layers]
-
-    old = jax.eval_shape(program, layers, shared, None)
-    old = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
-    old = jax.block_until_ready(program(layers, shared, old))
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        for _ in range(_PROGRAMS):
-            # Results at the same addresses: a captured graph needs no update.
-            old = program(layers, shared, old)
-        jax.block_until_ready(old)
-        times.append((time.perf_counter() - start) / _PROGRAMS / len(layers))
-    return float(np.median(times)) * 1e6
-
-
-def measure_rates() -> tuple[float, float]:
-    """Returns the rates of a large read and of a large copy, bytes per second."""
-    x = jnp.ones((2**19, 4096), jnp.bfloat16)
-    read = time_us(lambda x: x.astype(jnp.float32).sum(1), [(x,)])
-    copy = time_us(lambda x: x + 1, [(x,)])
-    return x.nbytes / read * 1e6, 2 * x.nbytes / copy * 1e6
+NORM = ("norm_136", "norm_512", "norm_2184")
+NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE, *ROTATE, *NORM)
 
 
 # ------------------------------------------------------------------ attention
@@ -198,13 +176,6 @@ def bench_attention(case: AttentionCase, impl: str, read_rate: float) -> dict:
     return result
 
 
-def relative_error(actual, expected) -> float:
-    """Returns |actual - expected| / |expected| over all elements."""
-    actual = jnp.asarray(actual, jnp.float32)
-    expected = jnp.asarray(expected, jnp.float32)
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
-
-
 def _time_cudnn(case: AttentionCase) -> float:
     """Returns the time of cuDNN attention over contiguous keys and values."""
     lanes, queries = case.groups[0]
@@ -223,7 +194,7 @@ def _time_cudnn(case: AttentionCase) -> float:
     return time_us(attend, layers * (_LAYERS // len(layers)))
 
 
-# --------------------------------------------- selection, gather, write, rotation
+# --------------------------------------------- selection, gather, small kernels
 
 
 def bench_select(name: str, impl: str) -> dict:
@@ -279,7 +250,7 @@ def bench_gather(name: str, impl: str, copy_rate: float) -> dict:
             pool = gather(pool, *args)
         return pool
 
-    us = _time_donated(gather_layers, pool + 0) / _LAYERS
+    us = time_donated_us(gather_layers, pool + 0) / _LAYERS
     flat = source[np.arange(lanes)[:, None, None], indices // ps]
     flat = (flat * heads + np.arange(heads)[:, None]) * ps + indices % ps
     rows = pool.reshape(-1, shape[-1])
@@ -321,9 +292,9 @@ def bench_write(name: str, impl: str) -> dict:
     same = bool((jax.jit(write)(pool, layers[0]) == expected).all())
     scatter_layers = functools.partial(write_layers, impl="reference")
     return dict(
-        us=_time_donated(write_layers, pool + 0) / _LAYERS,
+        us=time_donated_us(write_layers, pool + 0) / _LAYERS,
         exact=same,
-        xla_scatter_us=_time_donated(scatter_layers, pool + 0) / _LAYERS,
+        xla_scatter_us=time_donated_us(scatter_layers, pool + 0) / _LAYERS,
     )
 
 
@@ -335,11 +306,24 @@ def bench_rotate(name: str, impl: str) -> dict:
     angles = jax.random.uniform(keys[0], (case.num_tokens, case.head_size // 2))
     scale = jnp.linspace(0.5, 2.0, case.head_size, dtype=jnp.bfloat16)
     shared = (jnp.cos(angles), jnp.sin(angles), *[scale, scale] * case.is_normed)
-    rotate = functools.partial(rotate_heads, eps=1e-6, impl=impl)
-    reference = functools.partial(rotate, impl="reference")
-    us = time_us(rotate, layers, shared)
-    moved = 2 * layers[0][0].nbytes
-    got, expected = (fn(*layers[0], *shared) for fn in (rotate, reference))
+    return _against_xla(functools.partial(rotate_heads, eps=1e-6), layers, shared, impl)
+
+
+def bench_norm(name: str, impl: str) -> dict:
+    """Returns time and error of one case of a stream's sum, and the time of XLA."""
+    case = by_name(NORM_CASES, name)
+    keys = jax.random.split(jax.random.key(0), 2 * _LAYERS)
+    parts = [jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys]
+    layers = list(zip(parts[::2], parts[1::2], strict=True))
+    shared = (jnp.linspace(0.5, 2.0, case.shape[1], dtype=jnp.bfloat16),)
+    return _against_xla(functools.partial(add_norm, eps=1e-6), layers, shared, impl)
+
+
+def _against_xla(kernel, layers: list[tuple], shared: tuple, impl: str) -> dict:
+    run, reference = (functools.partial(kernel, impl=i) for i in (impl, "reference"))
+    us = time_us(run, layers, shared)
+    got, expected = (fn(*layers[0], *shared) for fn in (run, reference))
+    moved = sum(x.nbytes for x in (*layers[0], *got))
     return dict(
         us=us,
         bytes=moved,
@@ -347,19 +331,6 @@ def bench_rotate(name: str, impl: str) -> dict:
         error=max(map(relative_error, got, expected)),
         xla_us=time_us(reference, layers, shared),
     )
-
-
-def _time_donated(fn, x) -> float:
-    program = jax.jit(fn, donate_argnums=0)
-    x = jax.block_until_ready(program(x))
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        for _ in range(_PROGRAMS):
-            x = program(x)
-        jax.block_until_ready(x)
-        times.append((time.perf_counter() - start) / _PROGRAMS)
-    return float(np.median(times)) * 1e6
 
 
 # ---------------------------------------------------------------------- report
@@ -376,7 +347,7 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
         date=time.strftime("%Y-%m-%d"),
         method=__doc__.split("\n\n")[2].replace("\n", " "),
         layers=_LAYERS,
-        programs=_PROGRAMS,
+        programs=PROGRAMS,
         read_tb_per_s=read_rate / 1e12,
         copy_tb_per_s=copy_rate / 1e12,
         cases={},
@@ -391,6 +362,8 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
             result = bench_write(name, impl)
         elif name in ROTATE:
             result = bench_rotate(name, impl)
+        elif name in NORM:
+            result = bench_norm(name, impl)
         else:
             result = bench_gather(name, impl, copy_rate)
         report["cases"][name] = result

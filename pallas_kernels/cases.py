@@ -168,6 +168,16 @@ class RotateCase:
         return self.num_tokens, self.num_heads, self.group_size + 2, self.head_size
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormCase:
+    """One call of `add_norm` on [T, N]."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str = "bfloat16"
+    tags: frozenset[str] = LARGE
+
+
 _SMOLLM2 = dict(num_heads=3, group_size=3, head_size=64)
 _TINY = dict(num_heads=2, page_size=8, dtype="float32", tags=SMALL)
 
@@ -550,28 +560,26 @@ WRITE_CASES = (
 
 ROTATE_CASES = (
     RotateCase(
-        name="one_token",
-        num_tokens=1,
-        num_heads=1,
-        group_size=1,
-        head_size=16,
-        dtype="float32",
-        tags=SMALL,
+        name="one_token", num_tokens=1, head_size=16, dtype="float32", tags=SMALL
     ),
     # Tokens that no tile divides, without and with a norm.
     RotateCase(
-        name="rotate_ragged",
-        num_tokens=11,
-        is_normed=False,
-        dtype="float32",
-        tags=SMALL,
-        **_SMOLLM2,
+        name="rotate_ragged", num_tokens=11, is_normed=False, tags=SMALL, **_SMOLLM2
     ),
     RotateCase(name="rotate_bf16", num_tokens=9, num_heads=2, tags=SMALL),
     # Steps of an engine: a large model, a small one, a prompt chunk beside the first.
     RotateCase(name="rotate_136", num_tokens=136),
     RotateCase(name="rotate_d64", num_tokens=512, is_normed=False, **_SMOLLM2),
     RotateCase(name="rotate_2184", num_tokens=2184),
+)
+
+NORM_CASES = (
+    # A row of a CTA, and of a warp; tokens that the warps of a CTA do not divide.
+    NormCase(name="norm_wide", shape=(3, 1280), dtype="float32", tags=SMALL),
+    NormCase(name="norm_narrow", shape=(9, 576), tags=SMALL),
+    NormCase(name="norm_136", shape=(136, 4096)),
+    NormCase(name="norm_512", shape=(512, 576)),
+    NormCase(name="norm_2184", shape=(2184, 4096)),
 )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.cases import (
     AttentionCase,
     GatherCase,
+    NormCase,
     RotateCase,
     SelectCase,
     WriteCase,
@@ -24,6 +25,7 @@ NO_PAGE = -1
 OUT_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 # Of the length of a pair: one rounding of the norm and one of the rotation.
 PAIR_TOLERANCE = {"float32": 2e-6, "bfloat16": 1.6e-2}
+NORM_TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}  # relative
 MASS_TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
 _NEEDLE_LOGIT = 12.0
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
@@ -64,6 +66,14 @@ class RotateInputs(NamedTuple):
     sin: np.ndarray
     q_scale: np.ndarray | None
     k_scale: np.ndarray | None
+
+
+class NormInputs(NamedTuple):
+    """Array arguments of `add_norm`, numpy."""
+
+    x: np.ndarray
+    y: np.ndarray
+    scale: np.ndarray
 
 
 class GatherInputs(NamedTuple):
@@ -444,3 +454,26 @@ def assert_rotations_agree(actual, expected) -> None:
         error = np.abs(got.astype(np.float32) - wanted.astype(np.float32))
         assert (error <= bound).all(), f"error {np.max(error / bound)} of its bound"
     assert_same_bits(v, wanted_v)
+
+
+# ----------------------------------------------------------------------- norm
+
+
+def norm_inputs(case: NormCase, seed: int = 0) -> NormInputs:
+    """Returns rows of many sizes, some so small that eps counts."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(case.dtype)
+    size = 10.0 ** rng.uniform(-3, 1, (case.shape[0], 1))
+    x, y = (size * rng.standard_normal(case.shape) for _ in range(2))
+    scale = rng.uniform(0.5, 2.0, case.shape[1])
+    return NormInputs(*(a.astype(dtype) for a in (x, y, scale)))
+
+
+def assert_norms_agree(actual, expected) -> None:
+    """Raises AssertionError unless two (stream, norm) agree, streams bit for bit."""
+    assert_same_bits(actual[0], expected[0])
+    got, wanted = (np.asarray(pair[1]) for pair in (actual, expected))
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    tolerance = NORM_TOLERANCE[got.dtype.name]
+    got, wanted = got.astype(np.float32), wanted.astype(np.float32)
+    np.testing.assert_allclose(got, wanted, rtol=tolerance)

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.aot import compile_for
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
+    NORM_CASES,
     ROTATE_CASES,
     SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
     GatherCase,
+    NormCase,
     RotateCase,
     SelectCase,
     by_name,
@@ -222,4 +225,13 @@ def test_rotation_compiles(compile_h100, name):
     rotate = functools.partial(rotate_heads, eps=1e-6, impl="gpu")
     result, kernels = compile_h100(rotate, args)
     assert_fits(kernels["rotate_heads"], blocks=4)
+    assert result.temp_bytes <= 64  # the addresses of two results
+
+
+@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+def test_norm_compiles(compile_h100, case: NormCase):
+    x, scale = (Array(s, jnp.dtype(case.dtype)) for s in (case.shape, case.shape[1:]))
+    add = functools.partial(add_norm, eps=1e-6, impl="gpu")
+    result, kernels = compile_h100(add, (x, x, scale))
+    assert_fits(kernels["add_norm"], blocks=4)
     assert result.temp_bytes <= 64  # the addresses of two results

@@ -17,7 +17,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import bench
+from pallas_kernels import bench, timing
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
@@ -383,7 +383,18 @@ def test_benchmark_inputs_have_needles_and_nan(monkeypatch):
 
 
 def test_benchmark_of_new_rows_runs(monkeypatch):
-    for name in ("_LAYERS", "_PROGRAMS", "_REPEATS"):
-        monkeypatch.setattr(bench, name, 1)
+    monkeypatch.setattr(bench, "_LAYERS", 1)
+    for name in ("PROGRAMS", "REPEATS"):
+        monkeypatch.setattr(timing, name, 1)
     result = bench.bench_write("write_136", "reference")
     assert result["exact"] and result["us"] > 0 and result["xla_scatter_us"] > 0
+
+
+@pytest.mark.parametrize("name", ["rotate_d64", "norm_136"])
+def test_benchmark_of_small_kernels_runs(name, monkeypatch):
+    monkeypatch.setattr(bench, "_LAYERS", 1)
+    for constant in ("PROGRAMS", "REPEATS"):
+        monkeypatch.setattr(timing, constant, 1)
+    run = bench.bench_rotate if name in bench.ROTATE else bench.bench_norm
+    result = run(name, "reference")
+    assert result["error"] == 0.0 and result["us"] > 0 and result["xla_us"] > 0

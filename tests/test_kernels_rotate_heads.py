@@ -69,7 +69,7 @@ def test_norm_is_rounded_before_the_rotation():
 
 def test_a_rotation_keeps_the_product_of_two_tokens_equally_far_apart():
     case = by_name(ROTATE_CASES, "rotate_ragged")
-    x = ki.rotate_inputs(case).qkv[:1]
+    x = ki.rotate_inputs(case).qkv[:1].astype(np.float32)
     angle = 0.3 * np.arange(1, case.head_size // 2 + 1, dtype=np.float32)
 
     def product(query, key):

@@ -1,0 +1,46 @@
+"""Public entry of the sum with its norm: checks, choice of implementation."""
+
+import jax
+
+from pallas_kernels.common import (
+    POOL_DTYPES,
+    check_dtype,
+    check_shape,
+    load_implementation,
+)
+
+
+def add_norm(
+    x: jax.Array,
+    y: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float,
+    impl: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the stream x + y and its root-mean-square norm (arXiv 1910.07467).
+
+    Both [T, N], in the dtype of x. The norm is computed in float32, of the sum as it is
+    after rounding.
+
+    Args:
+      x: [T, N], bfloat16 or float32, the residual stream.
+      y: [T, N], like x, what is added to it.
+      scale: [N], factor of the norm, dtype of x.
+      eps: added to the mean square.
+      impl: one of `pallas_kernels.IMPLS`; None means `default_impl()`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together.
+      NotImplementedError: the chosen implementation cannot serve the shapes.
+    """
+    check_shape("x", x, (None, None), "[T, N]")
+    check_dtype("x", x, *POOL_DTYPES)
+    if 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}: no axis may be empty")
+    check_shape("y", y, tuple(x.shape), "like x")
+    check_shape("scale", scale, (x.shape[1],), "[N] of x")
+    for name, array in (("y", y), ("scale", scale)):
+        check_dtype(name, array, x.dtype)
+    function = load_implementation("pallas_kernels.add_norm", "add_norm", impl)
+    return function(x, y, scale, eps=eps)

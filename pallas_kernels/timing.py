@@ -1,0 +1,62 @@
+"""Times programs on this device, and what the memory of it can do."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+REPEATS = 5
+PROGRAMS = 8  # of one repeat; the dispatch of the first is part of the time
+
+
+def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
+    """Returns the median time of one call of `fn` in a program that makes many."""
+    one = jax.jit(fn)
+
+    @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
+    def program(layers, shared, old):
+        return [one(*args, *shared) for args in layers]
+
+    old = jax.eval_shape(program, layers, shared, None)
+    old = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
+    old = jax.block_until_ready(program(layers, shared, old))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(PROGRAMS):
+            # Results at the same addresses: a captured graph needs no update.
+            old = program(layers, shared, old)
+        jax.block_until_ready(old)
+        times.append((time.perf_counter() - start) / PROGRAMS / len(layers))
+    return float(np.median(times)) * 1e6
+
+
+def measure_rates() -> tuple[float, float]:
+    """Returns the rates of a large read and of a large copy, bytes per second."""
+    x = jnp.ones((2**19, 4096), jnp.bfloat16)
+    read = time_us(lambda x: x.astype(jnp.float32).sum(1), [(x,)])
+    copy = time_us(lambda x: x + 1, [(x,)])
+    return x.nbytes / read * 1e6, 2 * x.nbytes / copy * 1e6
+
+
+def time_donated_us(fn, x) -> float:
+    """Returns the median time of a program that takes its own result."""
+    program = jax.jit(fn, donate_argnums=0)
+    x = jax.block_until_ready(program(x))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(PROGRAMS):
+            x = program(x)
+        jax.block_until_ready(x)
+        times.append((time.perf_counter() - start) / PROGRAMS)
+    return float(np.median(times)) * 1e6
+
+
+def relative_error(actual, expected) -> float:
+    """Returns |actual - expected| / |expected| over all elements."""
+    actual = jnp.asarray(actual, jnp.float32)
+    expected = jnp.asarray(expected, jnp.float32)
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))

@@ -1,0 +1,135 @@
+"""The sum with its norm: the reference by hand, the GPU kernel interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_inputs as ki
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.add_norm import add_norm
+from pallas_kernels.add_norm.gpu import NormConfig, add_norm_gpu
+from pallas_kernels.aot import compile_for
+from pallas_kernels.cases import NORM_CASES, tagged
+
+EPS = 1e-5
+SMALL = tagged(NORM_CASES, "small")
+small_cases = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+add = functools.partial(add_norm, eps=EPS, impl="reference")
+
+
+def test_sum_and_norm_by_hand():
+    # Sums (3, 1) and (-1, 7); with eps their mean squares are 9 and 29.
+    x, y = jnp.asarray([[1.0, 2.0], [0.0, 3.0]]), jnp.asarray([[2.0, -1.0], [-1.0, 4]])
+    scale = jnp.asarray([10.0, 100.0])
+    stream, normed = add_norm(x, y, scale, eps=4.0, impl="reference")
+    assert stream.tolist() == [[3, 1], [-1, 7]]
+    wanted = [[10, 100 / 3], [-10 / 29**0.5, 700 / 29**0.5]]
+    np.testing.assert_allclose(normed, wanted, rtol=1e-6)
+
+
+def test_norm_is_that_of_the_rounded_sum():
+    x, y = (jnp.asarray([[a, 1.0]], jnp.bfloat16) for a in (1.0, 2.0**-9))
+    stream, normed = add(x, y, jnp.ones(2, jnp.bfloat16))
+    assert stream.tolist() == [[1, 2]]
+    # Twice as large as the first element, whose sum lost what y adds to it.
+    assert normed[0, 1] == 2 * normed[0, 0]
+
+
+@small_cases
+def test_norm_on_a_gpu_agrees_with_the_reference(case):
+    inputs = ki.norm_inputs(case)
+    races = plgpu.InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(add_norm_gpu, eps=EPS, interpret=races)
+    actual = jax.block_until_ready(jax.jit(kernel)(*inputs))
+    assert not gpu_callbacks.get_races().races_found, "race in shared memory"
+    ki.assert_norms_agree(actual, add(*inputs))
+
+
+@small_cases
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_token_does_not_depend_on_its_neighbours(case, num_tokens):
+    x, y, scale = ki.norm_inputs(case)
+    kernel = functools.partial(add_norm, eps=EPS, impl="gpu_interpret")
+    every, some = kernel(x, y, scale), kernel(x[:num_tokens], y[:num_tokens], scale)
+    for few, all_of_them in zip(some, every, strict=True):
+        ki.assert_same_bits(few, all_of_them[:num_tokens])
+
+
+def lose_last_element(inputs):
+    """The last element of a row is not added to the mean square of its sum."""
+    x, y = inputs.x.copy(), inputs.y.copy()
+    x[:, -1] = y[:, -1] = 0
+    return inputs._replace(x=x, y=y)
+
+
+def next_scale(inputs):
+    """Factors belong to the element before their own."""
+    return inputs._replace(scale=np.roll(inputs.scale, 1))
+
+
+def next_token(inputs):
+    """The projection of the token behind is added."""
+    return inputs._replace(y=np.roll(inputs.y, 1, axis=0))
+
+
+@pytest.mark.parametrize("fault", [lose_last_element, next_scale, next_token])
+@small_cases
+def test_norm_on_a_gpu_shows_faults(case, fault):
+    inputs = ki.norm_inputs(case)
+    actual = add_norm(*fault(inputs), eps=EPS, impl="gpu_interpret")
+    with pytest.raises(AssertionError):
+        ki.assert_norms_agree(actual, add(*inputs))
+
+
+@small_cases
+def test_norm_on_a_gpu_shows_a_lost_eps(case):
+    inputs = ki.norm_inputs(case)
+    actual = add_norm(*inputs, eps=0.0, impl="gpu_interpret")
+    with pytest.raises(AssertionError):
+        ki.assert_norms_agree(actual, add(*inputs))
+
+
+@pytest.mark.parametrize("target", ["v5e", "tpu7x"])
+def test_norm_compiles_for_a_tpu(target):
+    pytest.importorskip("libtpu")
+    row, scale = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((136, 4096), (4096,)))
+    fn = functools.partial(add_norm, eps=EPS, impl="tpu")
+    compiled = compile_for(target, fn, row, row, scale)
+    assert compiled.temp_bytes <= row.size * 2
+
+
+def test_norm_rejects_what_does_not_fit():
+    x, scale = jnp.zeros((2, 64)), jnp.zeros(64)
+    for args, word in (
+        ((x[0], x, scale), "x has shape"),
+        ((x[:0], x[:0], scale), "no axis may be empty"),
+        ((x.astype(jnp.int32), x, scale), "x has dtype"),
+        ((x, x[:1], scale), "y has shape"),
+        ((x, x.astype(jnp.bfloat16), scale), "y has dtype"),
+        ((x, x, scale[:1]), "scale has shape"),
+        ((x, x, scale.astype(jnp.bfloat16)), "scale has dtype"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            add(*args)
+
+
+def test_norm_on_a_gpu_refuses_other_row_sizes():
+    x, scale = jnp.zeros((1, 48)), jnp.zeros(48)
+    with pytest.raises(NotImplementedError, match="rows have 48 elements"):
+        add_norm(x, x, scale, eps=EPS, impl="gpu_interpret")
+
+
+def test_config_rejects_other_vectors():
+    with pytest.raises(ValueError, match="vector is 16"):
+        NormConfig(vector=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+def test_norm_on_the_device(case):
+    inputs = ki.norm_inputs(case)
+    ki.assert_norms_agree(add_norm(*inputs, eps=EPS, impl="gpu"), add(*inputs))
