@@ -2,7 +2,7 @@
 
     python -m experiments.train_eagle --output_dir RUN
     python -m experiments.train_eagle --contexts texts.json --held_out contexts.json \
-        --decode_dtype bfloat16 --output_dir RUN
+        --train_dtype bfloat16 --decode_dtype bfloat16 --output_dir RUN
 
 `experiments.contexts` writes such files; held-out contexts must be of other prompts.
 
@@ -126,13 +126,14 @@ def _attend_unrolled(step, keys, values, q, k, v, shape):
 def unrolled_loss(config, target, params, batch, num_unrolled):
     """(loss, top-1 agreement by unrolled step) of one batch."""
     features, tokens, hidden, positions = batch
+    features = features.astype(jnp.float32)  # the target's type may be narrower
     shape = tokens.shape
     head = EagleHead(config)
 
     def apply(*arguments, method):
         return head.apply({"params": params}, *arguments, method=method)
 
-    embedded = target["embed"]["weight"][tokens.ravel()]
+    embedded = target["embed"]["weight"][tokens.ravel()].astype(jnp.float32)
     wanted = model_lib.logits(config, target, hidden.reshape(-1, hidden.shape[-1]))
     law = jax.nn.log_softmax(wanted, -1)
     feature = apply(features.reshape(-1, features.shape[-1]), method="fuse")
@@ -245,7 +246,7 @@ def main(argv):
         held_out = json.loads(pathlib.Path(values.held_out).read_text())
     else:
         texts, held_out = split(contexts, values.num_held_out)
-    model = load_model(values.model, dtype="float32")
+    model = load_model(values.model, dtype=values.train_dtype)
     eagle, losses = train(
         model,
         run_texts(model, texts),
@@ -265,7 +266,7 @@ def main(argv):
     }
     output.mkdir(parents=True, exist_ok=True)
     record.write_results(output / "results.json", results)
-    if values.decode_dtype != "float32":
+    if values.decode_dtype != values.train_dtype:
         model = load_model(values.model, dtype=values.decode_dtype)
     engine = dict(
         impl=values.impl, num_slots=values.num_slots, page_size=values.page_size
@@ -298,6 +299,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle when measured.")
     flags.DEFINE_list("measure", ["eagle", "ngram", "pillar"], "What to measure.")
     flags.DEFINE_string("impl", None, "Kernels of the measurement.")
+    flags.DEFINE_enum(
+        "train_dtype", "float32", ["float32", "bfloat16"],
+        "Type of the target in training; the head trains in float32.",
+    )  # fmt: skip
     flags.DEFINE_enum(
         "decode_dtype", "float32", ["float32", "bfloat16"], "Type of the measurement."
     )

@@ -181,6 +181,33 @@ def test_the_unrolled_loss_is_the_chains(tiny_model, head):
     assert float(agreement[1]) == pytest.approx(np.mean(same), abs=1e-6)
 
 
+def test_a_bfloat16_target_trains_as_a_float32_one(tiny_model, head):
+    texts = [list(range(1, 41))]
+
+    def loss_and_slope(model):
+        runs = train_eagle.run_texts(model, texts)
+        batch = next(train_eagle.batches(runs, batch_size=2, length=20, seed=0))
+
+        def loss_of(params):
+            return train_eagle.unrolled_loss(
+                model.config, model.params, params, batch, 2
+            )[0]
+
+        return jax.value_and_grad(loss_of)(head)
+
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    loss, slope = loss_and_slope(tiny_model)
+    near, near_slope = loss_and_slope(dataclasses.replace(tiny_model, params=narrow))
+    assert float(near) == pytest.approx(float(loss), rel=0.05)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(near_slope))
+    flat, near_flat = (
+        jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)])
+        for t in (slope, near_slope)
+    )
+    cosine = flat @ near_flat / jnp.linalg.norm(flat) / jnp.linalg.norm(near_flat)
+    assert cosine > 0.98
+
+
 def test_a_head_is_saved_and_loaded(tmp_path, tiny_model, trained):
     eagle, _ = trained
     save_eagle(eagle, tmp_path / "head")
