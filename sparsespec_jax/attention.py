@@ -62,7 +62,9 @@ _ROWS_AT_ONCE = 264  # that a GPU selects as fast as fewer
 _LAYERS_AT_ONCE = 8
 
 
-def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
+def make_attend(
+    lanes: StepLanes, shape: StepShape, policy, options, impl, *, num_layers
+):
     """The functions `attend(layer, q, rows, cache)` and `fill(layers)` of one step.
 
     `attend` takes q [T, N, D] and rows [T, H, 2 * D] (K then V; q and K rotated) and
@@ -88,7 +90,7 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
     )
 
     picked = None  # by the newest layer below that selects, while tracing
-    masses = []  # of the layers that select, left to `fill`
+    masses = []  # of the layers that select, left to `fill`: some in each array
 
     def attend(layer_index, q, rows, cache):
         nonlocal picked
@@ -108,6 +110,15 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
             )
         selects = drafting and not policy.per_step and policy.is_anchor(layer_index)
         needs_mass = selects and policy.needs_mass
+        buffer, place = None, 0
+        if selects and policy.layers_at_once:
+            number = layer_index // policy.anchor_every
+            size = _masses_at_once(policy, shape, heads)
+            place = number % size
+            if place == 0:
+                left = -(-num_layers // policy.anchor_every) - number
+                masses.append(_empty_masses(min(size, left), shape, heads))
+            buffer = masses.pop()
         with jax.named_scope("attention"):
             out, mass = paged_attention(
                 q,
@@ -120,6 +131,8 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
                 groups=groups,
                 mass_group=1 if needs_mass else None,  # behind the draft lanes
                 mass_rows=policy.mass_rows(options.mass_rows),
+                mass_buffer=buffer,
+                mass_place=place,
                 impl=impl,
             )
         if not drafting:
@@ -147,7 +160,8 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
                 cache = cache._replace(policy_state=put.set(memory, mode="drop"))
         _, selected = picked
         with jax.named_scope("gather"):
-            (kv_pages,) = _gather_selected([kv_pages], [picked], lanes, impl)
+            picks = (x[None] for x in picked)
+            (kv_pages,) = _gather_selected((kv_pages,), *picks, lanes, impl)
         if not fixed:
             place = _tail_places(lanes, shape, selected)
             kv_pages = write_rows(kv_pages, rows[verify_rows], *place, impl=impl)
@@ -157,44 +171,52 @@ def make_attend(lanes: StepLanes, shape: StepShape, policy, options, impl):
         return out, cache._replace(kv_pages=kv_pages)
 
     def fill(layers):
-        if not masses:
-            return layers
-        rows = masses[0].shape[0] * masses[0].shape[1]
-        size = min(-(-_ROWS_AT_ONCE // rows), _LAYERS_AT_ONCE)
-        picks = []
-        for first in range(0, len(masses), size):
-            with jax.named_scope("select"):
-                picks += _select_together(
-                    policy, selection, masses[first : first + size], lanes, shape
-                )
         filled = []
-        for first in range(0, len(layers), size):
-            group = layers[first : first + size]
-            chosen = [
-                picks[(first + i) // policy.anchor_every] for i in range(len(group))
-            ]
+        for mass in masses:
+            with jax.named_scope("select"):
+                picks = _select_together(policy, selection, mass, lanes.verify)
+            first, count = len(filled), len(mass) * policy.anchor_every
+            group = layers[first : first + count]
+            if policy.anchor_every > 1:
+                picks = [
+                    jnp.repeat(x, policy.anchor_every, axis=0)[: len(group)]
+                    for x in picks
+                ]
             with jax.named_scope("gather"):
-                pools = [cache.kv_pages for cache in group]
-                pools = _gather_selected(pools, chosen, lanes, impl)
+                pools = tuple(cache.kv_pages for cache in group)
+                pools = _gather_selected(pools, *picks, lanes, impl)
             filled += [
                 cache._replace(kv_pages=pool)
                 for cache, pool in zip(group, pools, strict=True)
             ]
-        return filled
+        return filled or layers
 
     return attend, fill
 
 
-def _select_together(policy, options, masses, lanes, shape):
-    """One call of the policy: (indices, counts) for each mass [E, H, X] of a list."""
-    count, num_keys = len(masses), masses[0].shape[-1]
-    verify = jax.tree.map(lambda x: jnp.concatenate([x] * count), lanes.verify)
-    mass, heads = jnp.concatenate(masses), masses[0].shape[1]
-    view = _view_of_mass(None, mass, verify, heads, num_keys)
+def _masses_at_once(policy, shape, num_heads):
+    """Layers whose masses are selected from together."""
+    rows, layers = shape.verify_lanes * num_heads, policy.anchor_every
+    return max(1, min(_ROWS_AT_ONCE // rows, _LAYERS_AT_ONCE // layers))
+
+
+def _empty_masses(count, shape, num_heads):
+    """An array [count, E, H, X] that the attention of as many layers fills."""
+    num_keys = shape.table_width * shape.page_size
+    return jax.lax.empty((count, shape.verify_lanes, num_heads, num_keys), jnp.float32)
+
+
+def _select_together(policy, options, masses, verify):
+    """Indices [L, E, ...] and counts of masses [L, E, H, X], by one call of the policy.
+
+    Idle lanes have no candidates, so their counts are 0: they are fixed.
+    """
+    count, lanes, num_heads, num_keys = masses.shape
+    verify = jax.tree.map(lambda x: jnp.concatenate([x] * count), verify)
+    mass = masses.reshape(count * lanes, num_heads, num_keys)
+    view = _view_of_mass(None, mass, verify, num_heads, num_keys)
     indices, counts, _ = run_policy(policy, view, options)
-    counts = jnp.split(counts, count)
-    counts = [_of_live_lanes(lanes, part) for part in counts]
-    return list(zip(jnp.split(indices, count), counts, strict=True))
+    return [x.reshape(count, lanes, *x.shape[1:]) for x in (indices, counts)]
 
 
 def _of_live_lanes(lanes, counts):
@@ -368,14 +390,12 @@ def _concatenate(places):
     )
 
 
-def _gather_selected(pools, picks, lanes, impl):
+def _gather_selected(pools, indices, counts, lanes, impl):
     """Copy the selected rows of some layers to the head of their draft caches.
 
-    picks: per layer indices [E, H, cap] and counts [E, H], or one list for all heads
-    ([E, 1, ...]).
+    indices [L, E, H, cap] and counts [L, E, H], or one list for all heads ([L, E, 1]).
     """
     slots = lanes.verify.slots
     source = lanes.full_table.at[slots].get(mode="clip")
     target = lanes.draft_table.at[slots].get(mode="clip")
-    indices, counts = (jnp.stack(part) for part in zip(*picks, strict=True))
-    return gather_kv_layers(tuple(pools), source, target, indices, counts, impl=impl)
+    return gather_kv_layers(pools, source, target, indices, counts, impl=impl)

@@ -61,7 +61,9 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
         lanes = _step_lanes(state, plan, verification, shape)
         guesses = cascade.guess(state, shape, proposer)
         tokens, positions = _tokens(state, plan, verification, lanes, guesses, shape)
-        attend, fill = make_attend(lanes, shape, policy, options, impl)
+        attend, fill = make_attend(
+            lanes, shape, policy, options, impl, num_layers=model_config.num_layers
+        )
         hidden, layers, features = forward_with_features(
             model_config, params, tokens, positions, attend, state.layers,
             getattr(proposer, "feature_layers", ()), impl=impl,

@@ -86,6 +86,16 @@ def test_causal_tail_and_mass_by_hand(rows):
     np.testing.assert_allclose(got.mass[0, 0], expected, rtol=1e-6)
 
 
+def test_mass_goes_to_its_place_of_a_buffer():
+    pool, table = pool_of([0.0, np.log(3.0), 0.0, 0.0], [0.0] * 4)
+    options = dict(groups=(LaneGroup(1, 1),), mass_group=0, impl="reference")
+    buffer = jnp.full((3, 1, 1, 4), 7.0)
+    args = (jnp.ones((1, 1, 1)), pool, table, int32([3]), int32(1))
+    mass = paged_attention(*args, **options, mass_buffer=buffer, mass_place=1).mass
+    np.testing.assert_allclose(mass[1, 0, 0], [0.2, 0.6, 0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(mass[::2], buffer[::2])
+
+
 def test_padding_rows_count_for_nothing():
     # Two of three query rows are valid: the rows of the test above, less the last.
     # The lane then has length 4, so candidates are again keys 0 and 1:
@@ -252,6 +262,15 @@ def test_attention_rejects_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=word):
             paged_attention(*args, **options)
+    mass = dict(mass_group=0, mass_buffer=jnp.zeros((2, 1, 1, 2)))
+    for change, word in (
+        (dict(mass_group=None), "mass_group is None"),
+        (dict(mass_place=2), "mass_place is 2"),
+        (dict(mass_buffer=mass["mass_buffer"][0]), "mass_buffer has shape"),
+        (dict(mass_buffer=mass["mass_buffer"] > 0), "mass_buffer has dtype"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            paged_attention(q, pool, table, lengths, one, **(good | mass | change))
 
 
 def test_the_default_on_cpu_is_the_reference():

@@ -29,7 +29,12 @@ from pallas_kernels.gather_kv import gather_kv, gather_kv_layers
 from pallas_kernels.gather_kv import gpu as gather_gpu
 from pallas_kernels.paged_attention import gpu as attention_gpu
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.paged_attention.gpu_layout import BLOCK, GROUP, AttentionConfig
+from pallas_kernels.paged_attention.gpu_layout import (
+    BLOCK,
+    GROUP,
+    WARPS,
+    AttentionConfig,
+)
 from pallas_kernels.paged_attention.gpu_mass import pack, unpack
 from pallas_kernels.select_tokens import gpu as select_gpu
 from pallas_kernels.select_tokens import select_tokens
@@ -160,6 +165,40 @@ def test_attention_of_heads_without_keys():
     inputs = inputs._replace(kv_lengths=lengths)
     options = ki.attention_options(case)
     check(run(inputs), paged_attention(*inputs, **options, impl="reference"))
+
+
+@pytest.mark.parametrize("name", ["verify_edges", "verify_ragged"])
+def test_masses_of_several_calls_share_a_buffer(name):
+    case = by_name(ATTENTION, name)
+    unit = -(-BLOCK * WARPS // case.page_size)  # pages of the keys written together
+    width = -(-case.table_width // unit) * unit
+    case = dataclasses.replace(
+        case, extra_columns=case.extra_columns + width - case.table_width
+    )
+    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    expected = paged_attention(*inputs, **options, impl="reference")
+    buffer = jnp.full((3, *expected.mass.shape), 7.0)
+    for place in (2, 0):
+        out, buffer = attention_gpu.paged_attention_gpu(
+            *map(jnp.asarray, inputs), buffer, place, **options, interpret=PLAIN
+        )
+        for mass in (buffer[place], buffer[2]):
+            assert_attention_close(expected._replace(out=out, mass=mass), expected)
+    np.testing.assert_array_equal(buffer[1], 7.0)
+
+
+def test_a_buffer_of_masses_has_whole_steps_of_keys():
+    case = by_name(ATTENTION, "verify_edges")
+    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    mass = paged_attention(*inputs, **options, impl="reference").mass
+    assert mass.shape[-1] % (BLOCK * WARPS)
+    with pytest.raises(NotImplementedError, match="multiples of 256"):
+        paged_attention(
+            *map(jnp.asarray, inputs),
+            **options,
+            mass_buffer=mass[None],
+            impl="gpu_interpret",
+        )
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])

@@ -6,6 +6,7 @@ that is not updated in place) and launches per layer on the GPU.
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -21,6 +22,7 @@ from sparsespec_jax.proposers import resolve_proposer
 from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import new_state
 
+_RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
@@ -94,3 +96,26 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
     # Queries and rows are packed where they are made, and angles evaluated once.
     assert not [path for path in of_layer if re.search("concatenate|cos|sin", path)]
     assert sum("rotate_heads" in path for path in of_layer) == 1
+
+
+def test_masses_and_index_lists_of_several_layers_are_not_copied():
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, _ = compile_step("h100", 8)
+    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
+    lists = (
+        2 * 8 * 192
+    )  # of a layer: verify lanes, KV heads, rows of the smallest budget
+    launches = []
+    for line in entry.splitlines():
+        match = _INSTRUCTION.match(line)
+        if not match or not re.search("/(select|gather)/", match[2]):
+            continue
+        launches.append(match[1])
+        if match[1] in ("fusion", "copy", "concatenate"):
+            results = line.partition(" = ")[2].partition(f" {match[1]}(")[0]
+            sizes = [
+                math.prod(int(x) for x in shape.split(",") if x)
+                for shape in _RESULTS.findall(results)
+            ]
+            assert max(sizes) < lists, line
+    assert launches.count("custom-call") == 2  # both layers in one of each kind

@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.common import (
     check_dtype,
     check_pool,
     check_shape,
+    default_impl,
     load_implementation,
 )
 
@@ -26,7 +28,9 @@ class AttentionOutput(NamedTuple):
     """Result of `paged_attention`."""
 
     out: jax.Array  # [T, N, D], dtype of q
-    mass: jax.Array | None  # float32 [lanes of mass_group, H, W * page_size]
+    # float32 [lanes of mass_group, H, W * page_size], or the buffer that has a place
+    # of that shape; None without mass_group
+    mass: jax.Array | None
 
 
 def paged_attention(
@@ -40,6 +44,8 @@ def paged_attention(
     scale: float | None = None,
     mass_group: int | None = None,
     mass_rows: str = "all",
+    mass_buffer: jax.Array | None = None,
+    mass_place: int = 0,
     impl: str | None = None,
 ) -> AttentionOutput:
     """Returns causal attention of every lane over its own pages, and its mass.
@@ -74,6 +80,11 @@ def paged_attention(
       mass_group: index into `groups` of the lanes whose mass is returned.
       mass_rows: "all" valid query rows, or "edges": the first and the last valid
         one (a single row counts once).
+      mass_buffer: float32 [n, lanes of mass_group, H, W * page_size], masses of
+        several calls. The returned mass is the buffer with this call's at
+        `mass_place`; it is written in place when the jitted caller does not read the
+        old value afterwards.
+      mass_place: 0..n-1.
       impl: one of `pallas_kernels.IMPLS`; None means `default_impl()`.
 
     Raises:
@@ -82,6 +93,8 @@ def paged_attention(
     """
     groups = tuple(LaneGroup(*group) for group in groups)
     _check_groups(groups, mass_group, mass_rows)
+    if mass_buffer is not None:
+        _check_buffer(mass_buffer, mass_place, groups, mass_group, kv_pages, page_table)
     lanes = sum(group.num_lanes for group in groups)
     tokens = sum(group.num_lanes * group.num_queries for group in groups)
     check_pool(kv_pages)
@@ -104,20 +117,23 @@ def paged_attention(
         check_dtype(name, array, jnp.int32)
     if page_table.shape[1] == 0:
         raise ValueError("page_table has 0 columns, expected at least 1 page per lane")
+    impl = default_impl() if impl is None else impl
     function = load_implementation(
         "pallas_kernels.paged_attention", "paged_attention", impl
     )
-    return function(
-        q,
-        kv_pages,
-        page_table,
-        kv_lengths,
-        q_lengths,
+    options = dict(
         groups=groups,
         scale=head_size**-0.5 if scale is None else float(scale),
         mass_group=mass_group,
         mass_rows=mass_rows,
     )
+    args = q, kv_pages, page_table, kv_lengths, q_lengths
+    if mass_buffer is None:
+        return function(*args, **options)
+    if impl.startswith("gpu"):
+        return function(*args, mass_buffer, np.int32(mass_place), **options)
+    out, mass = function(*args, **options)
+    return AttentionOutput(out, mass_buffer.at[mass_place].set(mass))
 
 
 def _check_groups(
@@ -135,3 +151,24 @@ def _check_groups(
         )
     if mass_rows not in MASS_ROWS:
         raise ValueError(f"mass_rows is {mass_rows!r}; choose one of {MASS_ROWS}")
+
+
+def _check_buffer(
+    mass_buffer: jax.Array,
+    mass_place: int,
+    groups: tuple[LaneGroup, ...],
+    mass_group: int | None,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+) -> None:
+    if mass_group is None:
+        raise ValueError("mass_buffer is given, mass_group is None: name the group")
+    num_keys = page_table.shape[-1] * kv_pages.shape[2]
+    shape = (None, groups[mass_group].num_lanes, kv_pages.shape[1], num_keys)
+    check_shape("mass_buffer", mass_buffer, shape, "[n, lanes, H, W * page_size]")
+    check_dtype("mass_buffer", mass_buffer, jnp.float32)
+    if not 0 <= mass_place < mass_buffer.shape[0]:
+        raise ValueError(
+            f"mass_place is {mass_place}, mass_buffer has places "
+            f"0..{mass_buffer.shape[0] - 1}"
+        )

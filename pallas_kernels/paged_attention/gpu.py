@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
@@ -18,6 +19,7 @@ from pallas_kernels.paged_attention.gpu_finish import finish
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     TILE,
+    WARPS,
     AttentionConfig,
     Spec,
     group_tiles,
@@ -52,6 +54,8 @@ def paged_attention_gpu(
     page_table: jax.Array,
     kv_lengths: jax.Array,
     q_lengths: jax.Array,
+    mass_buffer: jax.Array | None = None,
+    mass_place: jax.Array | int = 0,
     *,
     groups: tuple[LaneGroup, ...],
     scale: float | None = None,
@@ -62,6 +66,7 @@ def paged_attention_gpu(
 ) -> AttentionOutput:
     """Returns what `api.paged_attention` documents, computed on a Hopper GPU.
 
+    `mass_place` is traced: one compiled kernel serves all places of a buffer.
     `interpret` may be the parameters of the interpreter, `config` overrides the tuned
     entry.
     """
@@ -89,11 +94,26 @@ def paged_attention_gpu(
     )
     lengths = (segment_ends(kv_lengths, q_lengths, spec), kv_lengths, q_lengths)
     computed = attend(spec, *lengths, page_table, q, kv_pages)
-    out, *mass = finish(spec, *lengths, *computed)
-    if not mass:
-        return AttentionOutput(out, None)
-    num_keys = page_table.shape[1] * page_size
-    return AttentionOutput(out, mass[0].reshape(*mass[0].shape[:2], -1)[..., :num_keys])
+    if mass_group is None:
+        return AttentionOutput(finish(spec, *lengths, *computed), None)
+    num_keys, padded = page_table.shape[1] * page_size, spec.mass_blocks * BLOCK
+    shape = (groups[mass_group].num_lanes, num_heads, spec.mass_blocks, BLOCK)
+    if mass_buffer is None:
+        buffer = lax.empty((1, *shape), jnp.float32)
+    elif num_keys == padded:
+        buffer = mass_buffer.reshape(-1, *shape)
+    else:
+        raise NotImplementedError(
+            f"mass_buffer has {num_keys} keys: the GPU kernel writes multiples of "
+            f"{WARPS * BLOCK}"
+        )
+    mass_ref = jax.new_ref(buffer)
+    place = jnp.reshape(mass_place, (1,)).astype(jnp.int32)
+    out = finish(spec, *lengths, *computed, place, mass_ref)
+    mass = jax.freeze(mass_ref).reshape(-1, *shape[:2], padded)
+    if mass_buffer is None:
+        mass = mass[0, ..., :num_keys]
+    return AttentionOutput(out, mass)
 
 
 def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> None:

@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.gpu_layouts import row_layout
 from pallas_kernels.paged_attention.gpu_layout import (
-    BLOCK,
     Spec,
     edge_position,
     full,
@@ -25,23 +24,27 @@ from pallas_kernels.paged_attention.gpu_mass import write_mass
 
 
 def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
-    """Returns the output [T, N, D] and, if wanted, the mass [lanes, H, blocks, 64].
+    """Returns the output [T, N, D]; writes the mass where one is wanted.
 
     The first CTAs sum stored probabilities, `mass_ctas` for every lane and KV head; the
     others merge the parts of `heads_at_once` heads of a token.
+
+    Args:
+      spec: static sizes.
+      ends, kv_lengths, q_lengths: what `attend` was given.
+      parts, log_sums: what it returned.
+      *stored: with mass, probabilities and maxima that it returned, int32 [1] and a
+        Ref [n, lanes, H, blocks, 64]; the mass goes to that place of the n.
     """
     H, last = spec.num_heads, spec.groups[-1]
     num_tokens = last.first_token + last.num_lanes * last.num_queries
     shape = (num_tokens, H * spec.group_size, spec.head_size)
-    outputs = [jax.ShapeDtypeStruct(shape, spec.dtype)]
     num_mass, head_groups = 0, H // spec.heads_at_once
     if stored:
-        num_lanes = spec.groups[spec.mass_group].num_lanes
-        num_mass = num_lanes * H * spec.mass_ctas
-        shape = (num_lanes, H, spec.mass_blocks, BLOCK)
-        outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        num_mass = spec.groups[spec.mass_group].num_lanes * H * spec.mass_ctas
 
     def body(ends, kv_lengths, q_lengths, parts, log_sums, *rest):
+        *rest, out = rest
         work = lax.axis_index("work")
         lengths = (ends, kv_lengths, q_lengths)
 
@@ -49,11 +52,10 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
         def _merge():
             token = lax.div(work - num_mass, head_groups)
             head = lax.rem(work - num_mass, head_groups) * spec.heads_at_once
-            out = rest[2] if stored else rest[0]
             _merge_token(spec, token, head, *lengths, parts, log_sums, out)
 
         if stored:
-            probabilities, maxima, _, mass = rest
+            probabilities, maxima, place, mass = rest
 
             @pl.when(work < num_mass)
             def _mass():
@@ -62,12 +64,12 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
                     lax.rem(work, spec.mass_ctas),
                 )
                 where = (lax.div(number, H), lax.rem(number, H), first)
-                refs = (log_sums, probabilities, maxima, mass)
+                refs = (log_sums, probabilities, maxima, mass.at[place[0]])
                 write_mass(spec, *where, *lengths, *refs)
 
     return plgpu.kernel(
         body,
-        out_type=outputs,
+        out_type=jax.ShapeDtypeStruct(shape, spec.dtype),
         grid=(num_mass + num_tokens * head_groups,),
         grid_names=("work",),
         kernel_name="paged_attention_finish",
