@@ -23,6 +23,7 @@ from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import new_state
 
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
+_LAYERS = 3
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
@@ -30,9 +31,11 @@ _INSTRUCTION = re.compile(
 
 
 def compile_step(target, num_draft_tokens, policy="pillar", proposer="self"):
-    """The step of a two-layer model for `target`, and the bytes of one layer's pool."""
+    """The step of a small model for `target`, and the bytes of one layer's pool."""
     impl = "gpu" if target == "h100" else "tpu"
-    model = dataclasses.replace(PRESETS["qwen3-1.7b"], num_layers=2, vocab_size=1024)
+    model = dataclasses.replace(
+        PRESETS["qwen3-1.7b"], num_layers=_LAYERS, vocab_size=1024
+    )
     speculation = SpeculationConfig(
         num_draft_tokens=num_draft_tokens, policy=policy, proposer=proposer
     )
@@ -73,9 +76,9 @@ def compile_step(target, num_draft_tokens, policy="pillar", proposer="self"):
 @pytest.mark.parametrize(
     ("target", "num_draft_tokens", "proposer", "most_launches"),
     [
-        ("h100", 8, "self", 13),
-        ("h100", 0, "self", 13),
-        ("h100", 8, "cascade", 13),
+        ("h100", 8, "self", 14),
+        ("h100", 0, "self", 14),
+        ("h100", 8, "cascade", 14),
         ("v5e", 8, "self", None),
         ("v5e", 8, "cascade", None),
     ],
@@ -84,14 +87,16 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
     pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
     compiled, pool_bytes = compile_step(target, num_draft_tokens, proposer=proposer)
     assert compiled.temp_bytes < pool_bytes / 8
-    assert compiled.alias_bytes >= 2 * pool_bytes
+    assert compiled.alias_bytes >= _LAYERS * pool_bytes
     if most_launches is None:
         return
     entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
-    found = (_INSTRUCTION.match(line) for line in entry.splitlines())
-    of_layer = [
-        m[2] for m in found if m and "/layer_1/" in m[2] and m[1] not in _NO_LAUNCH
+    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
+    launches = [m for m in found if m and m[1] not in _NO_LAUNCH]
+    layers = [
+        [m[2] for m in launches if f"/layer_{i}/" in m[2]] for i in range(_LAYERS)
     ]
+    of_layer = min(layers, key=len)  # what layers share bears the name of one of them
     assert 8 <= len(of_layer) <= most_launches
     # Queries and rows are packed where they are made, and angles evaluated once.
     assert not [path for path in of_layer if re.search("concatenate|cos|sin", path)]
@@ -102,9 +107,7 @@ def test_masses_and_index_lists_of_several_layers_are_not_copied():
     pytest.importorskip("jax_cuda13_plugin")
     compiled, _ = compile_step("h100", 8)
     entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
-    lists = (
-        2 * 8 * 192
-    )  # of a layer: verify lanes, KV heads, rows of the smallest budget
+    lists = 2 * 8 * 192  # verify lanes, KV heads, rows of the smallest budget
     launches = []
     for line in entry.splitlines():
         match = _INSTRUCTION.match(line)
@@ -118,4 +121,4 @@ def test_masses_and_index_lists_of_several_layers_are_not_copied():
                 for shape in _RESULTS.findall(results)
             ]
             assert max(sizes) < lists, line
-    assert launches.count("custom-call") == 2  # both layers in one of each kind
+    assert launches.count("custom-call") == 2  # all layers in one of each kind
