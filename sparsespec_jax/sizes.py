@@ -66,8 +66,12 @@ def make_shape(speculation, config, max_length, impl):
     draft_steps, num_guesses = speculation.cascade_sizes
     copies = drafts and not at_once
     draft_table = pages_for(cap + 2 * drafts + 1, page_size) if copies else 0
-    # Columns of a table cost nothing, a pad of the mass in every layer does.
-    block = math.lcm(_GPU_MASS_KEYS, page_size) // page_size if impl == "gpu" else 1
+    # Columns of a table cost nothing, masses that need padding do.
+    block = (
+        math.lcm(_GPU_MASS_KEYS, page_size) // page_size
+        if impl.startswith("gpu")
+        else 1
+    )
     return StepShape(
         num_slots=config.num_slots,
         num_draft_tokens=drafts,
