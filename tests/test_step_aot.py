@@ -25,8 +25,8 @@ from sparsespec_jax.state import new_state
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
-# Without a device nothing is tuned: projections of few tokens would be cut in parts that
-# launches of their own sum up. Tokens are a multiple of 8: others are padded first.
+# Without a device nothing is tuned: projections of few tokens would be cut in parts and
+# summed up in other launches. Tokens are a multiple of 8: others are padded first.
 _WHOLE_PROJECTIONS = {"xla_gpu_enable_triton_gemm": False}
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
