@@ -34,6 +34,7 @@ from pallas_kernels.cases import (
 from pallas_kernels.common import default_impl
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.prefill_cases import PREFILL_CASES, num_flops
 from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.timing import (
@@ -61,7 +62,10 @@ def _attention_cases() -> dict[str, AttentionCase]:
     for name in ("draft_410", "draft_1638", "mixed", "verify_8k_d64"):
         case = by_name(ATTENTION_CASES, name)
         cases[name] = dataclasses.replace(case, mass_group=None)
-    return cases | {"step_2560": by_name(ATTENTION_CASES, "step_2560")}
+    cases["step_2560"] = by_name(ATTENTION_CASES, "step_2560")
+    for name in ("prefill_6k", "prefill_12k"):
+        cases[name] = by_name(PREFILL_CASES, name)
+    return cases
 
 
 ATTENTION = _attention_cases()
@@ -166,6 +170,7 @@ def bench_attention(case: AttentionCase, impl: str, read_rate: float) -> dict:
         bytes=case.num_kv_bytes,
         tb_per_s=case.num_kv_bytes / us / 1e6,
         fraction_of_read=case.num_kv_bytes / us * 1e6 / read_rate,
+        tflop_per_s=num_flops(case) / us / 1e6,
         out_error=relative_error(got.out, expected.out),
     )
     if case.mass_group is not None:
@@ -177,7 +182,10 @@ def bench_attention(case: AttentionCase, impl: str, read_rate: float) -> dict:
 
 
 def _time_cudnn(case: AttentionCase) -> float:
-    """Returns the time of cuDNN attention over contiguous keys and values."""
+    """Returns the time of cuDNN attention over contiguous keys and values.
+
+    Every query sees every key: its causal mask has no keys in front of the first query.
+    """
     lanes, queries = case.groups[0]
     q_shape = (lanes, queries, case.num_heads * case.group_size, case.head_size)
     kv_shape = (lanes, case.kv_lengths[0], case.num_heads, case.head_size)

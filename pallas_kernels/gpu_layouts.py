@@ -3,6 +3,15 @@
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _THREADS = 128  # of a warpgroup
+
+# Of rows of a multiple of 64 elements, 8 at a time. A warp holds two half rows; what a
+# thread holds are four neighbours.
+TILED_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (2, 64), (4,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
 _WARP = 32
 
 

@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to wait for
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test runs at once
+# Interpreted warpgroups wait for each other, each in a thread of the CPU client.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 import pytest

@@ -31,6 +31,7 @@ from pallas_kernels.cases import (
 )
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.prefill_cases import PREFILL_CASES
 from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.write_rows import write_rows
@@ -56,6 +57,10 @@ ATTENTION = (
     "verify_8k_g5",
     "verify_8k_g8",
     "plain_8k",
+    "prefill_12k",
+    "prefill_step",
+    "prefill_d64",
+    "prefill_g5",
 )
 SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_131k")
 WRITE = ("write_plain", "write_136", "write_d64")
@@ -86,6 +91,7 @@ def compile_h100(tmp_path, monkeypatch):
             kernels[path.stem.rsplit("_", 1)[0]] = dict(
                 registers=int(re.search(r"Used (\d+) registers", text)[1]),
                 spilled=int(re.search(r"(\d+) bytes spill stores", text)[1]),
+                is_serialized="wgmma.mma_async instructions are serialized" in text,
                 shared=int(re.search(r"smem_scratch_bytes=(\d+)", shared)[1]),
             )
         assert kernels, "the compiler reported no kernel"
@@ -109,6 +115,7 @@ def assert_swizzles_are_safe(text):
 def assert_fits(kernel, warpgroups=1, blocks=1):
     """Asserts that a multiprocessor holds `blocks` of a kernel that does not spill."""
     assert kernel["spilled"] == 0
+    assert not kernel["is_serialized"]  # products of the matrix unit
     assert kernel["shared"] + 1024 <= BLOCK_SHARED_BYTES  # and its barriers
     assert blocks * (kernel["shared"] + 2 * 1024) <= SHARED_BYTES
     allocated = -(-kernel["registers"] // 8) * 8
@@ -129,7 +136,7 @@ def attention_args(case: AttentionCase):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_compiles(compile_h100, name):
-    case = by_name(ATTENTION_CASES, name)
+    case = by_name(ATTENTION_CASES + PREFILL_CASES, name)
     attend = functools.partial(
         paged_attention,
         groups=tuple(LaneGroup(*group) for group in case.groups),
@@ -139,10 +146,19 @@ def test_attention_compiles(compile_h100, name):
     )
     args = attention_args(case)
     result, kernels = compile_h100(attend, args)
-    assert set(kernels) == {"paged_attention", "paged_attention_finish"}
-    # Two blocks of a multiprocessor hide each other's latency.
-    assert_fits(kernels["paged_attention"], blocks=2)
-    assert_fits(kernels["paged_attention_finish"], blocks=4)
+    has_chunks = case.groups[-1][1] > 64
+    expected = {"paged_attention_chunks"} if has_chunks else set()
+    if len(case.groups) > has_chunks:
+        expected |= {"paged_attention", "paged_attention_finish"}
+    assert set(kernels) == expected
+    if has_chunks:
+        assert_fits(kernels["paged_attention_chunks"], warpgroups=3)
+    if "paged_attention" in expected:
+        # Two blocks of a multiprocessor hide each other's latency.
+        assert_fits(kernels["paged_attention"], blocks=2)
+        assert_fits(kernels["paged_attention_finish"], blocks=4)
+    else:
+        assert result.temp_bytes <= 128  # the order of the lanes; the output is no copy
     # Packed queries, one part per segment and CTA, log sums: small beside the pool.
     bound = 8 * num_bytes(args[0]) + (24 << 20)
     if case.mass_group is not None:

@@ -24,6 +24,7 @@ def spec_of(groups, num_heads, **config):
     """Returns the static part of a call with 4 query heads per KV head."""
     return Spec(
         groups=group_tiles(tuple(LaneGroup(*g) for g in groups), 4),
+        num_out_tokens=sum(lanes * queries for lanes, queries in groups),
         num_heads=num_heads,
         group_size=4,
         head_size=128,

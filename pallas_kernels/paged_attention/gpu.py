@@ -1,7 +1,8 @@
 """Paged attention for Hopper GPUs, in Pallas Mosaic GPU.
 
 Two launches: `gpu_attend` reads the pages, `gpu_finish` merges what was cut and
-normalises the mass. docs/kernels.md draws the layout.
+normalises the mass. Prompt chunks, lane groups of many queries at the end, have a
+launch of their own, `gpu_prefill`. docs/kernels.md draws the layout.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 from pallas_kernels.paged_attention.gpu_attend import attend
+from pallas_kernels.paged_attention.gpu_chunk import ChunkSpec, PrefillConfig
 from pallas_kernels.paged_attention.gpu_finish import finish
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
@@ -25,6 +27,7 @@ from pallas_kernels.paged_attention.gpu_layout import (
     group_tiles,
     segment_ends,
 )
+from pallas_kernels.paged_attention.gpu_prefill import attend_chunks
 
 _LOG2E = math.log2(math.e)
 _INTERPRETED_CTAS = 3
@@ -34,6 +37,7 @@ TUNED = {
     128: AttentionConfig(num_stages=2, copy_rows=32),
     64: AttentionConfig(num_stages=3, copy_rows=64),
 }
+TUNED_PREFILL = {128: PrefillConfig(), 64: PrefillConfig()}
 
 
 # Compiled once for all layers of a model that call it alike.
@@ -46,6 +50,7 @@ TUNED = {
         "mass_rows",
         "interpret",
         "config",
+        "prefill",
     ),
 )
 def paged_attention_gpu(
@@ -63,12 +68,13 @@ def paged_attention_gpu(
     mass_rows: str = "all",
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: AttentionConfig | None = None,
+    prefill: PrefillConfig | None = None,
 ) -> AttentionOutput:
     """Returns what `api.paged_attention` documents, computed on a Hopper GPU.
 
     `mass_place` is traced: one compiled kernel serves all places of a buffer.
-    `interpret` may be the parameters of the interpreter, `config` overrides the tuned
-    entry.
+    `interpret` may be the parameters of the interpreter; `config` and `prefill`
+    override the tuned entries.
     """
     _, num_heads, page_size, row_size = kv_pages.shape
     group_size, head_size = q.shape[1] // num_heads, row_size // 2
@@ -78,26 +84,66 @@ def paged_attention_gpu(
         config = TUNED[head_size]
         if interpreter:  # which runs CTAs one behind the other
             config = dataclasses.replace(config, num_ctas=_INTERPRETED_CTAS)
-    spec = Spec(
-        groups=group_tiles(tuple(map(tuple, groups)), group_size),
+    if prefill is None:
+        prefill = TUNED_PREFILL[head_size]
+        if interpreter:  # which needs a thread of the CPU client for each warpgroup
+            prefill = dataclasses.replace(prefill, num_consumers=1, takes_turns=False)
+    mixed, chunks = _split_groups(tuple(groups), mass_group, prefill.min_queries)
+    shapes = dict(
         num_heads=num_heads,
         group_size=group_size,
         head_size=head_size,
         page_size=page_size,
-        table_width=page_table.shape[1],
         scale=(head_size**-0.5 if scale is None else scale) * _LOG2E,
-        mass_group=mass_group,
-        mass_rows=mass_rows,
-        config=config,
         dtype=jnp.dtype(q.dtype),
         interpret=interpreter,
     )
-    lengths = (segment_ends(kv_lengths, q_lengths, spec), kv_lengths, q_lengths)
+    args = (kv_lengths, q_lengths, page_table, q, kv_pages)
+    out, mass = lax.empty(q.shape, q.dtype), None
+    if mixed:
+        spec = Spec(
+            groups=group_tiles(mixed, group_size),
+            num_out_tokens=q.shape[0],
+            table_width=page_table.shape[1],
+            mass_group=mass_group,
+            mass_rows=mass_rows,
+            config=config,
+            **shapes,
+        )
+        out, mass = _attend_mixed(spec, *args, mass_buffer, mass_place)
+    if chunks:
+        out = _attend_chunks(out, groups, len(mixed), prefill, shapes, *args)
+    return AttentionOutput(out, mass)
+
+
+def _split_groups(groups, mass_group: int | None, min_queries: int):
+    """Returns the groups of the mixed launch and those behind it, of many queries."""
+    end = len(groups)
+    while end and groups[end - 1][1] >= min_queries and end - 1 != mass_group:
+        end -= 1
+    return groups[:end], groups[end:]
+
+
+def _attend_mixed(
+    spec: Spec,
+    kv_lengths,
+    q_lengths,
+    page_table,
+    q,
+    kv_pages,
+    mass_buffer=None,
+    mass_place=0,
+):
+    """Returns output and mass of the first groups, by the mixed launch."""
+    lanes = slice(spec.num_lanes)
+    ends = segment_ends(kv_lengths[lanes], q_lengths[lanes], spec)
+    lengths = (ends, kv_lengths, q_lengths)
     computed = attend(spec, *lengths, page_table, q, kv_pages)
-    if mass_group is None:
-        return AttentionOutput(finish(spec, *lengths, *computed), None)
-    num_keys, padded = page_table.shape[1] * page_size, spec.mass_blocks * BLOCK
-    shape = (groups[mass_group].num_lanes, num_heads, spec.mass_blocks, BLOCK)
+    if spec.mass_group is None:
+        return finish(spec, *lengths, *computed), None
+    num_keys, padded = page_table.shape[1] * spec.page_size, spec.mass_blocks * BLOCK
+    num_lanes = spec.groups[spec.mass_group].num_lanes
+    shape = (num_lanes, spec.num_heads, spec.mass_blocks, BLOCK)
     if mass_buffer is None:
         buffer = lax.empty((1, *shape), jnp.float32)
     elif num_keys == padded:
@@ -113,7 +159,26 @@ def paged_attention_gpu(
     mass = jax.freeze(mass_ref).reshape(-1, *shape[:2], padded)
     if mass_buffer is None:
         mass = mass[0, ..., :num_keys]
-    return AttentionOutput(out, mass)
+    return out, mass
+
+
+def _attend_chunks(out, groups, first, config: PrefillConfig, shapes, *args):
+    """Returns `out` with the rows of the groups from `first` on written in place."""
+    ref = jax.new_ref(out)
+    lane = token = 0
+    for index, (num_lanes, num_queries) in enumerate(groups):
+        if index >= first:
+            spec = ChunkSpec(
+                first_lane=lane,
+                first_token=token,
+                num_lanes=num_lanes,
+                num_queries=num_queries,
+                config=config,
+                **shapes,
+            )
+            attend_chunks(spec, *args, ref)
+        lane, token = lane + num_lanes, token + num_lanes * num_queries
+    return jax.freeze(ref)
 
 
 def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> None:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.gpu_layouts import TILED_ROWS
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
@@ -34,13 +35,6 @@ from pallas_kernels.paged_attention.gpu_stream import Cursor, Segment, Stream
 _WGMMA = plgpu.Layout.WGMMA
 _WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _SMALLEST = 2.0**-100  # of the largest probability of a row in a block
-# A warp holds two half rows; what a thread holds are four neighbours.
-_ROWS = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 64), (2, 64), (4,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
@@ -167,7 +161,7 @@ class _Attend:
         """Moves queries to where the matrix unit reads them; asks for the next ones."""
         stream = self.stream
         plgpu.barrier_wait(stream.q_bar)
-        queries = plgpu.load(stream.q_s, layout=_ROWS, optimized=False)
+        queries = plgpu.load(stream.q_s, layout=TILED_ROWS, optimized=False)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.tile_s[...] = queries
         plgpu.commit_smem()

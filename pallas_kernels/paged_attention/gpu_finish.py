@@ -38,7 +38,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
     """
     H, last = spec.num_heads, spec.groups[-1]
     num_tokens = last.first_token + last.num_lanes * last.num_queries
-    shape = (num_tokens, H * spec.group_size, spec.head_size)
+    shape = (spec.num_out_tokens, H * spec.group_size, spec.head_size)
     num_mass, head_groups = 0, H // spec.heads_at_once
     if stored:
         num_mass = spec.groups[spec.mass_group].num_lanes * H * spec.mass_ctas

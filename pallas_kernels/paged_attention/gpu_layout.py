@@ -101,6 +101,7 @@ class Spec:
     """Everything static about one call."""
 
     groups: tuple[GroupTiles, ...]
+    num_out_tokens: int  # of the output, those of other launches included
     num_heads: int
     group_size: int
     head_size: int
