@@ -182,6 +182,20 @@ def test_tokens_meet_only_in_attention(tiny_config):
     assert np.abs(moved - straight).max() > VISIBLE
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_kernels_give_the_hidden_states_of_plain_jnp(tiny_config, qk_norm):
+    config = dataclasses.replace(tiny_config, qk_norm=qk_norm)
+    params = init_params(config, seed=0)
+    tokens = np.arange(5, dtype=np.int32)
+
+    def run(impl):
+        args = config, params, tokens, 7 * tokens, causal_attend, (None, None)
+        return forward(*args, impl=impl)[0]
+
+    np.testing.assert_allclose(run("gpu_interpret"), run("reference"), atol=1e-5)
+    assert np.abs(run("reference")).max() > 1
+
+
 def test_float32_matmuls_ask_for_full_precision(tiny_config):
     """TF32, the default of GPUs, would make exactness tests meaningless."""
     params = init_params(tiny_config, seed=0)
