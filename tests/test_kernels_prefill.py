@@ -177,6 +177,18 @@ def test_flops_of_a_chunk_are_counted_exactly():
     assert num_flops(case) == seen * 4 * case.group_size * case.head_size
 
 
+def test_chunks_refuse_a_scale_that_is_not_positive():
+    case = chunk_case("chunk_g8")
+    inputs = map(jnp.asarray, ki.attention_inputs(case))
+    with pytest.raises(NotImplementedError, match="scale is -1.0"):
+        paged_attention_gpu(
+            *inputs,
+            **ki.attention_options(case),
+            scale=-1.0,
+            prefill=PrefillConfig(min_queries=SMALL_CHUNK),
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", ["two", "three", "no_turns"])
 @pytest.mark.parametrize("name", [*(case.name for case in CHUNK_CASES), "step"])

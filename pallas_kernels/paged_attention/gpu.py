@@ -99,7 +99,6 @@ def paged_attention_gpu(
         interpret=interpreter,
     )
     args = (kv_lengths, q_lengths, page_table, q, kv_pages)
-    out, mass = lax.empty(q.shape, q.dtype), None
     if mixed:
         spec = Spec(
             groups=group_tiles(mixed, group_size),
@@ -111,6 +110,8 @@ def paged_attention_gpu(
             **shapes,
         )
         out, mass = _attend_mixed(spec, *args, mass_buffer, mass_place)
+    else:
+        out, mass = lax.empty(q.shape, q.dtype), None
     if chunks:
         out = _attend_chunks(out, groups, len(mixed), prefill, shapes, *args)
     return AttentionOutput(out, mass)
@@ -164,6 +165,11 @@ def _attend_mixed(
 
 def _attend_chunks(out, groups, first, config: PrefillConfig, shapes, *args):
     """Returns `out` with the rows of the groups from `first` on written in place."""
+    if shapes["scale"] <= 0:
+        raise NotImplementedError(
+            f"scale is {shapes['scale'] / _LOG2E}: the GPU kernel of prompt chunks "
+            "takes positive ones; negate q, or pass impl='reference'"
+        )
     ref = jax.new_ref(out)
     lane = token = 0
     for index, (num_lanes, num_queries) in enumerate(groups):

@@ -277,10 +277,8 @@ def attend_chunks(
     kv_lengths int32 [lanes, H], q_lengths int32 [lanes] and page_table int32 [lanes, W]
     are those of all groups.
     """
-    config, lanes = (
-        spec.config,
-        slice(spec.first_lane, spec.first_lane + spec.num_lanes),
-    )
+    config = spec.config
+    lanes = slice(spec.first_lane, spec.first_lane + spec.num_lanes)
     order = lane_order(kv_lengths[lanes], q_lengths[lanes])
     consumers = config.num_consumers
 
