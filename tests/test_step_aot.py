@@ -30,8 +30,13 @@ _INSTRUCTION = re.compile(
 )
 
 
-def compile_step(target, num_draft_tokens, policy="pillar", proposer="self"):
-    """The step of a small model for `target`, and the bytes of one layer's pool."""
+def compile_step(
+    target, num_draft_tokens, policy="pillar", proposer="self", prefill=None
+):
+    """The step of a small model for `target`, and the bytes of one layer's pool.
+
+    `prefill` are the lanes and the tokens of the prompt chunks that the step reads.
+    """
     impl = "gpu" if target == "h100" else "tpu"
     model = dataclasses.replace(
         PRESETS["qwen3-1.7b"], num_layers=_LAYERS, vocab_size=1024
@@ -40,6 +45,9 @@ def compile_step(target, num_draft_tokens, policy="pillar", proposer="self"):
         num_draft_tokens=num_draft_tokens, policy=policy, proposer=proposer
     )
     config = EngineConfig(num_slots=16, page_size=128, max_length=2000)
+    if prefill:
+        lanes, chunk = prefill
+        config = dataclasses.replace(config, prefill_lanes=lanes, prefill_chunk=chunk)
     shape = sizes.make_shape(speculation, config, config.max_length, impl)
     policy = resolve_policy(speculation.policy)
     step = step_lib.make_step(
@@ -61,10 +69,10 @@ def compile_step(target, num_draft_tokens, policy="pillar", proposer="self"):
             policy=policy,
         )
     )
-    buffer = shape.new_plan(prefill=False).buffer
+    buffer = shape.new_plan(prefill=bool(prefill)).buffer
     compiled = compile_for(
         target,
-        functools.partial(step.__wrapped__, prefill=False),
+        functools.partial(step.__wrapped__, prefill=bool(prefill)),
         param_shapes(model, jnp.bfloat16),
         state,
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
@@ -101,6 +109,16 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
     # Queries and rows are packed where they are made, and angles evaluated once.
     assert not [path for path in of_layer if re.search("concatenate|cos|sin", path)]
     assert sum("rotate_heads" in path for path in of_layer) == 1
+
+
+def test_prompt_chunks_are_attended_in_a_launch_of_their_own_without_copies():
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, _ = compile_step("h100", 8, prefill=(2, 512))
+    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
+    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
+    of_attention = [m[1] for m in found if m and "/layer_1/attention/" in m[2]]
+    launches = [name for name in of_attention if name not in _NO_LAUNCH]
+    assert launches == ["custom-call"] * 3
 
 
 def test_masses_and_index_lists_of_several_layers_are_not_copied():
