@@ -60,6 +60,16 @@ def load_implementation(package: str, op: str, impl: str | None) -> Callable[...
     return functools.partial(function, interpret=mode == "interpret")
 
 
+def as_rounded(x: jax.Array) -> jax.Array:
+    """Returns `x` in float32 with no more bits than its dtype has.
+
+    Alone, a conversion back to float32 is left out by XLA together with the one before
+    it, where both are in one fusion; results would depend on what is fused.
+    """
+    dtype = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), dtype.nexp, dtype.nmant)
+
+
 def check_shape(name: str, array: jax.Array, expected: tuple, meaning: str) -> None:
     """Raises ValueError unless `array` has the `expected` shape (None = any size)."""
     shape = tuple(array.shape)

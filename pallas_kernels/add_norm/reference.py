@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import as_rounded
+
 
 @functools.partial(jax.jit, static_argnames="eps")
 def add_norm_reference(
@@ -12,7 +14,7 @@ def add_norm_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `api.add_norm` documents; same arguments, no checks."""
     stream = x + y
-    wide = stream.astype(jnp.float32)
+    wide = as_rounded(stream)
     power = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(power + eps) * scale.astype(jnp.float32)
     return stream, normed.astype(x.dtype)

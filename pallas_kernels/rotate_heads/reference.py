@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import as_rounded
+
 
 @functools.partial(jax.jit, static_argnames="eps")
 def rotate_heads_reference(
@@ -27,7 +29,7 @@ def rotate_heads_reference(
         wide = heads.astype(jnp.float32)
         power = jnp.mean(wide * wide, axis=-1, keepdims=True)
         heads = (wide * jax.lax.rsqrt(power + eps) * scale).astype(qkv.dtype)
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(as_rounded(heads), 2, axis=-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
     turned = (first * cos - second * sin, second * cos + first * sin)
     heads = jnp.concatenate(turned, axis=-1).astype(qkv.dtype)
