@@ -117,7 +117,13 @@ def make_attend(
             place = number % size
             if place == 0:
                 left = -(-num_layers // policy.anchor_every) - number
-                masses.append(_empty_masses(min(size, left), shape, heads))
+                num_keys = tables.shape[1] * shape.page_size
+                masses.append(
+                    jax.lax.empty(
+                        (min(size, left), shape.verify_lanes, heads, num_keys),
+                        jnp.float32,
+                    )
+                )
             buffer = masses.pop()
         with jax.named_scope("attention"):
             out, mass = paged_attention(
@@ -198,12 +204,6 @@ def _masses_at_once(policy, shape, num_heads):
     """Layers whose masses are selected from together."""
     rows, layers = shape.verify_lanes * num_heads, policy.anchor_every
     return max(1, min(_ROWS_AT_ONCE // rows, _LAYERS_AT_ONCE // layers))
-
-
-def _empty_masses(count, shape, num_heads):
-    """An array [count, E, H, X] that the attention of as many layers fills."""
-    num_keys = shape.table_width * shape.page_size
-    return jax.lax.empty((count, shape.verify_lanes, num_heads, num_keys), jnp.float32)
 
 
 def _select_together(policy, options, masses, verify):

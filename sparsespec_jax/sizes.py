@@ -66,18 +66,18 @@ def make_shape(speculation, config, max_length, impl):
     draft_steps, num_guesses = speculation.cascade_sizes
     copies = drafts and not at_once
     draft_table = pages_for(cap + 2 * drafts + 1, page_size) if copies else 0
-    # Columns of a table cost nothing, masses that need padding do.
-    block = (
-        math.lcm(_GPU_MASS_KEYS, page_size) // page_size
-        if impl.startswith("gpu")
-        else 1
-    )
+    if impl.startswith("gpu"):
+        # Columns of a table cost nothing, masses that need padding do.
+        block = math.lcm(_GPU_MASS_KEYS, page_size) // page_size
+        table_width = -(-max(table, draft_table) // block) * block
+    else:
+        table_width = table
     return StepShape(
         num_slots=config.num_slots,
         num_draft_tokens=drafts,
         num_pages=config.num_pages or config.num_slots * (table + draft_table),
         page_size=page_size,
-        table_width=-(-table // block) * block,
+        table_width=table_width,
         draft_table_width=max(draft_table, 1),
         max_budget=max(cap, 1),
         prefill_lanes=config.prefill_lanes,

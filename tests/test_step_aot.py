@@ -121,6 +121,15 @@ def test_prompt_chunks_are_attended_in_a_launch_of_their_own_without_copies():
     assert launches == ["custom-call"] * 3
 
 
+@pytest.mark.parametrize("max_length", [40, 1000, 5000])
+def test_masses_on_a_gpu_need_no_padding(max_length):
+    config = EngineConfig(num_slots=2, page_size=16)
+    shape = sizes.make_shape(SpeculationConfig(), config, max_length, "gpu")
+    width = max(shape.table_width, shape.draft_table_width)
+    assert width * 16 % 2048 == 0
+    assert shape.table_width * 16 >= max_length + 8
+
+
 def test_masses_and_index_lists_of_several_layers_are_not_copied():
     pytest.importorskip("jax_cuda13_plugin")
     compiled, _ = compile_step("h100", 8)
