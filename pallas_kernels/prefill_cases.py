@@ -81,8 +81,8 @@ PREFILL_CASES = (
     ),
     AttentionCase(
         name="prefill_d64",
-        groups=((64, 1), (2, 256)),
-        kv_lengths=(410,) * 64 + (8192, 4096),
+        groups=((64, 1), (4, 256)),
+        kv_lengths=(410,) * 64 + (8192, 4096, 2048, 256),
         page_size=16,
         tags=H100,
         **_SMOLLM2,

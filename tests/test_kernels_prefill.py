@@ -21,7 +21,8 @@ from pallas_kernels.paged_attention.gpu import (
 from pallas_kernels.paged_attention.gpu_chunk import PrefillConfig, lane_order
 from pallas_kernels.prefill_cases import CHUNK_CASES, PREFILL_CASES, num_flops
 
-SMALL_CHUNK = 10  # queries from which a lane of these tests is a chunk
+# Lane groups of these tests that are chunks.
+SMALL_CHUNK = dict(min_queries=10, min_ctas=1)
 THREE = dict(
     num_consumers=3,
     takes_turns=False,
@@ -53,7 +54,7 @@ def compiled_chunks(case, detect_races=False, **config):
         paged_attention_gpu,
         **ki.attention_options(case),
         interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
-        prefill=PrefillConfig(min_queries=SMALL_CHUNK, **config),
+        prefill=PrefillConfig(**SMALL_CHUNK, **config),
     )
     inputs = map(jnp.asarray, ki.attention_inputs(case))
     compiled = jax.jit(kernel).lower(*inputs).compile()
@@ -135,12 +136,18 @@ def test_chunks_do_not_depend_on_padding_neighbours_or_length(ragged):
 
 def test_only_last_groups_of_many_queries_are_chunks():
     groups = ((64, 1), (4, 512), (8, 9), (2, 100), (4, 512))
-    assert _split_groups(groups, None, 65) == (groups[:3], groups[3:])
-    assert _split_groups(groups, 4, 65) == (groups, ())
-    assert _split_groups(groups, 3, 65) == (groups[:4], groups[4:])
-    assert _split_groups(groups[-1:], None, 65) == ((), groups[-1:])
-    assert _split_groups(groups[:1], None, 65) == (groups[:1], ())
-    assert all(config.min_queries > 64 for config in TUNED_PREFILL.values())
+
+    def is_chunk(group):
+        return TUNED_PREFILL[128].serves(group, num_heads=8, group_size=4)
+
+    assert _split_groups(groups, None, is_chunk) == (groups[:3], groups[3:])
+    assert _split_groups(groups, 4, is_chunk) == (groups, ())
+    assert _split_groups(groups, 3, is_chunk) == (groups[:4], groups[4:])
+    assert _split_groups(groups[-1:], None, is_chunk) == ((), groups[-1:])
+    assert _split_groups(groups[:1], None, is_chunk) == (groups[:1], ())
+    # Few CTAs would leave most of the device idle.
+    assert is_chunk((1, 256)) and not is_chunk((1, 128)) and is_chunk((2, 128))
+    assert not is_chunk((64, 64))
 
 
 def test_longest_lanes_come_first():
@@ -185,7 +192,7 @@ def test_chunks_refuse_a_scale_that_is_not_positive():
             *inputs,
             **ki.attention_options(case),
             scale=-1.0,
-            prefill=PrefillConfig(min_queries=SMALL_CHUNK),
+            prefill=PrefillConfig(**SMALL_CHUNK),
         )
 
 
@@ -197,7 +204,7 @@ def test_chunks_on_the_device(name, config):
     inputs = tuple(map(jnp.asarray, ki.attention_inputs(case)))
     options = ki.attention_options(case)
     expected = paged_attention(*inputs, **options, impl="reference")
-    prefill = PrefillConfig(min_queries=SMALL_CHUNK, **CONFIGS[config])
+    prefill = PrefillConfig(**SMALL_CHUNK, **CONFIGS[config])
     actual = paged_attention_gpu(*inputs, **options, prefill=prefill)
     ki.assert_attention_close(actual, expected, "bfloat16")
     again = paged_attention_gpu(*inputs, **options, prefill=prefill)

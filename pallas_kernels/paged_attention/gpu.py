@@ -88,7 +88,11 @@ def paged_attention_gpu(
         prefill = TUNED_PREFILL[head_size]
         if interpreter:  # which needs a thread of the CPU client for each warpgroup
             prefill = dataclasses.replace(prefill, num_consumers=1, takes_turns=False)
-    mixed, chunks = _split_groups(tuple(groups), mass_group, prefill.min_queries)
+    mixed, chunks = _split_groups(
+        tuple(groups),
+        mass_group,
+        lambda group: prefill.serves(group, num_heads, group_size),
+    )
     shapes = dict(
         num_heads=num_heads,
         group_size=group_size,
@@ -117,10 +121,10 @@ def paged_attention_gpu(
     return AttentionOutput(out, mass)
 
 
-def _split_groups(groups, mass_group: int | None, min_queries: int):
-    """Returns the groups of the mixed launch and those behind it, of many queries."""
+def _split_groups(groups, mass_group: int | None, is_chunk):
+    """Returns the groups of the mixed launch, and the prompt chunks behind them."""
     end = len(groups)
-    while end and groups[end - 1][1] >= min_queries and end - 1 != mass_group:
+    while end and is_chunk(groups[end - 1]) and end - 1 != mass_group:
         end -= 1
     return groups[:end], groups[end:]
 

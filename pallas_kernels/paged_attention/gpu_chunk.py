@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_layouts import TILED_ROWS
+from pallas_kernels.paged_attention.api import LaneGroup
 from pallas_kernels.paged_attention.gpu_layout import TILE, visible_keys
 
 _ROW_GROUP = 8  # rows of one tile of shared memory
@@ -25,6 +26,7 @@ class PrefillConfig:
     """Tunables of one launch."""
 
     min_queries: int = 65  # of a lane group that this launch serves
+    min_ctas: int = 64  # of such a group; the mixed launch spreads fewer, by their keys
     num_consumers: int = 2  # computing warpgroups, of 64 rows each
     block_keys: int = 128
     num_stages: int = 2  # blocks of keys in shared memory
@@ -42,6 +44,13 @@ class PrefillConfig:
             raise ValueError(f"block_keys is {self.block_keys}; use 64, 128 or 192")
         if self.takes_turns and self.num_consumers != 2:
             raise ValueError("takes_turns needs num_consumers=2")
+
+    def serves(self, group: LaneGroup, num_heads: int, group_size: int) -> bool:
+        """Returns whether a lane group is large enough for a launch of its own."""
+        num_lanes, num_queries = group
+        tiles = -(-num_queries // (TILE // group_size * self.num_consumers))
+        num_ctas = num_lanes * tiles * num_heads
+        return num_queries >= self.min_queries and num_ctas >= self.min_ctas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
