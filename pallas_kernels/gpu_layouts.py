@@ -15,11 +15,19 @@ TILED_ROWS = plgpu.Layout.TILED(
 _WARP = 32
 
 
-def row_layout(size: int):
-    """Returns a layout of rows of `size` elements across all threads of a warpgroup.
+def row_layout(size: int, rows: int = 1):
+    """Returns a layout of `rows` rows of `size` elements for a warpgroup.
 
-    It suits any number of rows; `size` is 32, 64 or a multiple of 128.
+    A multiple of 4 rows has a warp for each row; rows of any other number lie across
+    all threads. `size` is 32, 64 or a multiple of 128.
     """
+    if rows % 4 == 0:
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((4, size), (size // 32,))),
+            warp_dims=(-3,),
+            lane_dims=(-2,),
+            vector_dim=-1,
+        )
     vector = max(1, size // _THREADS)
     if size >= _THREADS:
         warp_dims = (-3,)

@@ -32,7 +32,7 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
-    WARPS,
+    MASS_BLOCKS,
     AttentionConfig,
 )
 from pallas_kernels.paged_attention.gpu_mass import pack, unpack
@@ -170,7 +170,7 @@ def test_attention_of_heads_without_keys():
 @pytest.mark.parametrize("name", ["verify_edges", "verify_ragged"])
 def test_masses_of_several_calls_share_a_buffer(name):
     case = by_name(ATTENTION, name)
-    unit = -(-BLOCK * WARPS // case.page_size)  # pages of the keys written together
+    unit = -(-BLOCK * MASS_BLOCKS // case.page_size)  # pages written together
     width = -(-case.table_width // unit) * unit
     case = dataclasses.replace(
         case, extra_columns=case.extra_columns + width - case.table_width
@@ -191,8 +191,8 @@ def test_a_buffer_of_masses_has_whole_steps_of_keys():
     case = by_name(ATTENTION, "verify_edges")
     inputs, options = ki.attention_inputs(case), ki.attention_options(case)
     mass = paged_attention(*inputs, **options, impl="reference").mass
-    assert mass.shape[-1] % (BLOCK * WARPS)
-    with pytest.raises(NotImplementedError, match="multiples of 256"):
+    assert mass.shape[-1] % (BLOCK * MASS_BLOCKS)
+    with pytest.raises(NotImplementedError, match="multiples of 1024"):
         paged_attention(
             *map(jnp.asarray, inputs),
             **options,

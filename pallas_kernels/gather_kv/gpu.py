@@ -1,8 +1,9 @@
 """Gather of KV rows into draft pages for Hopper GPUs, in Pallas Mosaic GPU.
 
-One CTA per part of a target page, lane, KV head and layer: one asynchronous copy per
-row brings the rows into shared memory, one copy stores them all. The pools are updated
-in place. Layers share a launch, as that of few rows takes longer than their copies.
+One CTA per part of a target page, lane, KV head and layer. Each of its warps looks up
+some rows, brings them into shared memory by one asynchronous copy each and stores them
+by one copy. The pools are updated in place. Layers share a launch, as that of few rows
+takes longer than their copies.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_GROUP = 8  # rows whose pages are looked up together
+_MIN_ROWS = 8  # of one CTA
+_WARPS = 4  # of a CTA
 _MAX_COLUMNS = 256  # elements of one row that one copy moves
 
 
@@ -43,88 +45,86 @@ def gather_kv_gpu(
     num_pages, num_heads, ps, columns = pools[0].shape
     _, lanes, _, cap = indices.shape
     rows = math.gcd(ps, config.max_rows)
-    width = math.gcd(columns, _MAX_COLUMNS)
-    if rows % _GROUP:
+    if rows % _MIN_ROWS:
         raise NotImplementedError(
-            f"page_size is {ps}: the GPU kernel needs a multiple of {_GROUP}"
+            f"page_size is {ps}: the GPU kernel needs a multiple of {_MIN_ROWS}"
         )
+    per_warp, width = rows // _WARPS, math.gcd(columns, _MAX_COLUMNS)
+    parts = [pl.ds(c, width) for c in range(0, columns, width)]
 
     def body(source_ref, target_ref, index_ref, count_ref, *rest):
-        *pool_refs, rows_s, bar = rest
-        for layer, pool_ref in enumerate(pool_refs):
-
-            @pl.when(lax.axis_index("lane") // lanes == layer)
-            def _copy(layer=layer, pool_ref=pool_ref):
-                refs = index_ref.at[layer], count_ref.at[layer], pool_ref
-                copy_rows(source_ref, target_ref, *refs, rows_s, bar)
-
-    def copy_rows(source_ref, target_ref, index_ref, count_ref, pool_ref, rows_s, bar):
+        *pool_refs, rows_s, bars = rest
+        layer = lax.div(lax.axis_index("lane"), lanes)
         lane, head = lax.rem(lax.axis_index("lane"), lanes), lax.axis_index("head")
-        first = lax.axis_index("chunk") * rows
-        count = jnp.clip(count_ref[lane, head] - first, 0, rows)
-        column = jnp.minimum(first // ps, target_ref.shape[1] - 1)
-        target = target_ref[lane, column]
-        count = jnp.where((target >= 0) & (target < num_pages), count, 0)
+        in_pool = [(layer == i, pool) for i, pool in enumerate(pool_refs)]
 
-        def source_of(n):
-            index = index_ref[lane, head, jnp.minimum(first + n, cap - 1)]
-            index = jnp.where(n < count, index, 0)
-            page = source_ref[lane, index // ps]
-            is_row = (n < count) & (page >= 0) & (page < num_pages)
-            return page, lax.rem(index, ps), is_row
+        def copy_rows(warp):
+            """Copies the rows of one warp, `per_warp` of one page."""
+            start = warp * per_warp
+            first = lax.axis_index("chunk") * rows + start
+            last = jnp.minimum(count_ref[layer, lane, head], cap) - 1
+            column = jnp.minimum(lax.div(first, ps), target_ref.shape[1] - 1)
+            target = target_ref[lane, column]
+            is_page = (target >= 0) & (target < num_pages)
 
-        def load(group, num_loaded):
-            sources = [source_of(group * _GROUP + i) for i in range(_GROUP)]
-            for i, (page, row, is_row) in enumerate(sources):
-                n = group * _GROUP + i
+            @pl.when((first <= last) & is_page)
+            def _copy():
+                # All of a step before the next: the loads wait for memory together.
+                # Past the last row it is read again, and not stored.
+                places = [jnp.minimum(first + n, last) for n in range(per_warp)]
+                chosen = [index_ref[layer, lane, head, place] for place in places]
+                pages = [source_ref[lane, lax.div(index, ps)] for index in chosen]
+                load(pages, chosen, start)
+                plgpu.barrier_wait(bars.at[warp])
+                kept = [
+                    (first + n <= last) & (page >= 0) & (page < num_pages)
+                    for n, page in enumerate(pages)
+                ]
+                to = lax.rem(first, ps)
+                store(kept, target, to, start)
+                plgpu.wait_smem_to_gmem(0)
 
-                @pl.when(is_row)
-                def _copy(page=page, row=row, n=n):
-                    for c in range(0, columns, width):
-                        plgpu.copy_gmem_to_smem(
-                            pool_ref.at[page, head, row, pl.ds(c, width)],
-                            rows_s.at[n, pl.ds(c, width)],
-                            bar,
-                        )
+        def load(pages, chosen, start):
+            for is_mine, pool in in_pool:
 
-                @pl.when(jnp.logical_not(is_row))
-                def _skip():
-                    for _ in range(0, columns, width):
-                        plgpu.barrier_arrive(bar)
-
-                num_loaded += is_row.astype(jnp.int32)
-            return num_loaded
-
-        @pl.when(count > 0)
-        def _work():
-            num_loaded = lax.fori_loop(0, rows // _GROUP, load, jnp.int32(0))
-            plgpu.barrier_wait(bar)
-            to = pl.multiple_of(lax.rem(first, ps), rows)
-
-            @pl.when(num_loaded == rows)
-            def _store_all():
-                for c in range(0, columns, width):
-                    part = pl.ds(c, width)
-                    plgpu.copy_smem_to_gmem(
-                        rows_s.at[:, part],
-                        pool_ref.at[target, head, pl.ds(to, rows), part],
-                    )
-
-            @pl.when(num_loaded < rows)
-            def _store_some():
-                def store(n, _):
-                    @pl.when(source_of(n)[2])
-                    def _store():
-                        for c in range(0, columns, width):
-                            part = pl.ds(c, width)
-                            plgpu.copy_smem_to_gmem(
-                                rows_s.at[n, part],
-                                pool_ref.at[target, head, to + n, part],
+                @pl.when(is_mine)
+                def _load(pool=pool):
+                    for n, (page, index) in enumerate(zip(pages, chosen, strict=True)):
+                        page = jnp.clip(page, 0, num_pages - 1)
+                        for part in parts:
+                            plgpu.copy_gmem_to_smem(
+                                pool.at[page, head, lax.rem(index, ps), part],
+                                rows_s.at[start + n, part],
+                                bars.at[lax.div(start, per_warp)],
+                                # An address is enough, no descriptor is fetched.
+                                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
                             )
 
-                lax.fori_loop(0, rows, store, None)
+        def store(kept, target, to, start):
+            num_kept = sum(is_kept.astype(jnp.int32) for is_kept in kept)
+            for is_mine, pool in in_pool:
 
-            plgpu.wait_smem_to_gmem(0)
+                @pl.when(is_mine & (num_kept == per_warp))
+                def _store_all(pool=pool):
+                    for part in parts:
+                        plgpu.copy_smem_to_gmem(
+                            rows_s.at[pl.ds(start, per_warp), part],
+                            pool.at[target, head, pl.ds(to, per_warp), part],
+                        )
+
+                @pl.when(is_mine & (num_kept < per_warp))
+                def _store_some(pool=pool):
+                    for n, is_kept in enumerate(kept):
+
+                        @pl.when(is_kept)
+                        def _store(n=n):
+                            for part in parts:
+                                plgpu.copy_smem_to_gmem(
+                                    rows_s.at[start + n, part],
+                                    pool.at[target, head, to + n, part],
+                                )
+
+        plgpu.warp_map(copy_rows)
 
     pool_refs = [jax.new_ref(pool) for pool in pools]
     plgpu.kernel(
@@ -135,7 +135,7 @@ def gather_kv_gpu(
         kernel_name="gather_kv",
         scratch_types=[
             plgpu.SMEM((rows, columns), pools[0].dtype),
-            plgpu.Barrier(num_arrivals=rows * (columns // width)),
+            plgpu.Barrier(num_arrivals=per_warp * len(parts), num_barriers=_WARPS),
         ],
         # No thread reads what it wrote: only copies touch the rows.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

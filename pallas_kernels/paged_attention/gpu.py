@@ -20,8 +20,8 @@ from pallas_kernels.paged_attention.gpu_chunk import ChunkSpec, PrefillConfig
 from pallas_kernels.paged_attention.gpu_finish import finish
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
+    MASS_BLOCKS,
     TILE,
-    WARPS,
     AttentionConfig,
     Spec,
     group_tiles,
@@ -157,7 +157,7 @@ def _attend_mixed(
     else:
         raise NotImplementedError(
             f"mass_buffer has {num_keys} keys: the GPU kernel writes multiples of "
-            f"{WARPS * BLOCK}"
+            f"{MASS_BLOCKS * BLOCK}"
         )
     mass_ref = jax.new_ref(buffer)
     place = jnp.reshape(mass_place, (1,)).astype(jnp.int32)

@@ -110,7 +110,7 @@ def _merge_token(
     """Writes the output of some KV heads of a token, summed over their parts."""
     H, G, at_once = spec.num_heads, spec.group_size, spec.parts_at_once
     heads = [first_head + i for i in range(spec.heads_at_once)]
-    layout = row_layout(spec.head_size)
+    layout = row_layout(spec.head_size, rows=G)
     lane, query, tile, tile_row, tile_rows, step, is_edge = _find_token(spec, token)
     q_len = q_lengths[lane]
     # With 1 as the last query the order is the natural one.

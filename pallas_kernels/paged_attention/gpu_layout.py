@@ -17,9 +17,10 @@ TILE = 64  # query rows of one matrix instruction
 UNIT = 16  # keys of one unit of work
 UNITS = BLOCK // UNIT  # of one block
 GROUP = 8  # neighbouring keys of a block whose probabilities are packed alike
-WARPS = 4  # of a CTA; each sums the mass of one block at a time
+WARPS = 4  # of a CTA
+MASS_BLOCKS = 16  # whose mass a CTA sums at a time
 MERGE_ROWS = 24  # of parts, loaded together by a CTA that merges: registers
-MASS_CTAS = 8  # at most, that share the mass of one lane and KV head
+MASS_CTAS = 16  # at most, that share the mass of one lane and KV head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,12 +218,12 @@ class Spec:
     def mass_blocks(self) -> int:
         """Key blocks of the mass per lane and head."""
         blocks = -(-self.table_width * self.page_size // BLOCK)
-        return round_up(blocks, WARPS)
+        return round_up(blocks, MASS_BLOCKS)
 
     @property
     def mass_ctas(self) -> int:
         """CTAs that share the mass of one lane and head."""
-        return min(MASS_CTAS, self.mass_blocks // WARPS)
+        return min(MASS_CTAS, self.mass_blocks // MASS_BLOCKS)
 
     @property
     def options(self) -> dict:

@@ -16,6 +16,7 @@ from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
+    MASS_BLOCKS,
     WARPS,
     Spec,
     full,
@@ -23,15 +24,17 @@ from pallas_kernels.paged_attention.gpu_layout import (
 )
 
 _WORD = 32
-_LOADS = 12  # of log sums in flight, which take registers
+_PARTS = 2  # whose log sums are in flight, which take registers
 _ROUNDER = 2.0**23  # a float32 between it and twice it has no fraction
 
 
-# A warp holds one block; a thread two neighbouring columns of one row.
+# A warp holds four blocks; a thread one column of all rows, which it sums by itself.
 _LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((WARPS, GROUP, GROUP), (2,))),
-    warp_dims=(-4,),
-    lane_dims=(-3, -2),
+    plgpu.Tiling(
+        ((MASS_BLOCKS, GROUP, GROUP), (MASS_BLOCKS // WARPS, GROUP, GROUP), (1,))
+    ),
+    warp_dims=(-7,),
+    lane_dims=(-4, -2),
     vector_dim=-1,
 )
 _KEYS = _LAYOUT.reduce(1)
@@ -83,7 +86,7 @@ def write_mass(
     maxima,
     mass,
 ):
-    """Writes the mass of every `mass_ctas`-th four blocks of one lane and KV head."""
+    """Writes the mass of every `mass_ctas`-th 16 blocks of one lane and KV head."""
     G, group = spec.group_size, spec.groups[spec.mass_group]
     is_edges = spec.mass_rows == "edges"
     tiles = 1 if is_edges else group.tiles_per_lane
@@ -101,80 +104,80 @@ def write_mass(
         return _add_tile(spec, spec.mass_segments[0] + segment, block, rows, *refs, acc)
 
     def step(i, _):
-        block = i * WARPS
-        add = functools.partial(
-            lax.fori_loop, 0, tiles, functools.partial(add_tile, block)
-        )
-        shape = (WARPS, GROUP, GROUP)
-        acc = [full(shape, 0.0, _LAYOUT) for _ in range(BLOCK // GROUP)]
+        block = i * MASS_BLOCKS
+        add = functools.partial(_repeat, tiles, functools.partial(add_tile, block))
+        shape = (MASS_BLOCKS, GROUP)
+        acc = [full(shape, 0.0, _KEYS) for _ in range(BLOCK // GROUP)]
         acc = lax.cond(block * BLOCK < base, add, lambda acc: acc, acc)
-        x = jnp.concatenate([x.sum(axis=1) for x in acc], axis=1) * share
+        x = jnp.concatenate(acc, axis=1) * share
         key = BLOCK * (
             block + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=_KEYS)
         )
         key += plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=_KEYS)
-        mass[lane, head, pl.ds(block, WARPS)] = jnp.where(key < base, x, 0.0)
+        mass[lane, head, pl.ds(block, MASS_BLOCKS)] = jnp.where(key < base, x, 0.0)
 
-    num_steps = spec.mass_blocks // WARPS
+    num_steps = spec.mass_blocks // MASS_BLOCKS
     turns = lax.div(num_steps - 1 - first_step, spec.mass_ctas) + 1
     lax.fori_loop(0, turns, lambda i, _: step(first_step + i * spec.mass_ctas, _), None)
+
+
+def _repeat(count: int, body, carry):
+    """`lax.fori_loop` from 0, without a loop where it would have one turn."""
+    return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
 
 
 def _add_tile(
     spec: Spec, segment, block, rows, ends, log_sums, probabilities, maxima, acc
 ):
-    """Returns sums with those of the first `rows` rows of four blocks of a tile."""
+    """Returns sums with those of the first `rows` rows of 16 blocks of a tile."""
     bits, count = spec.config.mass_bits, spec.mass_tile_rows
-    by_row, blocks = _LAYOUT.reduce(2), pl.ds(block, WARPS)
-    wanted = range(0, count, GROUP)
-    # The last rows are read again where 8 more would be too many.
-    firsts = [max(0, min(row, count - GROUP)) for row in wanted]
+    by_row, blocks = _LAYOUT.reduce(2), pl.ds(block, MASS_BLOCKS)
+    parts = parts_of(ends, segment, spec)
 
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    def load_words(first):
+    def add_rows(number, acc):
+        wanted = number * GROUP
+        # The last rows are read again where 8 more would be too many.
+        first = jnp.maximum(jnp.minimum(wanted, count - GROUP), 0)
+        # All loads stand in front: they wait for memory together.
         columns = range(0, spec.mass_words, GROUP)
         windows = [(blocks, pl.ds(first, GROUP), pl.ds(c, GROUP)) for c in columns]
-        return [load(probabilities.at[window], _LAYOUT) for window in windows]
+        words = [load(probabilities.at[window], _LAYOUT) for window in windows]
+        top = load(maxima.at[blocks, pl.ds(first, GROUP)], by_row)
+        final = _final_log_sum(spec, segment, first, parts, log_sums)
+        w = jnp.exp2(top - lax.broadcast_in_dim(final, top.shape, [1]))
+        row = first + plgpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=by_row)
+        w = jnp.where((row >= wanted) & (row < rows), w, 0.0)
+        w = lax.broadcast_in_dim(w, words[0].shape, [0, 1])
+        pairs = zip(acc, unpack(words, bits), strict=True)
+        return [a + (n.astype(jnp.float32) * w).sum(axis=1) for a, n in pairs]
 
-    # All loads stand in front: they wait for memory together.
-    words = [load_words(first) for first in firsts]
-    tops = [load(maxima.at[blocks, pl.ds(first, GROUP)], by_row) for first in firsts]
-    final = _final_log_sums(spec, segment, firsts, ends, log_sums)
-    for i, first in enumerate(firsts):
-        w = jnp.exp2(tops[i] - lax.broadcast_in_dim(final[i], tops[i].shape, [1]))
-        row = plgpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=by_row)
-        w = jnp.where((row >= wanted[i] - first) & (row < rows - first), w, 0.0)
-        w = lax.broadcast_in_dim(w, acc[0].shape, [0, 1])
-        pairs = zip(acc, unpack(words[i], bits), strict=True)
-        acc = [a + n.astype(jnp.float32) * w for a, n in pairs]
-    return acc
+    return _repeat(-(-count // GROUP), add_rows, acc)
 
 
-def _final_log_sums(spec: Spec, segment, firsts, ends, log_sums) -> list:
-    """Returns log sums over all parts of a segment, of eight rows from each first."""
+def _final_log_sum(spec: Spec, segment, first, parts, log_sums):
+    """Returns log sums over all parts of a segment, of eight rows from the first."""
     layout = _LAYOUT.reduce((0, 2))
-    at_once = max(1, min(spec.parts_at_once, _LOADS // len(firsts)))
-    first_part, last_part = parts_of(ends, segment, spec)
+    # Registers: where a loop adds several groups of rows, there are fewer to spare.
+    at_once = _PARTS if spec.mass_tile_rows <= GROUP else 1
+    first_part, last_part = parts
 
-    def load(cta, first):
+    def load(cta):
         part = segment + jnp.minimum(cta, last_part - 1)
         w = log_sums.at[part, pl.ds(first, GROUP)]
         w = plgpu.load(w, layout=layout, optimized=False)
         return w + jnp.where(cta < last_part, 0.0, 2 * MASK_VALUE)
 
     def add(i, carry):
-        ctas = [first_part + i * at_once + k for k in range(at_once)]
-        loaded = [[load(cta, first) for first in firsts] for cta in ctas]
-        for part in loaded:
-            carry = [_add_log(*pair) for pair in zip(carry, part, strict=True)]
-        return carry
+        loaded = [load(first_part + i * at_once + k) for k in range(at_once)]
+        return functools.reduce(_add_log, loaded, carry)
 
     zero = (full((GROUP,), 1.5 * MASK_VALUE, layout), full((GROUP,), 0.0, layout))
     steps = lax.div(last_part - first_part + (at_once - 1), at_once)
-    sums = lax.fori_loop(0, steps, add, [zero] * len(firsts))
-    return [m + jnp.log2(total) for m, total in sums]
+    m, total = lax.fori_loop(0, steps, add, zero)
+    return m + jnp.log2(total)
 
 
 def _add_log(carry, w):
