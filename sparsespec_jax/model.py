@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.rope import rope_tables
@@ -109,8 +110,26 @@ class RmsNorm(nn.Module):
         return normed.astype(self.dtype)
 
 
+class AddNorm(nn.Module):
+    """Sum of a stream and what a block adds to it, and the sum's norm in float32."""
+
+    eps: float
+    dtype: Any
+    impl: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the stream x + y [T, n] and its norm, in dtype."""
+        ones = nn.initializers.ones_init()
+        scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
+        return add_norm(x, y, scale, eps=self.eps, impl=self.impl)
+
+
 class Layer(nn.Module):
-    """One pre-norm block: attention, then gated MLP, each added to the stream."""
+    """One pre-norm block: attention, then gated MLP, each added to the stream.
+
+    What the MLP adds is left to the next norm, which takes the sum in the same launch.
+    """
 
     config: ModelConfig
     dtype: Any
@@ -118,21 +137,29 @@ class Layer(nn.Module):
     impl: str | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, attend: Attend, cache: Cache):
-        """Return the stream [T, hidden] after this block, and its new cache."""
+    def __call__(self, x, y, cos, sin, attend: Attend, cache: Cache):
+        """Return stream and addend [T, hidden] after this block, and its new cache.
+
+        x, y: stream and addend before it; no addend (None) before the first block.
+        """
         c = self.config
-        norm = functools.partial(RmsNorm, c.norm_eps, self.dtype)
-        q, rows = self._queries_and_rows(norm(name="input_norm")(x), cos, sin)
+        norm = functools.partial(AddNorm, c.norm_eps, self.dtype, self.impl)
+        if y is None:
+            normed = RmsNorm(c.norm_eps, self.dtype, name="input_norm")(x)
+        else:
+            x, normed = norm(name="input_norm")(x, y)
+        q, rows = self._queries_and_rows(normed, cos, sin)
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
         hidden = (c.hidden_size,)
-        x = x + Projection(hidden, self.dtype, c.attention_out_bias, name="out")(mixed)
+        y = Projection(hidden, self.dtype, c.attention_out_bias, name="out")(mixed)
+        x, normed = norm(name="mlp_norm")(x, y)
         inner = Projection(
             (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
-        )(norm(name="mlp_norm")(x))
+        )(normed)
         gated = nn.silu(inner[:, 0]) * inner[:, 1]
-        x = x + Projection(hidden, self.dtype, c.mlp_bias, name="down")(gated)
-        return x, cache
+        y = Projection(hidden, self.dtype, c.mlp_bias, name="down")(gated)
+        return x, y, cache
 
     def _queries_and_rows(self, x, cos, sin):
         c, scales = self.config, ()
@@ -181,7 +208,7 @@ class Transformer(nn.Module):
         c = self.config
         self.embed = Embedding(c, self.dtype)
         self.layer = [Layer(c, self.dtype, i, self.impl) for i in range(c.num_layers)]
-        self.final_norm = RmsNorm(c.norm_eps, self.dtype)
+        self.final_norm = AddNorm(c.norm_eps, self.dtype, self.impl)
         if not c.tie_embeddings:
             self.lm_head = Projection(
                 (c.vocab_size,), self.dtype, out_dtype=jnp.float32
@@ -202,15 +229,15 @@ class Transformer(nn.Module):
         """
         # The barrier keeps layers from evaluating the angles again, each for itself.
         tables = jax.lax.optimization_barrier(rope_tables(positions, self.config))
-        x = self.embed(tokens)
+        x, y = self.embed(tokens), None
         new_caches, streams = [], []
         for layer, cache in zip(self.layer, caches, strict=True):
-            x, cache = layer(x, *tables, attend, cache)
+            x, y, cache = layer(x, y, *tables, attend, cache)
             new_caches.append(cache)
-            streams.append(x)
-        features = [streams[i] for i in feature_layers]
+            streams.append((x, y))
+        features = [jnp.add(*streams[i]) for i in feature_layers]
         features = jnp.concatenate(features, -1) if features else None
-        return self.final_norm(x), tuple(new_caches), features
+        return self.final_norm(x, y)[1], tuple(new_caches), features
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits of normed hidden states [R, hidden], float32 [R, V]."""

@@ -25,6 +25,9 @@ from sparsespec_jax.state import new_state
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
+# Without a device nothing is tuned: projections of few tokens would be cut in parts and
+# summed up in other launches. Tokens are a multiple of 8: others are padded first.
+_WHOLE_PROJECTIONS = {"xla_gpu_enable_triton_gemm": False}
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
 )
@@ -76,6 +79,7 @@ def compile_step(
         param_shapes(model, jnp.bfloat16),
         state,
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
+        compiler_options=_WHOLE_PROJECTIONS if impl == "gpu" else None,
         donate_argnums=1,
     )
     return compiled, state.layers[0].kv_pages.size * 2
@@ -84,9 +88,9 @@ def compile_step(
 @pytest.mark.parametrize(
     ("target", "num_draft_tokens", "proposer", "most_launches"),
     [
-        ("h100", 8, "self", 14),
-        ("h100", 0, "self", 14),
-        ("h100", 8, "cascade", 14),
+        ("h100", 7, "self", 11),
+        ("h100", 0, "self", 11),
+        ("h100", 7, "cascade", 11),
         ("v5e", 8, "self", None),
         ("v5e", 8, "cascade", None),
     ],
@@ -104,11 +108,14 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
     layers = [
         [m[2] for m in launches if f"/layer_{i}/" in m[2]] for i in range(_LAYERS)
     ]
-    of_layer = min(layers, key=len)  # what layers share bears the name of one of them
+    # What layers share bears the name of one of them; the first adds no stream.
+    of_layer = min(layers[1:], key=len)
     assert 8 <= len(of_layer) <= most_launches
     # Queries and rows are packed where they are made, and angles evaluated once.
     assert not [path for path in of_layer if re.search("concatenate|cos|sin", path)]
-    assert sum("rotate_heads" in path for path in of_layer) == 1
+    kernels = {"rotate_heads": 1, "add_norm": 2, "write_rows": 1}
+    for name, count in kernels.items():
+        assert sum(f"({name}_gpu)" in path for path in of_layer) == count
 
 
 def test_prompt_chunks_are_attended_in_a_launch_of_their_own_without_copies():
