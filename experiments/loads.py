@@ -33,6 +33,9 @@ class Load:
     num_draft_tokens: int = _option(8, "Drafts per cycle, k.")
     budget_ratio: float = _option(0.05, "Share of the context that a draft reads, s.")
     min_budget: int = _option(192, "Tokens that a draft reads at least.")
+    chooses_k: bool = _option(
+        False, "Let the cost model turn speculation off and on, every 64 steps."
+    )
     policy: str = _option("pillar", "Selection policy.")
     mass_rows: str = _option("all", "Verify rows whose attention counts: all or edges.")
     scope: str = _option("kv_head", "One selection per kv_head or per layer.")
@@ -70,6 +73,7 @@ class Load:
         forced = None if self.forced_acceptance < 0 else self.forced_acceptance
         return SpeculationConfig(
             num_draft_tokens=self.num_draft_tokens,
+            draft_token_choices=(0,) if self.chooses_k else (),
             budget_ratio=self.budget_ratio,
             min_budget=self.min_budget,
             policy=self.policy,

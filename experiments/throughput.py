@@ -28,6 +28,8 @@ from experiments.models import random_model
 from experiments.prompts import load_prompts
 from pallas_kernels.bench import measure_rates
 from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
+from sparsespec_jax.calibrate import load_or_measure
+from sparsespec_jax.cost_model import Chooser
 from sparsespec_jax.state import pool_bytes_per_page
 from sparsespec_jax.text import encode_prompt
 
@@ -92,6 +94,8 @@ def make_engine(load: Load, model: Model, prompts, speculation) -> Engine:
     config = load.engine(max(map(len, prompts)), num_pages)
     engine = Engine(model, speculation=speculation, engine=config)
     engine.warm_up()
+    if speculation.draft_token_choices:
+        engine.choose_with(Chooser(load_or_measure(engine)))
     return engine
 
 

@@ -128,6 +128,13 @@ def test_a_wrong_load_is_refused(options):
         dataclasses.replace(LOADS["qwen3_8b_64x512x4096"], **options)
 
 
+def test_a_load_that_chooses_k_compiles_plain_decoding_too():
+    load = LOADS["qwen3_8b_64x512x4096"]
+    assert load.speculation().draft_token_choices == ()
+    load = dataclasses.replace(load, chooses_k=True)
+    assert load.speculation().draft_token_choices == (0,)
+
+
 def test_steps_of_a_load_on_made_up_caches(tiny_model):
     load = dataclasses.replace(
         LOADS["qwen3_8b_64x512x4096"], num_slots=4, dtype="float32", prefill_chunk=16
