@@ -161,7 +161,9 @@ def file_entries(results):
 
 def _environment(data):
     """The environment of a file; older and shorter headers hold less of it."""
-    found = data.get("environment", {"command": "python -m pallas_kernels.bench"})
+    # Only files that the benchmark wrote name an implementation.
+    command = "python -m pallas_kernels.bench" if "impl" in data else ""
+    found = data.get("environment", {"command": command})
     device = found.get("device") or data.get("device")
     return {"devices": [device], "backend": "", "command": ""} | found
 
