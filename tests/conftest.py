@@ -11,8 +11,14 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test runs at onc
 # Interpreted warpgroups wait for each other, each in a thread of the CPU client.
 os.environ.setdefault("PJRT_NPROC", "8")
 
+import gc
+import pathlib
+
 import jax
 import pytest
+
+_MAPS = pathlib.Path("/proc/self/maps")  # Linux only
+_MANY_MAPS = 20_000
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +43,18 @@ def default_model():
     from sparsespec_jax import load_model
 
     return load_model("smollm2", dtype="float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forget compiled programs before they take all memory maps of the process.
+
+    Each takes about 18 of the 65,530 that Linux allows; without any left XLA crashes.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):
