@@ -1,4 +1,4 @@
-"""Register layouts that several GPU kernels share."""
+"""Register layouts that several GPU kernels share, and how they are interpreted."""
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -60,3 +60,10 @@ def lane_rows_layout(size: int, lanes: int, *, single: bool = False):
     return plgpu.Layout.TILED(
         plgpu.Tiling(tiles), warp_dims=warp_dims, lane_dims=lane_dims, vector_dim=-1
     )
+
+
+def interpreter_of(
+    interpret: bool | plgpu.InterpretGPUParams,
+) -> plgpu.InterpretGPUParams | None:
+    """Returns the interpreter's parameters, None for a compiled kernel."""
+    return plgpu.InterpretGPUParams() if interpret is True else interpret or None

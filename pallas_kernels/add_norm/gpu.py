@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_layouts import interpreter_of
+
 _WARP = 32
 _WARPS = 4  # of a CTA
 
@@ -79,9 +81,7 @@ def add_norm_gpu(
         kernel_name="add_norm",
         # No thread reads what it or another one wrote.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams()
-        if interpret is True
-        else interpret or None,
+        interpret=interpreter_of(interpret),
     )(x, y, scale)
 
 

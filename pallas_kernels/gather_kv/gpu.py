@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_layouts import interpreter_of
+
 _MIN_ROWS = 8  # of one CTA
 _WARPS = 4  # of a CTA
 _MAX_COLUMNS = 256  # elements of one row that one copy moves
@@ -139,8 +141,6 @@ def gather_kv_gpu(
         ],
         # No thread reads what it wrote: only copies touch the rows.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams()
-        if interpret is True
-        else interpret or None,
+        interpret=interpreter_of(interpret),
     )(source_table, target_table, indices, counts, *pool_refs)
     return tuple(jax.freeze(ref) for ref in pool_refs)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_layouts import interpreter_of
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 from pallas_kernels.paged_attention.gpu_attend import attend
 from pallas_kernels.paged_attention.gpu_chunk import ChunkSpec, PrefillConfig
@@ -80,7 +81,7 @@ def paged_attention_gpu(
     _, num_heads, page_size, row_size = kv_pages.shape
     group_size, head_size = q.shape[1] // num_heads, row_size // 2
     _check_supported(q.dtype, head_size, group_size, page_size)
-    interpreter = plgpu.InterpretGPUParams() if interpret is True else interpret or None
+    interpreter = interpreter_of(interpret)
     if config is None:
         config = TUNED[head_size]
         if interpreter:  # which runs CTAs one behind the other

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_layouts import lane_rows_layout
+from pallas_kernels.gpu_layouts import interpreter_of, lane_rows_layout
 
 _THREADS = 128  # of a CTA
 
@@ -85,9 +85,7 @@ def rotate_heads_gpu(
         kernel_name="rotate_heads",
         # No thread reads what it or another one wrote.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams()
-        if interpret is True
-        else interpret or None,
+        interpret=interpreter_of(interpret),
     )(qkv, cos, sin, *(() if q_scale is None else (q_scale, k_scale)))
     return q, rows.reshape(num_tokens, num_heads, 2 * head_size)
 

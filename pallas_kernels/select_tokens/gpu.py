@@ -21,6 +21,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_layouts import interpreter_of
 from pallas_kernels.select_tokens.api import SelectedTokens
 
 _LARGEST, _SMALLEST = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
@@ -233,9 +234,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             plgpu.SMEM((W, _THREADS), jnp.int32),
             plgpu.Barrier(num_arrivals=W),
         ],
-        interpret=plgpu.InterpretGPUParams()
-        if interpret is True
-        else interpret or None,
+        interpret=interpreter_of(interpret),
     )(scores, lengths, budgets)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_layouts import row_layout
+from pallas_kernels.gpu_layouts import interpreter_of, row_layout
 
 
 # Compiled once for all layers of a model.
@@ -63,8 +63,6 @@ def write_rows_gpu(
         kernel_name="write_rows",
         # No thread reads what it or another one wrote.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams()
-        if interpret is True
-        else interpret or None,
+        interpret=interpreter_of(interpret),
     )(rows, pages, offsets, pool_ref)
     return jax.freeze(pool_ref)
