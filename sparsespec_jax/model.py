@@ -110,21 +110,6 @@ class RmsNorm(nn.Module):
         return normed.astype(self.dtype)
 
 
-class AddNorm(nn.Module):
-    """Sum of a stream and what a block adds to it, and the sum's norm in float32."""
-
-    eps: float
-    dtype: Any
-    impl: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the stream x + y [T, n] and its norm, in dtype."""
-        ones = nn.initializers.ones_init()
-        scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
-        return add_norm(x, y, scale, eps=self.eps, impl=self.impl)
-
-
 class Layer(nn.Module):
     """One pre-norm block: attention, then gated MLP, each added to the stream.
 
@@ -143,17 +128,18 @@ class Layer(nn.Module):
         x, y: stream and addend before it; no addend (None) before the first block.
         """
         c = self.config
-        norm = functools.partial(AddNorm, c.norm_eps, self.dtype, self.impl)
+        scale = functools.partial(Scale, c.hidden_size, self.dtype)
+        norm = functools.partial(add_norm, eps=c.norm_eps, impl=self.impl)
         if y is None:
             normed = RmsNorm(c.norm_eps, self.dtype, name="input_norm")(x)
         else:
-            x, normed = norm(name="input_norm")(x, y)
+            x, normed = norm(x, y, scale(name="input_norm")())
         q, rows = self._queries_and_rows(normed, cos, sin)
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
         hidden = (c.hidden_size,)
         y = Projection(hidden, self.dtype, c.attention_out_bias, name="out")(mixed)
-        x, normed = norm(name="mlp_norm")(x, y)
+        x, normed = norm(x, y, scale(name="mlp_norm")())
         inner = Projection(
             (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
         )(normed)
@@ -208,7 +194,7 @@ class Transformer(nn.Module):
         c = self.config
         self.embed = Embedding(c, self.dtype)
         self.layer = [Layer(c, self.dtype, i, self.impl) for i in range(c.num_layers)]
-        self.final_norm = AddNorm(c.norm_eps, self.dtype, self.impl)
+        self.final_norm = Scale(c.hidden_size, self.dtype)
         if not c.tie_embeddings:
             self.lm_head = Projection(
                 (c.vocab_size,), self.dtype, out_dtype=jnp.float32
@@ -237,7 +223,9 @@ class Transformer(nn.Module):
             streams.append((x, y))
         features = [jnp.add(*streams[i]) for i in feature_layers]
         features = jnp.concatenate(features, -1) if features else None
-        return self.final_norm(x, y)[1], tuple(new_caches), features
+        scale, eps = self.final_norm(), self.config.norm_eps
+        _, hidden = add_norm(x, y, scale, eps=eps, impl=self.impl)
+        return hidden, tuple(new_caches), features
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits of normed hidden states [R, hidden], float32 [R, V]."""
