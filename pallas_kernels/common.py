@@ -70,6 +70,12 @@ def as_rounded(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x.astype(jnp.float32), dtype.nexp, dtype.nmant)
 
 
+def rms_norm(wide: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Returns float32 rows `wide` over their root mean square, times scale."""
+    power = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(power + eps) * scale.astype(jnp.float32)
+
+
 def check_shape(name: str, array: jax.Array, expected: tuple, meaning: str) -> None:
     """Raises ValueError unless `array` has the `expected` shape (None = any size)."""
     shape = tuple(array.shape)

@@ -33,6 +33,7 @@ import numpy as np
 from flax import linen as nn
 
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.common import rms_norm
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.rope import rope_tables
@@ -104,10 +105,7 @@ class RmsNorm(nn.Module):
         """Return x [..., n] normalised and scaled, in dtype."""
         ones = nn.initializers.ones_init()
         scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(jnp.float32)
-        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(power + self.eps) * scale.astype(jnp.float32)
-        return normed.astype(self.dtype)
+        return rms_norm(x.astype(jnp.float32), scale, self.eps).astype(self.dtype)
 
 
 class Layer(nn.Module):

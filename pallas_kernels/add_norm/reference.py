@@ -3,9 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.common import as_rounded
+from pallas_kernels.common import as_rounded, rms_norm
 
 
 @functools.partial(jax.jit, static_argnames="eps")
@@ -14,7 +13,4 @@ def add_norm_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `api.add_norm` documents; same arguments, no checks."""
     stream = x + y
-    wide = as_rounded(stream)
-    power = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(power + eps) * scale.astype(jnp.float32)
-    return stream, normed.astype(x.dtype)
+    return stream, rms_norm(as_rounded(stream), scale, eps).astype(x.dtype)

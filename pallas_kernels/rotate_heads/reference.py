@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import as_rounded
+from pallas_kernels.common import as_rounded, rms_norm
 
 
 @functools.partial(jax.jit, static_argnames="eps")
@@ -25,10 +25,8 @@ def rotate_heads_reference(
     if q_scale is not None:
         # Queries and keys in one pass: each would cost XLA a launch of its own.
         is_key = jnp.arange(k_index + 1)[:, None] == k_index
-        scale = jnp.where(is_key, k_scale, q_scale).astype(jnp.float32)
-        wide = heads.astype(jnp.float32)
-        power = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        heads = (wide * jax.lax.rsqrt(power + eps) * scale).astype(qkv.dtype)
+        scale = jnp.where(is_key, k_scale, q_scale)
+        heads = rms_norm(heads.astype(jnp.float32), scale, eps).astype(qkv.dtype)
     first, second = jnp.split(as_rounded(heads), 2, axis=-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
     turned = (first * cos - second * sin, second * cos + first * sin)
