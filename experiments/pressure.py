@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import tempfile
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import time_split
@@ -100,13 +104,49 @@ def busiest_step(moved: np.ndarray, width: int) -> int:
 
 
 def trace_copies(model, load, speculation, config, first_step, num_steps=_TRACED):
-    """Trace steps of the load: do page copies run beside the kernels of steps?
+    """How much longer the device idles in some steps of the load if pages are copied.
+
+    The same steps are traced with and without their page copies. What the copies add
+    to the time in which no kernel runs is not hidden; the rest is, of the time that the
+    pages take at the rate of a lone copy.
 
     Raises:
-      ValueError: no page moves in them.
+      ValueError: no page moves in these steps.
     """
+    steps = functools.partial(
+        _traced_steps, model, load, speculation, config, first_step, num_steps
+    )
+    kernels, spilled, restored = steps(copies=True)
+    gc.collect()  # the pool must go before the next one comes
+    if not spilled + restored:
+        raise ValueError("no page moved in the traced steps: lower pool_share")
+    idle_ms = time_split.idle_ms(kernels)
+    without_ms = time_split.idle_ms(steps(copies=False)[0])
+    gc.collect()
+    page_bytes = config.page_size * model.config.kv_bytes_per_token()
+    rates = _host_copy_rates(config.host_chunk_pages * page_bytes)
+    to_host, to_device = rates.values()
+    copy_ms = 1e-6 * page_bytes * (spilled / to_host + restored / to_device)
+    return {
+        "first_step": first_step,
+        "steps": num_steps,
+        "spilled_pages": spilled,
+        "restored_pages": restored,
+        **rates,
+        "copy_ms": copy_ms,
+        "idle_ms": idle_ms,
+        "idle_ms_without_copies": without_ms,
+        "hidden_share": 1 - (idle_ms - without_ms) / copy_ms,
+        "recorded_copies": time_split.hidden_copy_share(kernels),
+    }
+
+
+def _traced_steps(model, load, speculation, config, first_step, num_steps, *, copies):
+    """Kernels of some steps of the load, and the pages spilled and restored in them."""
     engine = Engine(model, speculation=speculation, engine=config)
     engine.warm_up()
+    if not copies:
+        engine.drop_page_copies()
     for prompt, law in zip(*load, strict=True):
         engine.add_request(prompt, law)
 
@@ -122,15 +162,28 @@ def trace_copies(model, load, speculation, config, first_step, num_steps=_TRACED
             after = run_until(first_step + num_steps)
             engine.pause()
         kernels = time_split.load_kernels(directory)
-    spilled, restored = (b - a for a, b in zip(before, after, strict=True))
-    if not spilled + restored:
-        raise ValueError("no page moved in the traced steps: lower pool_share")
+    return kernels, *(b - a for a, b in zip(before, after, strict=True))
+
+
+def _host_copy_rates(num_bytes, repeats=5):
+    """GB/s of one copy of that size to pinned host memory and back, the best."""
+    device = jax.devices()[0]
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    on_host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+    def seconds(array, place):
+        start = time.perf_counter()
+        jax.block_until_ready(jax.device_put(array, place))
+        return time.perf_counter() - start
+
+    chunk = jnp.zeros(num_bytes, jnp.uint8)
+    chunk_on_host = jax.device_put(chunk, on_host)
+    jax.block_until_ready([chunk, chunk_on_host])
+    to_host = min(seconds(chunk, on_host) for _ in range(repeats))
+    to_device = min(seconds(chunk_on_host, on_device) for _ in range(repeats))
     return {
-        "first_step": first_step,
-        "steps": num_steps,
-        "spilled_pages": spilled,
-        "restored_pages": restored,
-        **time_split.hidden_copy_share(kernels),
+        "to_host_gb_per_s": num_bytes * 1e-9 / to_host,
+        "to_device_gb_per_s": num_bytes * 1e-9 / to_device,
     }
 
 

@@ -165,13 +165,23 @@ def split_of_steps(directory, plan_size: int, num_steps: int, count: int = 40) -
     }
 
 
+def idle_ms(kernels: list[Kernel]) -> float:
+    """Milliseconds, from the first to the last kernel, in which only copies run."""
+    firsts, lasts = _busy_spans([k for k in kernels if not _is_copy(k)])
+    return (lasts[-1] - firsts[0] - sum(lasts) + sum(firsts)) * 1e-6
+
+
+def _is_copy(kernel):
+    return re.match(r"mem(cpy|set)", kernel.name.lower()) is not None
+
+
 def hidden_copy_share(kernels: list[Kernel], count: int = 16) -> dict:
     """Milliseconds of copies between host and device, and the share beside kernels.
 
     `longest`: the `count` longest ones, by their start in the trace.
     """
     copies = [k for k in kernels if re.match(r"memcpy(h2d|d2h)", k.name.lower())]
-    others = [k for k in kernels if not re.match(r"mem(cpy|set)", k.name.lower())]
+    others = [k for k in kernels if not _is_copy(k)]
     spans = _busy_spans(others)
     hidden = {copy: _overlap(copy, *spans) for copy in copies}
     total = sum(copy.duration for copy in copies)

@@ -85,6 +85,18 @@ def test_copies_beside_kernels_are_hidden():
     }  # fmt: skip
 
 
+def test_the_device_idles_where_only_copies_run():
+    ms = 1e6
+    kernels = [
+        Kernel("MemcpyH2D", -3 * ms, 1 * ms),
+        Kernel("nvjet", 0 * ms, 4 * ms),
+        Kernel("gather_kv", 3 * ms, 2 * ms),
+        Kernel("MemcpyD2D", 6 * ms, 1 * ms),
+        Kernel("nvjet", 9 * ms, 1 * ms),
+    ]
+    assert time_split.idle_ms(kernels) == pytest.approx(4.0)
+
+
 def test_the_busiest_steps_move_pages_both_ways():
     spilled = np.array([0, 0, 9, 9, 10, 12, 12, 12])
     restored = np.array([0, 0, 0, 0, 1, 2, 2, 9])
