@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 REPEATS = 5
-PROGRAMS = 8  # of one repeat; the dispatch of the first is part of the time
+PROGRAMS = 24  # of one repeat; the dispatch of the first is part of the time
 
 
 def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
