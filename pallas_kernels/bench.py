@@ -3,10 +3,10 @@
     python -m pallas_kernels.bench --output experiments/results/kernels_h100.json
 
 One compiled program runs the same call for the layers of a step: queries, scores,
-pools or tables differ from layer to layer, lengths do not. Several programs run behind
-each other; their time is divided by programs and layers, and the median over repeats is
-reported. Inputs exceed the L2 cache. Errors are against the float32 references, with
-needles and NaN in every unused row.
+pools or tables differ from layer to layer, lengths do not. Programs run behind each
+other for a while; the time is divided by programs and layers, and the median over
+repeats is reported. Inputs exceed the L2 cache. Errors are against the float32
+references, with needles and NaN in every unused row.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import time
 
 import jax
@@ -38,7 +39,7 @@ from pallas_kernels.prefill_cases import PREFILL_CASES, num_flops
 from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.timing import (
-    PROGRAMS,
+    SECONDS,
     measure_rates,
     relative_error,
     time_donated_us,
@@ -345,7 +346,16 @@ def _against_xla(kernel, layers: list[tuple], shared: tuple, impl: str) -> dict:
 
 
 def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
-    """Prints one line per case, and writes the report so far after each."""
+    """Prints one line per case, and writes the report so far after each.
+
+    Raises:
+      ValueError: XLA_FLAGS let calls of a program run side by side.
+    """
+    if "CONCURRENT" in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError(
+            "XLA_FLAGS has command_buffer_scheduling_mode=CONCURRENT: calls would run "
+            "side by side, and none be timed alone; leave it out"
+        )
     read_rate, copy_rate = measure_rates()
     report = dict(
         device=jax.devices()[0].device_kind,
@@ -355,7 +365,7 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
         date=time.strftime("%Y-%m-%d"),
         method=__doc__.split("\n\n")[2].replace("\n", " "),
         layers=_LAYERS,
-        programs=PROGRAMS,
+        seconds_of_a_repeat=SECONDS,
         read_tb_per_s=read_rate / 1e12,
         copy_tb_per_s=copy_rate / 1e12,
         cases={},

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 REPEATS = 5
-PROGRAMS = 24  # of one repeat; the dispatch of the first is part of the time
+SECONDS = 0.15  # of one repeat; the dispatch of its first program is part of the time
+MIN_PROGRAMS = 8
 
 
 def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
@@ -21,16 +22,8 @@ def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
 
     old = jax.eval_shape(program, layers, shared, None)
     old = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
-    old = jax.block_until_ready(program(layers, shared, old))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for _ in range(PROGRAMS):
-            # Results at the same addresses: a captured graph needs no update.
-            old = program(layers, shared, old)
-        jax.block_until_ready(old)
-        times.append((time.perf_counter() - start) / PROGRAMS / len(layers))
-    return float(np.median(times)) * 1e6
+    # Results at the same addresses: a captured graph needs no update.
+    return _time_us(lambda old: program(layers, shared, old), old) / len(layers)
 
 
 def measure_rates() -> tuple[float, float]:
@@ -43,15 +36,25 @@ def measure_rates() -> tuple[float, float]:
 
 def time_donated_us(fn, x) -> float:
     """Returns the median time of a program that takes its own result."""
-    program = jax.jit(fn, donate_argnums=0)
-    x = jax.block_until_ready(program(x))
-    times = []
-    for _ in range(REPEATS):
+    return _time_us(jax.jit(fn, donate_argnums=0), x)
+
+
+def _time_us(program, x) -> float:
+    """Returns the median time of a compiled program that takes its own result."""
+
+    def seconds(count, x):
         start = time.perf_counter()
-        for _ in range(PROGRAMS):
+        for _ in range(count):
             x = program(x)
         jax.block_until_ready(x)
-        times.append((time.perf_counter() - start) / PROGRAMS)
+        return (time.perf_counter() - start) / count, x
+
+    _, x = seconds(2, x)
+    rough, x = seconds(MIN_PROGRAMS, x)
+    count, times = max(MIN_PROGRAMS, int(SECONDS / rough)), []
+    for _ in range(REPEATS):
+        time_of_one, x = seconds(count, x)
+        times.append(time_of_one)
     return float(np.median(times)) * 1e6
 
 

@@ -421,10 +421,21 @@ def test_benchmark_inputs_have_needles_and_nan(monkeypatch):
     assert distance < 0.1
 
 
+def _time_little(monkeypatch):
+    for name, value in (("MIN_PROGRAMS", 1), ("REPEATS", 1), ("SECONDS", 0.0)):
+        monkeypatch.setattr(timing, name, value)
+
+
+def test_benchmark_refuses_calls_side_by_side(monkeypatch):
+    flag = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    with pytest.raises(ValueError, match="CONCURRENT"):
+        bench.run([], "reference", "none", None)
+
+
 def test_benchmark_of_new_rows_runs(monkeypatch):
     monkeypatch.setattr(bench, "_LAYERS", 1)
-    for name in ("PROGRAMS", "REPEATS"):
-        monkeypatch.setattr(timing, name, 1)
+    _time_little(monkeypatch)
     result = bench.bench_write("write_136", "reference")
     assert result["exact"] and result["us"] > 0 and result["xla_scatter_us"] > 0
 
@@ -432,8 +443,7 @@ def test_benchmark_of_new_rows_runs(monkeypatch):
 @pytest.mark.parametrize("name", ["rotate_d64", "norm_136"])
 def test_benchmark_of_small_kernels_runs(name, monkeypatch):
     monkeypatch.setattr(bench, "_LAYERS", 1)
-    for constant in ("PROGRAMS", "REPEATS"):
-        monkeypatch.setattr(timing, constant, 1)
+    _time_little(monkeypatch)
     run = bench.bench_rotate if name in bench.ROTATE else bench.bench_norm
     result = run(name, "reference")
     assert result["error"] == 0.0 and result["us"] > 0 and result["xla_us"] > 0
