@@ -147,6 +147,7 @@ def describe_environment() -> dict:
         "num_cores": len(os.sched_getaffinity(0)),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in devices],
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "packages": {name: _version(name) for name in _PACKAGES},
         **_git_state(),
     }

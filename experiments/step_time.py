@@ -12,7 +12,6 @@ H100 for qwen3-8b, most of it compilation.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 
 from absl import app, flags
@@ -59,7 +58,6 @@ def main(argv):
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value) | {
         "load": dataclasses.asdict(load),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     steps = calibrate.measure(engine, contexts)
     rows = []

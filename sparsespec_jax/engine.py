@@ -283,10 +283,12 @@ class Engine:
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
         plan, planned, moves = self._scheduler.plan()
+        # Copies to the device follow each other: behind pages the step waits for them.
+        buffer = None if plan is None else jax.device_put(plan.buffer)
         if self._host_pages is not None:
             self._state = self._host_pages.move(self._state, moves)
         if plan is not None:
-            outcome = self.run_plan(plan)
+            outcome = self._dispatch(plan, buffer)
             outcome.copy_to_host_async()
             self._in_flight.append((planned, outcome, self.params_version))
             self.num_steps += 1
@@ -388,7 +390,10 @@ class Engine:
 
     def run_plan(self, plan):
         """Dispatch one step of a StepPlan; its packed outcome, not waited for."""
-        buffer = jax.device_put(plan.buffer)  # of this step alone: never written again
+        return self._dispatch(plan, jax.device_put(plan.buffer))
+
+    def _dispatch(self, plan, buffer):
+        """`run_plan` with the plan's buffer on the device, not written again."""
         self._state, outcome = self._step(self._filters, plan.shape)(
             self.params, self._state, buffer, prefill=plan.prefill
         )

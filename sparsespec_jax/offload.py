@@ -20,6 +20,9 @@ class HostPages:
       state: the DecodeState whose pages will come and go.
       num_chunks: chunks to hold.
       chunk_pages: pages of a chunk.
+
+    Raises:
+      RuntimeError: the chunks came out of the device's memory.
     """
 
     def __init__(self, state, *, num_chunks, chunk_pages):
@@ -32,11 +35,14 @@ class HostPages:
         )
         shape = (len(state.layers), chunk_pages, *pool.shape[1:])
         empty = jnp.zeros(shape, pool.dtype)
+        jax.block_until_ready(empty)
+        before = _bytes_in_use(device)
         # Pinned memory is slow to get and fast to use again.
         self._chunks = [
             jax.device_put(empty, self._on_host) for _ in range(num_chunks + 1)
         ]
         jax.block_until_ready(self._chunks)
+        check_is_on_host(before, _bytes_in_use(device), empty.nbytes)
         self._chunks[-1] = None  # a copy under way while its chunk is still read
         self._arriving = []  # (pages, chunk on its way to the device)
 
@@ -77,6 +83,25 @@ class HostPages:
         ids = np.full(self._chunk_pages, self._num_pages, np.int32)
         ids[: len(pages)] = pages
         return ids
+
+
+def check_is_on_host(before, after, chunk_bytes):
+    """Raise RuntimeError if the device's memory in use grew by a chunk or more.
+
+    With --xla_gpu_command_buffer_update_mode=SKIP_TEMP, jaxlib 0.11.2 takes arrays of
+    host memory from the device without saying so.
+    """
+    if after - before >= chunk_bytes:
+        raise RuntimeError(
+            f"page chunks for host memory took {after - before:,} bytes of the device: "
+            "leave --xla_gpu_command_buffer_update_mode=SKIP_TEMP out of XLA_FLAGS, or "
+            "set EngineConfig.kv_policy to 'recompute' or 'reserve'"
+        )
+
+
+def _bytes_in_use(device):
+    """Bytes of the device's memory in use; 0 where nobody counts them."""
+    return (device.memory_stats() or {}).get("bytes_in_use", 0)
 
 
 def _pools(state):

@@ -1,7 +1,9 @@
 """Page pressure, spills and restores in the engine: no token changes."""
 
 import dataclasses
+import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from experiments import pressure
 from sparsespec_jax import Engine, EngineConfig, SamplingParams
 from sparsespec_jax.kv_manager import PageMove
-from sparsespec_jax.offload import HostPages
+from sparsespec_jax.offload import HostPages, check_is_on_host
 from tests.engine_helpers import SPECULATION, run, tokens_of
 
 NUM_REQUESTS = 64
@@ -193,6 +195,31 @@ def test_pages_come_back_as_they_went(tiny_model):
         np.testing.assert_array_equal(new[[0, 1, 2, 5]], old[[4, 2, 9, 7]])
         rest = [i for i in range(len(old)) if i not in (0, 1, 2, 5)]
         np.testing.assert_array_equal(new[rest], old[rest])
+
+
+def test_host_memory_that_is_the_devices_is_refused():
+    check_is_on_host(7_000, 7_900, 1_000)
+    with pytest.raises(RuntimeError, match="3,000 bytes.*SKIP_TEMP"):
+        check_is_on_host(7_000, 10_000, 1_000)
+
+
+def test_a_plan_is_sent_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
+    engine, sent = make_engine(tiny_model, load), []
+    put, dispatch = jax.device_put, engine._dispatch
+
+    def note_put(x, *where):
+        sent.append("plan" if x.ndim == 1 else "pages")
+        return put(x, *where)
+
+    def note_dispatch(*args):
+        sent.append("step")
+        return dispatch(*args)
+
+    monkeypatch.setattr(jax, "device_put", note_put)
+    monkeypatch.setattr(engine, "_dispatch", note_dispatch)
+    decode(engine, load)
+    assert sent.count("pages") > 10 and sent.count("plan") == sent.count("step")
+    assert ("step", "pages") not in set(itertools.pairwise(sent))
 
 
 def test_a_lost_page_would_be_noticed(tiny_model, load, plain, monkeypatch):
