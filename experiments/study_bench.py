@@ -187,11 +187,12 @@ class Bench:
             hindsight=hindsight,
         )
         num_rows = replay.rows_needed(num_cycles, k)
+        heat = row.temperature if row.text_temperature is None else row.text_temperature
         texts = [
             replay.summarise(
                 replay.replay(
                     self.model,
-                    self._recording_of(index, row.temperature, k, num_rows, num_keys),
+                    self._recording_of(index, heat, k, num_rows, num_keys),
                     policy=policy,
                     options=options,
                     speculation=speculation,
@@ -199,7 +200,7 @@ class Bench:
                     num_cycles=num_cycles,
                 )
             )
-            for index in self._not_looping(chosen, row.temperature)
+            for index in self._not_looping(chosen, heat)
         ]
         found = {}
         for name, value in texts[0].items():

@@ -29,11 +29,14 @@ class Row:
     proposer: str = "self"
     draft_steps: int | None = None  # cascade
     num_guesses: int | None = None  # cascade
+    text_temperature: float | None = None  # replay: of the text; None: temperature
     contexts: tuple[int, int] = (0, 1 << 20)  # only those of a length in [low, high)
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if self.text_temperature is not None and self.mode != "replay":
+            raise ValueError("text_temperature is of mode 'replay': decoding has one")
         self.speculation("pillar")
 
     def speculation(self, policy):
