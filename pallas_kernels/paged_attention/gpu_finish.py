@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.gpu_layouts import row_layout
 from pallas_kernels.paged_attention.gpu_layout import (
+    TILE,
     Spec,
     edge_position,
     full,
@@ -44,7 +45,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
         num_mass = spec.groups[spec.mass_group].num_lanes * H * spec.mass_ctas
 
     def body(ends, kv_lengths, q_lengths, parts, log_sums, *rest):
-        *rest, out = rest
+        *rest, out, final_s = rest
         work = lax.axis_index("work")
         lengths = (ends, kv_lengths, q_lengths)
 
@@ -64,7 +65,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
                     lax.rem(work, spec.mass_ctas),
                 )
                 where = (lax.div(number, H), lax.rem(number, H), first)
-                refs = (log_sums, probabilities, maxima, mass.at[place[0]])
+                refs = (log_sums, probabilities, maxima, mass.at[place[0]], final_s)
                 write_mass(spec, *where, *lengths, *refs)
 
     return plgpu.kernel(
@@ -73,6 +74,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
         grid=(num_mass + num_tokens * head_groups,),
         grid_names=("work",),
         kernel_name="paged_attention_finish",
+        scratch_types=[plgpu.SMEM((1, TILE), jnp.float32) if stored else None],
         **spec.options,
     )(ends, kv_lengths, q_lengths, parts, log_sums, *stored)
 

@@ -13,10 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.gpu_layouts import row_layout
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
     MASS_BLOCKS,
+    TILE,
     WARPS,
     Spec,
     full,
@@ -24,7 +26,7 @@ from pallas_kernels.paged_attention.gpu_layout import (
 )
 
 _WORD = 32
-_PARTS = 2  # whose log sums are in flight, which take registers
+_PARTS = 4  # whose log sums are in flight
 _ROUNDER = 2.0**23  # a float32 between it and twice it has no fraction
 
 
@@ -85,8 +87,12 @@ def write_mass(
     probabilities,
     maxima,
     mass,
+    final_s,
 ):
-    """Writes the mass of every `mass_ctas`-th 16 blocks of one lane and KV head."""
+    """Writes the mass of every `mass_ctas`-th 16 blocks of one lane and KV head.
+
+    `final_s` is shared memory, float32 [1, 64].
+    """
     G, group = spec.group_size, spec.groups[spec.mass_group]
     is_edges = spec.mass_rows == "edges"
     tiles = 1 if is_edges else group.tiles_per_lane
@@ -100,8 +106,11 @@ def write_mass(
     def add_tile(block, number, acc):
         segment = (lane * group.tiles_per_lane + number) * spec.num_heads + head
         rows = jnp.clip(used - number * group.step * G, 0, group.step * G)
-        refs = (ends, log_sums, probabilities.at[segment], maxima.at[segment])
-        return _add_tile(spec, spec.mass_segments[0] + segment, block, rows, *refs, acc)
+        parts = parts_of(ends, spec.mass_segments[0] + segment, spec)
+        first = spec.mass_segments[0] + segment + parts[0]
+        _place_log_sums(final_s, log_sums, first, parts[1] - parts[0])
+        refs = probabilities.at[segment], maxima.at[segment], final_s
+        return _add_tile(spec, block, rows, *refs, acc)
 
     def step(i, _):
         block = i * MASS_BLOCKS
@@ -126,58 +135,62 @@ def _repeat(count: int, body, carry):
     return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
 
 
-def _add_tile(
-    spec: Spec, segment, block, rows, ends, log_sums, probabilities, maxima, acc
-):
+def _add_tile(spec: Spec, block, rows, probabilities, maxima, final_s, acc):
     """Returns sums with those of the first `rows` rows of 16 blocks of a tile."""
     bits, count = spec.config.mass_bits, spec.mass_tile_rows
     by_row, blocks = _LAYOUT.reduce(2), pl.ds(block, MASS_BLOCKS)
-    parts = parts_of(ends, segment, spec)
 
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    def add_rows(number, acc):
-        wanted = number * GROUP
-        # The last rows are read again where 8 more would be too many.
-        first = jnp.maximum(jnp.minimum(wanted, count - GROUP), 0)
-        # All loads stand in front: they wait for memory together.
+    def load_rows(number):
+        """Returns words and maxima of 8 rows: all loads wait for memory together."""
+        first = first_row(number)
         columns = range(0, spec.mass_words, GROUP)
         windows = [(blocks, pl.ds(first, GROUP), pl.ds(c, GROUP)) for c in columns]
         words = [load(probabilities.at[window], _LAYOUT) for window in windows]
-        top = load(maxima.at[blocks, pl.ds(first, GROUP)], by_row)
-        final = _final_log_sum(spec, segment, first, parts, log_sums)
+        return words, load(maxima.at[blocks, pl.ds(first, GROUP)], by_row)
+
+    def first_row(number):
+        # The last rows are read again where 8 more would be too many.
+        return jnp.maximum(jnp.minimum(number * GROUP, count - GROUP), 0)
+
+    def add_rows(number, carry):
+        acc, (words, top) = carry
+        loaded = load_rows(number + 1) if turns > 1 else (words, top)
+        first = first_row(number)
+        final = load(final_s.at[0, pl.ds(first, GROUP)], _LAYOUT.reduce((0, 2)))
         w = jnp.exp2(top - lax.broadcast_in_dim(final, top.shape, [1]))
         row = first + plgpu.broadcasted_iota(jnp.int32, w.shape, 1, layout=by_row)
-        w = jnp.where((row >= wanted) & (row < rows), w, 0.0)
+        w = jnp.where((row >= number * GROUP) & (row < rows), w, 0.0)
         w = lax.broadcast_in_dim(w, words[0].shape, [0, 1])
         pairs = zip(acc, unpack(words, bits), strict=True)
-        return [a + (n.astype(jnp.float32) * w).sum(axis=1) for a, n in pairs]
+        acc = [a + (n.astype(jnp.float32) * w).sum(axis=1) for a, n in pairs]
+        return acc, loaded
 
-    return _repeat(-(-count // GROUP), add_rows, acc)
+    turns = -(-count // GROUP)
+    return _repeat(turns, add_rows, (acc, load_rows(0)))[0]
 
 
-def _final_log_sum(spec: Spec, segment, first, parts, log_sums):
-    """Returns log sums over all parts of a segment, of eight rows from the first."""
-    layout = _LAYOUT.reduce((0, 2))
-    # Registers: where a loop adds several groups of rows, there are fewer to spare.
-    at_once = _PARTS if spec.mass_tile_rows <= GROUP else 1
-    first_part, last_part = parts
+def _place_log_sums(final_s, log_sums, first, count):
+    """Writes the log sums of 64 rows over `count` parts from the first to final_s."""
+    layout = row_layout(TILE)
 
-    def load(cta):
-        part = segment + jnp.minimum(cta, last_part - 1)
-        w = log_sums.at[part, pl.ds(first, GROUP)]
+    def load(i):
+        w = log_sums.at[pl.ds(first + jnp.minimum(i, count - 1), 1)]
         w = plgpu.load(w, layout=layout, optimized=False)
-        return w + jnp.where(cta < last_part, 0.0, 2 * MASK_VALUE)
+        return w + jnp.where(i < count, 0.0, 2 * MASK_VALUE)
 
     def add(i, carry):
-        loaded = [load(first_part + i * at_once + k) for k in range(at_once)]
+        loaded = [load(i * _PARTS + k) for k in range(_PARTS)]
         return functools.reduce(_add_log, loaded, carry)
 
-    zero = (full((GROUP,), 1.5 * MASK_VALUE, layout), full((GROUP,), 0.0, layout))
-    steps = lax.div(last_part - first_part + (at_once - 1), at_once)
+    zero = full((1, TILE), 1.5 * MASK_VALUE, layout), full((1, TILE), 0.0, layout)
+    steps = lax.div(count + (_PARTS - 1), _PARTS)
     m, total = lax.fori_loop(0, steps, add, zero)
-    return m + jnp.log2(total)
+    plgpu.commit_smem()  # the sums before have been read
+    final_s[...] = m + jnp.log2(total)
+    plgpu.commit_smem()
 
 
 def _add_log(carry, w):
