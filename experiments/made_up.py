@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 
 from experiments import time_split
+from pallas_kernels import device_trace
 from sparsespec_jax import Engine, calibrate
 
 
@@ -27,7 +28,7 @@ def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
     """The time split of `num_steps` steps of k drafts, and their largest kernels."""
     plans = calibrate.made_up_cycle(engine, k, length)
     with tempfile.TemporaryDirectory() as directory:
-        with time_split.trace(directory):
+        with device_trace.trace(directory):
             for step in range(num_steps):
                 outcome = engine.run_plan(plans[step % len(plans)])
             outcome.block_until_ready()

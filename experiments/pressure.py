@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import time_split
+from pallas_kernels import device_trace
 from sparsespec_jax import Engine, SamplingParams
 
 MODES = ("offload", "offload_without_copies", "recompute", "reserve")
@@ -158,10 +159,10 @@ def _traced_steps(model, load, speculation, config, first_step, num_steps, *, co
 
     before = run_until(first_step)
     with tempfile.TemporaryDirectory() as directory:
-        with time_split.trace(directory):
+        with device_trace.trace(directory):
             after = run_until(first_step + num_steps)
             engine.pause()
-        kernels = time_split.load_kernels(directory)
+        kernels = device_trace.load_kernels(directory)
     return kernels, *(b - a for a, b in zip(before, after, strict=True))
 
 

@@ -26,6 +26,7 @@ from experiments import record, time_split
 from experiments.loads import LOADS, Load
 from experiments.models import random_model
 from experiments.prompts import load_prompts
+from pallas_kernels import device_trace
 from pallas_kernels.bench import measure_rates
 from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
 from sparsespec_jax.calibrate import load_or_measure
@@ -166,7 +167,7 @@ def _trace(engine, clock, trace_dir):
     """Trace steps of the engine, counted by `clock`; the time split."""
     last = engine.num_steps + _TRACE_STEPS.value
     first = engine.num_steps
-    with time_split.trace(trace_dir):
+    with device_trace.trace(trace_dir):
         clock.run(lambda finished: engine.num_steps >= last)
     plan_size = engine.shape.new_plan(prefill=False).buffer.size
     return time_split.split_of_steps(trace_dir, plan_size, engine.num_steps - first)

@@ -8,12 +8,11 @@ the code and not the compiler's kernel names.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import pathlib
 import re
-from typing import NamedTuple
 
 import jax
+
+from pallas_kernels.device_trace import Kernel, load_kernels
 
 _SCOPES = {
     "write_rows": "attention",
@@ -33,52 +32,6 @@ _BY_NAME = (
 )
 CATEGORIES = ("dense", "attention", "selection", "gather", "sampling", "copies")
 _INSTRUCTION = re.compile(r"%?([\w.\-]+) = .*metadata=\{op_name=\"([^\"]*)\"")
-
-
-class Kernel(NamedTuple):
-    """One run of a kernel or copy on the device; nanoseconds."""
-
-    name: str
-    start: float
-    duration: float
-
-
-@contextlib.contextmanager
-def trace(directory):
-    """Record the device while the block runs; without Python frames, which are slow."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 1
-    jax.profiler.start_trace(str(directory), profiler_options=options)
-    try:
-        yield
-    finally:
-        jax.profiler.stop_trace()
-
-
-def load_kernels(directory) -> list[Kernel]:
-    """Kernels of the newest trace under `directory`, by start.
-
-    Raises:
-        ValueError: no trace, or none of a GPU.
-    """
-    paths = sorted(
-        pathlib.Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime
-    )
-    if not paths:
-        raise ValueError(f"no trace under {directory}")
-    data = jax.profiler.ProfileData.from_file(str(paths[-1]))
-    kernels = [
-        Kernel(event.name, event.start_ns, event.duration_ns)
-        for plane in data.planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
-    if not kernels:
-        raise ValueError(f"{paths[-1]} holds no kernels of a GPU")
-    return sorted(kernels, key=lambda k: k.start)
 
 
 def scopes_of(module_name: str, plan_size: int) -> dict[str, str]:

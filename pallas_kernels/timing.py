@@ -1,11 +1,14 @@
 """Times programs on this device, and what the memory of it can do."""
 
 import functools
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import device_trace
 
 REPEATS = 5
 SECONDS = 0.15  # of one repeat; the dispatch of its first program is part of the time
@@ -14,6 +17,28 @@ MIN_PROGRAMS = 8
 
 def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
     """Returns the median time of one call of `fn` in a program that makes many."""
+    return _time_us(*_program_of(fn, layers, shared)) / len(layers)
+
+
+def device_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
+    """Returns what the kernels of one call of `fn` take, by the profiler of a GPU.
+
+    For calls that take less than the host needs to launch them.
+    """
+    program, x = _program_of(fn, layers, shared)
+    x = jax.block_until_ready(program(x))
+    with tempfile.TemporaryDirectory() as directory:
+        with device_trace.trace(directory):
+            for _ in range(MIN_PROGRAMS):
+                x = program(x)
+            jax.block_until_ready(x)
+        kernels = device_trace.load_kernels(directory)
+    total = sum(kernel.duration for kernel in kernels)
+    return total * 1e-3 / MIN_PROGRAMS / len(layers)
+
+
+def _program_of(fn, layers, shared):
+    """Returns a program of one call per layer that takes its last results, and such."""
     one = jax.jit(fn)
 
     @functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
@@ -23,7 +48,7 @@ def time_us(fn, layers: list[tuple], shared: tuple = ()) -> float:
     old = jax.eval_shape(program, layers, shared, None)
     old = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
     # Results at the same addresses: a captured graph needs no update.
-    return _time_us(lambda old: program(layers, shared, old), old) / len(layers)
+    return functools.partial(program, layers, shared), old
 
 
 def measure_rates() -> tuple[float, float]:

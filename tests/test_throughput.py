@@ -12,7 +12,8 @@ import pytest
 
 from experiments import made_up, pressure, time_split
 from experiments.loads import LOADS
-from experiments.time_split import Kernel
+from pallas_kernels import device_trace
+from pallas_kernels.device_trace import Kernel
 from sparsespec_jax import calibrate
 
 SCOPES = {
@@ -120,7 +121,7 @@ def test_scopes_come_from_the_compiled_program():
 
 def test_no_trace_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no trace"):
-        time_split.load_kernels(tmp_path)
+        device_trace.load_kernels(tmp_path)
 
 
 @pytest.mark.parametrize(

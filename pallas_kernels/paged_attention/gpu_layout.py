@@ -19,7 +19,8 @@ UNITS = BLOCK // UNIT  # of one block
 GROUP = 8  # neighbouring keys of a block whose probabilities are packed alike
 WARPS = 4  # of a CTA
 MASS_BLOCKS = 16  # whose mass a CTA sums at a time
-MERGE_ROWS = 24  # of parts, loaded together by a CTA that merges: registers
+MERGE_ROWS = 48  # of parts, loaded together by a CTA that merges: registers
+FEW_MERGE_ROWS = 24  # the same where a warp holds a share of every row
 MASS_CTAS = 16  # at most, that share the mass of one lane and KV head
 
 
@@ -146,14 +147,21 @@ class Spec:
     def parts_at_once(self) -> int:
         """Parts of a segment loaded together: as many as equal segments would have."""
         parts = -(-self.config.num_ctas // self.num_segments) + 1
-        return max(2, min(parts, MERGE_ROWS // self.group_size))
+        return max(2, min(parts, self.merge_rows // self.group_size))
+
+    @property
+    def merge_rows(self) -> int:
+        """Rows of parts that a CTA loads together when it merges."""
+        return FEW_MERGE_ROWS if self.group_size % WARPS else MERGE_ROWS
 
     @property
     def heads_at_once(self) -> int:
         """KV heads of a token that one CTA merges."""
         rows = self.parts_at_once * self.group_size
         counts = range(1, self.num_heads + 1)
-        fits = [n for n in counts if self.num_heads % n == 0 and n * rows <= MERGE_ROWS]
+        fits = [
+            n for n in counts if self.num_heads % n == 0 and n * rows <= self.merge_rows
+        ]
         return max(fits, default=1)
 
     @property
@@ -338,10 +346,14 @@ def shares(ends_ref, spec: Spec):
     """Returns the units of the stream, at least 1, and the CTAs that divide them.
 
     CTA c owns units c * total // CTAs to (c + 1) * total // CTAs: as many as a block
-    has, since a segment's parts are those of all CTAs from its first to its last.
+    has, since a segment's parts are those of all CTAs from its first to its last. More
+    CTAs that do not make the largest share smaller, in blocks, would only end earlier
+    than the others, and leave the last blocks to a few.
     """
     total = jnp.maximum(ends_ref[spec.num_segments - 1], 1)
-    return total, jnp.clip(lax.div(total, UNITS), 1, spec.config.num_ctas)
+    blocks = lax.div(total, UNITS)
+    largest = jnp.maximum(lax.div(blocks - 1, spec.config.num_ctas) + 1, 1)
+    return total, jnp.maximum(lax.div(blocks + largest - 1, largest), 1)
 
 
 def share_of(cta, ends_ref, spec: Spec):
