@@ -27,7 +27,7 @@ from experiments.loads import LOADS, Load
 from experiments.models import random_model
 from experiments.prompts import load_prompts
 from pallas_kernels import device_trace
-from pallas_kernels.bench import measure_rates
+from pallas_kernels.timing import measure_flop_rate, measure_rates
 from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
 from sparsespec_jax.calibrate import load_or_measure
 from sparsespec_jax.cost_model import Chooser
@@ -132,8 +132,13 @@ class Clock:
         }
 
 
-def run_mode(load: Load, model: Model, prompts, speculation, trace_dir) -> dict:
-    """Decode the load once; rates, counts and the time split of one mode."""
+def run_mode(
+    load: Load, model: Model, prompts, speculation, trace_dir, balance_tokens
+) -> dict:
+    """Decode the load once; rates, counts and the time split of one mode.
+
+    balance_tokens: of the device, see `metrics.speed_of_light`.
+    """
     start = time.perf_counter()
     engine = make_engine(load, model, prompts, speculation)
     set_up_s = time.perf_counter() - start
@@ -160,6 +165,7 @@ def run_mode(load: Load, model: Model, prompts, speculation, trace_dir) -> dict:
         * pool_bytes_per_page(model.config, load.page_size, load.dtype)
         / 2**30,
         "stats": stats.to_dict(),
+        "speed_of_light_with_arithmetic": stats.speed_of_light_at(balance_tokens),
     }
 
 
@@ -195,6 +201,9 @@ def metrics_of(plain: list[dict], spec: list[dict], load: Load) -> dict:
         "speedup": sp / ar,
         "speed_of_light": bound,
         "fraction_of_speed_of_light": sp / ar / bound,
+        "speed_of_light_with_arithmetic": median(
+            spec, "speed_of_light_with_arithmetic"
+        ),
         "mean_accepted_draft_tokens": total["mean_accepted_draft_tokens"],
         "forced_acceptance": None
         if load.forced_acceptance < 0
@@ -223,6 +232,8 @@ def main(argv):
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     read_rate, copy_rate = measure_rates()
+    flop_rate = measure_flop_rate(load.dtype)
+    balance_tokens = flop_rate / read_rate * np.dtype(load.dtype).itemsize / 2
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     results = record.results_header(own_flags, commit=_COMMIT.value) | {
         "load": dataclasses.asdict(load),
@@ -230,6 +241,8 @@ def main(argv):
         "weight_bytes": sizes.weight_bytes(model),
         "read_tb_per_s": read_rate / 1e12,
         "copy_tb_per_s": copy_rate / 1e12,
+        "tflop_per_s": flop_rate / 1e12,
+        "balance_tokens": balance_tokens,
     }
     modes = {
         "plain": SpeculationConfig(num_draft_tokens=0),
@@ -240,7 +253,9 @@ def main(argv):
         for name, speculation in modes.items():
             with tempfile.TemporaryDirectory() as temporary:
                 directory = _TRACE_DIR.value or temporary
-                run = run_mode(load, model, prompts, speculation, directory)
+                run = run_mode(
+                    load, model, prompts, speculation, directory, balance_tokens
+                )
             gc.collect()  # the pool must go before the next one comes
             runs[name].append(run)
             line = f"{name} {repeat}: {run['tokens_per_s']:.0f} tokens/s in all"

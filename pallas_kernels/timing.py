@@ -53,10 +53,19 @@ def _program_of(fn, layers, shared):
 
 def measure_rates() -> tuple[float, float]:
     """Returns the rates of a large read and of a large copy, bytes per second."""
-    x = jnp.ones((2**19, 4096), jnp.bfloat16)
+    rows = 2**14 if _is_cpu() else 2**19
+    x = jnp.ones((rows, 4096), jnp.bfloat16)
     read = time_us(lambda x: x.astype(jnp.float32).sum(1), [(x,)])
     copy = time_us(lambda x: x + 1, [(x,)])
     return x.nbytes / read * 1e6, 2 * x.nbytes / copy * 1e6
+
+
+def measure_flop_rate(dtype) -> float:
+    """Returns the rate of a product of large matrices, operations per second."""
+    size = 512 if _is_cpu() else 4096
+    keys = jax.random.split(jax.random.key(0))
+    x, y = (jax.random.normal(key, (size, size), dtype) for key in keys)
+    return 2 * size**3 / time_us(jnp.dot, [(x, y)]) * 1e6
 
 
 def time_donated_us(fn, x) -> float:
@@ -81,6 +90,10 @@ def _time_us(program, x) -> float:
         time_of_one, x = seconds(count, x)
         times.append(time_of_one)
     return float(np.median(times)) * 1e6
+
+
+def _is_cpu():
+    return jax.default_backend() == "cpu"
 
 
 def relative_error(actual, expected) -> float:

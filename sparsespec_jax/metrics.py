@@ -253,6 +253,10 @@ class DecodeStats:
 
         All slots are taken as busy, which is the load the bound is meant for.
         """
+        return self.speed_of_light_at(math.inf)
+
+    def speed_of_light_at(self, balance_tokens: float) -> float:
+        """`speed_of_light` where steps of more tokens are bound by arithmetic."""
         total = self.total
         drafts = total.max_draft_steps
         verify = total.kv_tokens_read.verify
@@ -266,6 +270,8 @@ class DecodeStats:
             if drafts
             else 0.0,
             overhead_ratio=_ratio(2 * total.kv_tokens_read.gather, verify),
+            num_slots=self.num_slots,
+            balance_tokens=balance_tokens,
         )
 
     def to_dict(self) -> dict:
@@ -317,6 +323,8 @@ def speed_of_light(
     kv_bytes: float,
     budget_ratio: float,
     overhead_ratio: float | None = None,
+    num_slots: int = 1,
+    balance_tokens: float = math.inf,
 ) -> float:
     """Bound on the speed-up over plain decoding when every step is bound by memory.
 
@@ -324,6 +332,9 @@ def speed_of_light(
     token per slot. A cycle of k draft steps and one verification reads
     (k + 1) W + (k s + 1 + m) KV and commits a + 1, so the bound is
     (a + 1) (W + KV) / ((k + 1) W + (k s + 1 + m) KV).
+
+    A step of more than `balance_tokens` is bound by arithmetic instead, and its W
+    counts as more: a plain step has S tokens, one of a cycle S (2k + 1) / (k + 1).
 
     Args:
         num_draft_tokens: k; of a proposer or a cascade the draft steps of a cycle.
@@ -333,12 +344,20 @@ def speed_of_light(
         budget_ratio: s, share of the cache that a draft step reads.
         overhead_ratio: m, share of the cache moved by mass, selection and gather;
             None is a gather's read and write, 2 s (0 without drafts).
+        num_slots: S, requests of a step.
+        balance_tokens: tokens whose products with all weights take as long as reading
+            these.
     """
     k, s = num_draft_tokens, budget_ratio
     m = (2 * s if k else 0.0) if overhead_ratio is None else overhead_ratio
-    cycle_bytes = (k + 1) * weight_bytes + (k * s + 1 + m) * kv_bytes
+
+    def weights(tokens):
+        return weight_bytes * max(1.0, tokens / balance_tokens)
+
+    in_cycle = weights(num_slots * (2 * k + 1) / (k + 1))
+    cycle_bytes = (k + 1) * in_cycle + (k * s + 1 + m) * kv_bytes
     committed = mean_accepted_draft_tokens + 1
-    return _ratio(committed * (weight_bytes + kv_bytes), cycle_bytes)
+    return _ratio(committed * (weights(num_slots) + kv_bytes), cycle_bytes)
 
 
 def token_forwards_per_token(

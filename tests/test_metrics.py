@@ -157,6 +157,31 @@ def test_speed_of_light_by_hand():
     assert bound == pytest.approx(14 / 10.5)
 
 
+def test_weights_count_as_more_where_arithmetic_takes_longer():
+    # 128 slots: 128 rows in a plain step, 128 * 17 / 9 in one of a cycle, of 200.
+    bound = metrics.speed_of_light(
+        num_draft_tokens=8,
+        mean_accepted_draft_tokens=6,
+        weight_bytes=1.0,
+        kv_bytes=1.0,
+        budget_ratio=0.05,
+        num_slots=128,
+        balance_tokens=200.0,
+    )
+    assert bound == pytest.approx(14 / (128 * 17 / 200 + 1.5))
+    # And in a plain step too: all arithmetic, 17 / 7 token forwards per token.
+    bound = metrics.speed_of_light(
+        num_draft_tokens=8,
+        mean_accepted_draft_tokens=6,
+        weight_bytes=1.0,
+        kv_bytes=0.0,
+        budget_ratio=0.05,
+        num_slots=128,
+        balance_tokens=1.0,
+    )
+    assert bound == pytest.approx(7 / 17)
+
+
 def test_speed_of_light_of_plain_decoding_is_one():
     for overhead in (None, 0.0):
         bound = metrics.speed_of_light(
