@@ -175,7 +175,17 @@ def test_preemption_compiles_nothing(tiny_model, load):
 
 
 def test_pages_come_back_as_they_went(tiny_model):
-    engine = Engine(tiny_model, speculation=SPECULATION, engine=CONFIG)
+    check_that_pages_come_back(tiny_model)
+
+
+@pytest.mark.gpu
+def test_pages_come_back_from_the_host_of_a_gpu(tiny_model):
+    check_that_pages_come_back(tiny_model)
+
+
+def check_that_pages_come_back(model):
+    config = dataclasses.replace(CONFIG, impl="reference")
+    engine = Engine(model, speculation=SPECULATION, engine=config)
     rng = np.random.default_rng(0)
 
     def fill(layer):
