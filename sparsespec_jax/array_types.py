@@ -5,13 +5,14 @@ Axes (one letter, one meaning)::
     S  slots: requests that can be decoded at the same time
     K  drafts per cycle (`num_draft_tokens`); Q = K + 1 rows of a verification
     E  verify lanes of one step, ceil(S / (K + 1))
+    A  draft lanes of one step, at least S - floor(S / (K + 1)); 0 if nothing drafts
     Qd rows of a draft lane: 1, or with a cascade 1 + m, m guesses
     F  prefill lanes of one step;  C  tokens of one prefill chunk
-    T  tokens of one step: S * Qd + E * Q (+ F * C)
+    T  tokens of one step: A * Qd + E * Q (+ F * C)
     L  layers;  N  query heads;  H  KV heads;  G = N / H  (GQA group);  D  head size
     P  pages of the pool;  ps  tokens per page;  W  columns of a page table
     B  selected tokens of a draft cache (budget);  X  key columns, W * ps
-    V  vocabulary;  R  rows of logits of one step: S * Qd + E * Q
+    V  vocabulary;  R  rows of logits of one step: A * Qd + E * Q
 
 Terms::
 

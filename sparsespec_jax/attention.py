@@ -3,7 +3,7 @@
 Binds pages, page tables, policy and kernels of a step into the `attend` function that
 the model calls in every layer. The token axis of a step is
 
-    [ S drafts of Qd tokens | E verifies of Q tokens | F prompt chunks of C tokens ]
+    [ A drafts of Qd tokens | E verifies of Q tokens | F prompt chunks of C tokens ]
 
 and each part is one lane group of a single paged-attention call.
 """
@@ -36,19 +36,24 @@ class VerifyLanes(NamedTuple):
 class StepLanes(NamedTuple):
     """Where each token of a step lives and what it sees."""
 
-    draft_active: jax.Array  # bool [S] (size 0 in plain decoding)
-    draft_rows: jax.Array  # int32 [S], tokens that an active draft lane feeds
-    draft_tails: jax.Array  # int32 [S], rows behind the selected ones, own one excluded
+    draft_slots: jax.Array  # int32 [A], num_slots for an idle lane (A 0: none drafts)
+    draft_active: jax.Array  # bool [A]
+    draft_rows: jax.Array  # int32 [A], tokens that an active draft lane feeds
+    draft_tails: jax.Array  # int32 [A], rows behind the selected ones, own one excluded
+    draft_seeds: jax.Array  # uint32 [A, 2]
+    draft_starts: jax.Array  # int32 [A], committed length before the last verification
+    draft_budgets: jax.Array  # int32 [A]
     draft_counts: jax.Array | None  # int32 [S, 1] if the policy's counts are fixed
     draft_table: jax.Array  # int32 [S, Wd]
-    draft_seeds: jax.Array  # uint32 [S, 2]
-    draft_starts: jax.Array  # int32 [S], committed length before the last verification
-    draft_budgets: jax.Array  # int32 [S]
     full_table: jax.Array  # int32 [S, W]
     verify: VerifyLanes
     prefill_slots: jax.Array  # int32 [F]
     prefill_starts: jax.Array  # int32 [F]
     prefill_counts: jax.Array  # int32 [F]
+
+    def of_draft(self, array):
+        """Rows [A, ...] of an array over slots; those of idle lanes are arbitrary."""
+        return array.at[self.draft_slots].get(mode="clip")
 
 
 class RowPlaces(NamedTuple):
@@ -287,7 +292,7 @@ def _tables_and_rows(lanes, shape):
 
     full = pad(lanes.full_table)
     tables = [
-        pad(lanes.draft_table)[: shape.draft_lanes],
+        pad(lanes.of_draft(lanes.draft_table)),
         full.at[lanes.verify.slots].get(mode="clip"),
         full.at[lanes.prefill_slots].get(mode="clip"),
     ]
@@ -305,7 +310,7 @@ def _kv_lengths(lanes, shape, counts):
     A draft lane sees its selected rows, the tail behind them and its own rows.
     """
     tails = lanes.draft_tails + lanes.draft_rows
-    draft = counts[: shape.draft_lanes] + tails[:, None]
+    draft = lanes.of_draft(counts) + tails[:, None]
     draft = jnp.where(lanes.draft_active[:, None], draft, 0)
     verify = lanes.verify.starts + lanes.verify.num_rows
     verify = jnp.where(lanes.verify.num_rows > 0, verify, 0)
@@ -318,10 +323,10 @@ def _kv_lengths(lanes, shape, counts):
 def _row_places(lanes, shape, counts):
     """RowPlaces of the step's tokens, in lane order; counts [S, H or 1]."""
     row = jnp.arange(shape.draft_queries)[None, :, None]
-    place = (counts[: shape.draft_lanes] + lanes.draft_tails[:, None])[:, None] + row
+    place = (lanes.of_draft(counts) + lanes.draft_tails[:, None])[:, None] + row
     is_fed = lanes.draft_active[:, None, None] & (row < lanes.draft_rows[:, None, None])
     place = jnp.where(is_fed, place, -1)
-    table = lanes.draft_table[: shape.draft_lanes]
+    table = lanes.of_draft(lanes.draft_table)
     verify = lanes.verify
     places = [
         _places(shape, table, place),

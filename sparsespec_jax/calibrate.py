@@ -173,5 +173,6 @@ def _plan(engine, shape, phase):
     slots = np.arange(shape.num_slots)
     verifying = slots[slots % shape.num_queries == phase]
     views["verify_slots"][: len(verifying)] = verifying
-    views["draft_mask"][:] = slots % shape.num_queries != phase
+    drafting = slots[slots % shape.num_queries != phase][: shape.draft_lanes]
+    views["draft_slots"][: len(drafting)] = drafting
     return plan

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from sparsespec_jax.acceptance import count_prefix
 
 
-def guess(state, shape, proposer):
-    """Guesses int32 [S, m] of what follows each slot's newest token; m may be 0."""
-    lanes = shape.draft_lanes
-    if not (lanes and shape.num_guesses):
-        return jnp.zeros((lanes, shape.num_guesses), jnp.int32)
-    known = (state.lengths + state.num_drafted + 1)[:lanes]
-    return proposer.guesser.propose(state.history[:lanes], known, shape.num_guesses)
+def guess(state, lanes, shape, proposer):
+    """Guesses int32 [A, m] of what follows each lane's newest token; m may be 0."""
+    if not (shape.draft_lanes and shape.num_guesses):
+        return jnp.zeros((shape.draft_lanes, shape.num_guesses), jnp.int32)
+    known = lanes.of_draft(state.lengths + state.num_drafted + 1)
+    history = lanes.of_draft(state.history)
+    return proposer.guesser.propose(history, known, shape.num_guesses)
 
 
 def num_kept(guesses, drafts, lanes):
-    """How many int32 [S] of `drafts` [S, Qd] stand; `lanes` are StepLanes.
+    """How many int32 [A] of `drafts` [A, Qd] stand; `lanes` are StepLanes.
 
     A row's draft counts only if the guesses up to its own token are the drafts.
     """
@@ -30,22 +30,22 @@ def num_kept(guesses, drafts, lanes):
 
 
 def record(state, lanes, drafts, count):
-    """Put the first `count` [S] of `drafts` [S, Qd] in the histories, and count.
+    """Put the first `count` [A] of `drafts` [A, Qd] in the histories, and count.
 
     `state` is that before the drafts join it.
     """
-    slot = jnp.arange(count.size)[:, None]
+    slots, drafted = lanes.draft_slots, lanes.of_draft(state.num_drafted)
     row = jnp.arange(drafts.shape[1])[None]
-    newest = state.lengths + state.num_drafted
+    newest = lanes.of_draft(state.lengths) + drafted
     place = jnp.where(
         row < count[:, None], newest[:, None] + 1 + row, state.history.shape[1]
     )
     rows = lanes.draft_rows
-    seen = jnp.stack([jnp.ones_like(rows), rows - 1, state.num_drafted + rows], axis=1)
+    seen = jnp.stack([jnp.ones_like(rows), rows - 1, drafted + rows], axis=1)
     seen = jnp.where(lanes.draft_active[:, None], seen, 0)
     return state._replace(
-        history=state.history.at[slot, place].set(drafts, mode="drop"),
-        cascade_counts=state.cascade_counts + seen,
+        history=state.history.at[slots[:, None], place].set(drafts, mode="drop"),
+        cascade_counts=state.cascade_counts.at[slots].add(seen, mode="drop"),
     )
 
 

@@ -24,6 +24,7 @@ NO_TOKEN = -1
 # Values of `seed_counts` for a verification of all drafts, or of none of them.
 NOT_SEED, PENDING_ONLY = -1, -2
 FULL_TABLE, DRAFT_TABLE = 0, 1
+_TOKENS = 8  # cuBLAS takes multiples of them; XLA pads others, in a launch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,20 @@ class StepShape:
 
     @property
     def draft_lanes(self):
-        """Draft lanes per step: one per slot, none where no step drafts a token."""
-        return 0 if self.cycle == 1 else self.num_slots
+        """Draft lanes per step, A: all slots less those that verify in every step.
+
+        More, up to the slots, where that makes the step's tokens a multiple of 8. None
+        where no step drafts a token. Verifications are spread evenly; while they are
+        not, a slot too many misses a draft.
+        """
+        if self.cycle == 1:
+            return 0
+        least = self.num_slots - self.num_slots // self.cycle
+        verified = self.verify_lanes * self.num_queries
+        for lanes in range(least, self.num_slots + 1):
+            if (lanes * self.draft_queries + verified) % _TOKENS == 0:
+                return lanes
+        return least
 
     @property
     def draft_queries(self):
@@ -100,7 +113,7 @@ class StepShape:
         """Names and shapes of the plan's arrays, in buffer order."""
         shapes = {
             "slot_params": (self.num_slots, NUM_SLOT_PARAMS),
-            "draft_mask": (self.num_slots,),
+            "draft_slots": (self.draft_lanes,),
             "verify_slots": (self.verify_lanes,),
             "seed_counts": (self.verify_lanes,),
             "seed_starts": (self.verify_lanes,),
@@ -131,7 +144,8 @@ class StepShape:
         buffer = np.zeros(sum(sizes), np.int32)
         plan = StepPlan(buffer=buffer, prefill=prefill, shape=self)
         views = plan.views
-        views["verify_slots"][:] = self.num_slots  # out of range: idle
+        views["draft_slots"][:] = self.num_slots  # out of range: idle
+        views["verify_slots"][:] = self.num_slots
         views["seed_counts"][:] = NOT_SEED
         views["table_updates"][:, 1] = self.num_slots  # out of range: dropped
         if prefill:

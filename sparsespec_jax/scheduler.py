@@ -147,7 +147,8 @@ class Scheduler:
         )
         self._ready = []
         slots, prefilling, growth = self._lanes(now, updates)
-        drafting = self.arrays.is_running & (self.arrays.phase != now)
+        drafting = np.flatnonzero(self.arrays.is_running & (self.arrays.phase != now))
+        drafting = drafting[: self.shape.draft_lanes]
         planned = PlannedVerifies(
             [self.slots[slot] for slot in slots.tolist()],
             self.arrays.num_rows(slots, self.shape),
@@ -155,16 +156,16 @@ class Scheduler:
             self.arrays.is_whole(slots, self.shape.cycle),
         )
         plan = None
-        if prefilling or slots.size or updates or drafting.any():
+        if prefilling or slots.size or updates or drafting.size:
             plan = self.shape.new_plan(prefill=bool(prefilling))
             views = plan.views
             views["slot_params"][:] = self.arrays.params
-            views["draft_mask"][:] = drafting
+            views["draft_slots"][: drafting.size] = drafting
             self.kv.grow(*growth, updates)
             self._plan_verifies(views, slots, planned)
             for lane, request in enumerate(prefilling):
                 self._plan_prefill(views, lane, request)
-            self.arrays.drafted += drafting
+            self.arrays.drafted[drafting] += 1
             if self.shape.draft_lanes:
                 self.arrays.rebalance(now, self.shape.cycle, self.shape.verify_lanes)
             if updates:

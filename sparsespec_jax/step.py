@@ -59,7 +59,7 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
         state = _update_tables(state, plan["table_updates"])
         verification = _verification(state, plan, shape)
         lanes = _step_lanes(state, plan, verification, shape)
-        guesses = cascade.guess(state, shape, proposer)
+        guesses = cascade.guess(state, lanes, shape, proposer)
         tokens, positions = _tokens(state, plan, verification, lanes, guesses, shape)
         attend, fill = make_attend(
             lanes, shape, policy, options, impl, num_layers=model_config.num_layers
@@ -156,25 +156,31 @@ def _budgets(params, lengths, shape):
 
 def _step_lanes(state, plan, verification, shape):
     """Where every token of the step reads and writes."""
-    drafting = shape.draft_lanes
-    active = (plan["draft_mask"] != 0) & ~state.done
-    rows = jnp.ones_like(state.num_drafted)
+    slots = plan["draft_slots"]
+
+    def of_slot(array):
+        return array.at[slots].get(mode="clip")
+
+    active = (slots < shape.num_slots) & ~of_slot(state.done)
+    drafted, tails = of_slot(state.num_drafted), of_slot(state.draft_tails)
+    rows = jnp.ones_like(drafted)
     if shape.num_guesses:
-        left = shape.num_draft_tokens - state.num_drafted
+        left = shape.num_draft_tokens - drafted
         active &= left > 0
         rows = jnp.minimum(left, shape.draft_queries)
     none = jnp.zeros(0, jnp.int32)
-    draft_params = plan["slot_params"][:drafting]
-    draft_starts = jnp.maximum(state.lengths - state.draft_tails, 0)[:drafting]
+    draft_params = of_slot(plan["slot_params"])
+    draft_starts = jnp.maximum(of_slot(state.lengths) - tails, 0)
     return StepLanes(
-        draft_active=active[:drafting],
-        draft_rows=rows[:drafting],
-        draft_tails=(state.draft_tails + state.num_drafted)[:drafting],
-        draft_counts=state.draft_counts,
-        draft_table=state.draft_table,
+        draft_slots=slots,
+        draft_active=active,
+        draft_rows=rows,
+        draft_tails=tails + drafted,
         draft_seeds=sampling.law_of(draft_params).seed,
         draft_starts=draft_starts,
         draft_budgets=_budgets(draft_params, draft_starts, shape),
+        draft_counts=state.draft_counts,
+        draft_table=state.draft_table,
         full_table=state.full_table,
         verify=verification.lanes,
         prefill_slots=plan.get("prefill_slots", none),
@@ -185,12 +191,11 @@ def _step_lanes(state, plan, verification, shape):
 
 def _tokens(state, plan, verification, lanes, guesses, shape):
     """Token ids and positions int32 [T] of the step, in lane order."""
-    slot = jnp.arange(shape.num_slots)[: shape.draft_lanes]
-    drafted = state.num_drafted[: shape.draft_lanes]
-    newest = state.tokens[slot, drafted]
+    drafted = lanes.of_draft(state.num_drafted)
+    newest = state.tokens.at[lanes.draft_slots, drafted].get(mode="clip")
     drafts = jnp.concatenate([newest[:, None], guesses], axis=1)
     tokens = [drafts.ravel(), verification.tokens.ravel()]
-    draft_positions = (state.lengths[: shape.draft_lanes] + drafted)[:, None]
+    draft_positions = (lanes.of_draft(state.lengths) + drafted)[:, None]
     draft_positions += jnp.arange(shape.draft_queries)[None]
     row = jnp.arange(shape.num_queries)[None]
     verify_positions = verification.lanes.starts[:, None] + row
@@ -249,17 +254,18 @@ def _ratio_test_or_seed(
 
 
 def _store_drafts(scores, state, plan, lanes, guesses, options, filters):
-    """Draw the next drafts of every drafting slot from scores [S * Qd, V].
+    """Draw the next drafts of every draft lane from scores [A * Qd, V].
 
     Drafts follow the model's own law: a guess only decides whether the row behind it
     is one that the model would have fed.
     """
-    num_slots, rows = state.lengths.size, guesses.shape[1] + 1
-    laws = sampling.law_of(jnp.repeat(plan["slot_params"], rows, axis=0))
+    num_lanes, rows = guesses.shape[0], guesses.shape[1] + 1
+    params = lanes.of_draft(plan["slot_params"])
+    laws = sampling.law_of(jnp.repeat(params, rows, axis=0))
     row = jnp.arange(rows)[None]
-    first = state.num_drafted[:, None]
-    positions = (state.lengths[:, None] + first + row + 1).ravel()
-    slot = jnp.arange(num_slots)[:, None]
+    first = lanes.of_draft(state.num_drafted)[:, None]
+    positions = (lanes.of_draft(state.lengths)[:, None] + first + row + 1).ravel()
+    slot = lanes.draft_slots[:, None]
     if options.acceptor == "ratio_test":
         drafts, law = acceptance.draft_from_top_m(
             scores, laws, positions,
@@ -267,13 +273,13 @@ def _store_drafts(scores, state, plan, lanes, guesses, options, filters):
         )  # fmt: skip
     else:
         drafts = sampling.choose(scores, laws, positions, filters=filters)
-    drafts = drafts.reshape(num_slots, rows)
+    drafts = drafts.reshape(num_lanes, rows)
     count = cascade.num_kept(guesses, drafts, lanes)
     place = jnp.where(row < count[:, None], first + row, state.tokens.shape[1])
     if options.acceptor == "ratio_test":
         law = jax.tree.map(
             lambda old, new: old.at[slot, place].set(
-                new.reshape(num_slots, rows, -1), mode="drop"
+                new.reshape(num_lanes, rows, -1), mode="drop"
             ),
             state.draft_law,
             law,
@@ -283,7 +289,7 @@ def _store_drafts(scores, state, plan, lanes, guesses, options, filters):
         state = cascade.record(state, lanes, drafts, count)
     return state._replace(
         tokens=state.tokens.at[slot, place + 1].set(drafts, mode="drop"),
-        num_drafted=state.num_drafted + count,
+        num_drafted=state.num_drafted.at[lanes.draft_slots].add(count, mode="drop"),
     )
 
 

@@ -27,25 +27,25 @@ def attend_drafts(policy, options, layer_index, q, out, kv_pages, lanes, shape):
     A draft sees what the policy selects of [0, start), and all rows of its draft cache:
     those of the last verification and the drafts so far.
     """
-    num_slots, num_heads = shape.draft_lanes, kv_pages.shape[1]
+    num_lanes, num_heads = shape.draft_lanes, kv_pages.shape[1]
     size = q.shape[-1]
     starts = jnp.where(lanes.draft_active, lanes.draft_starts, 0)
     num_tail = jnp.where(lanes.draft_active, lanes.draft_tails + 1, 0)
-    old_k, old_v = _read(kv_pages, lanes.full_table[:num_slots], starts)
-    new_k, new_v = _read(kv_pages, lanes.draft_table[:num_slots], num_tail)
-    query = q[:num_slots].reshape(num_slots, num_heads, -1, size).astype(jnp.float32)
+    old_k, old_v = _read(kv_pages, lanes.of_draft(lanes.full_table), starts)
+    new_k, new_v = _read(kv_pages, lanes.of_draft(lanes.draft_table), num_tail)
+    query = q[:num_lanes].reshape(num_lanes, num_heads, -1, size).astype(jnp.float32)
     old = _logits(query, old_k, starts)
     new = _logits(query, new_k, num_tail)
     every = jax.nn.softmax(jnp.concatenate([old, new], -1), -1)
     num_keys = old.shape[-1]
     view = SelectionView(
         mass=every[..., :num_keys].mean(2),
-        queries=q[:num_slots, None],
+        queries=q[:num_lanes, None],
         keys=lambda: old_k,
         num_queries=lanes.draft_active.astype(jnp.int32),
         lengths=starts,
         budgets=jnp.where(lanes.draft_active, lanes.draft_budgets, 0),
-        is_first=jnp.zeros(num_slots, bool),
+        is_first=jnp.zeros(num_lanes, bool),
         state=None,
         seeds=lanes.draft_seeds,
         layer_index=layer_index,
@@ -58,8 +58,8 @@ def attend_drafts(policy, options, layer_index, q, out, kv_pages, lanes, shape):
     )
     mixed = jnp.einsum("lhgk,lhkd->lhgd", weights[..., :num_keys], old_v, **_EXACT)
     mixed += jnp.einsum("lhgk,lhkd->lhgd", weights[..., num_keys:], new_v, **_EXACT)
-    drafts = mixed.reshape(num_slots, -1, size).astype(out.dtype)
-    return jnp.concatenate([drafts, out[num_slots:]])
+    drafts = mixed.reshape(num_lanes, -1, size).astype(out.dtype)
+    return jnp.concatenate([drafts, out[num_lanes:]])
 
 
 def _read(kv_pages, tables, lengths):

@@ -86,7 +86,8 @@ class FakeDevice:
             if slot < self.shape.num_slots:
                 (self.full, self.draft)[table][slot, column] = page
         slots = views["verify_slots"][views["verify_slots"] < self.shape.num_slots]
-        drafting = np.flatnonzero(views["draft_mask"])
+        drafting = views["draft_slots"][views["draft_slots"] < self.shape.num_slots]
+        assert drafting.size == len(set(drafting.tolist()))
         assert slots.size == len(planned.requests) == len(set(slots.tolist()))
         assert not set(drafting.tolist()) & set(slots.tolist())
         if plan.prefill:

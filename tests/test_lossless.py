@@ -192,6 +192,30 @@ def test_ten_thousand_adversarial_cycles_change_nothing(tiny_model, policy):
     assert sum(r.metrics.num_accepted_draft_tokens for r in results) < cycles
 
 
+def test_a_missed_draft_changes_no_token(tiny_model):
+    """Ten slots in five of nine phases: in the others all want to draft, in 9 lanes."""
+    prompts = make_prompts(tiny_model.config.vocab_size, lengths=range(3, 13))
+    laws = [SamplingParams(temperature=t, seed=i, max_tokens=60)
+            for i, t in enumerate([0, 0.65, 1, 0.3, 0.8] * 2)]  # fmt: skip
+    config = dataclasses.replace(ENGINE, num_slots=10)
+    plain = run(tiny_model, prompts, laws, engine=dict(num_slots=10),
+                num_draft_tokens=0)  # fmt: skip
+    engine = Engine(
+        tiny_model,
+        speculation=dataclasses.replace(SPECULATION, num_draft_tokens=8),
+        engine=dataclasses.replace(config, max_length=80),
+    )
+    ids = [engine.add_request(*pair) for pair in zip(prompts, laws, strict=True)]
+    arrays, results, num_missed = engine._scheduler.arrays, {}, 0
+    while engine.has_work:
+        if arrays.is_running.all():
+            arrays.phase[:] = np.arange(10) // 2
+            num_missed += engine._scheduler._step % 9 > 4
+        results |= {r.request_id: r for r in engine.step()}
+    assert engine.shape.draft_lanes == 9 and num_missed > 5
+    assert tokens_of([results[i] for i in ids]) == tokens_of(plain)
+
+
 def test_a_corrupted_cache_is_noticed(tiny_model, prompts, plain):
     """Power: committing KV that a draft step wrote would change tokens."""
     engine = Engine(
@@ -215,6 +239,7 @@ def test_a_corrupted_cache_is_noticed(tiny_model, prompts, plain):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 4 minutes on two idle cores
 def test_default_model_long_outputs(default_model):
     """Greedy and sampled, 600 tokens past a 1,000-token context, real weights."""
     text = "The number of ways to tile a board, counted in several ways. " * 80

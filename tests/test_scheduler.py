@@ -209,6 +209,37 @@ def test_each_request_verifies_once_per_cycle_and_lanes_suffice():
     assert per_step[100:] == [2] * 300  # balanced: two of eighteen in every step
 
 
+@pytest.mark.parametrize(
+    ("slots", "k", "lanes"),
+    [(1, 8, 1), (9, 8, 8), (24, 8, 22), (64, 8, 64), (128, 8, 121), (256, 8, 235)],
+)
+def test_draft_lanes_are_for_the_slots_that_do_not_verify(slots, k, lanes):
+    shape = make_shape(slots=slots, k=k, pages=9)
+    assert shape.draft_lanes == lanes
+    tokens = lanes + shape.verify_lanes * shape.num_queries
+    least = slots - slots // (k + 1)
+    assert lanes == least or (tokens % 8 == 0 and least < lanes <= slots)
+
+
+def test_a_slot_too_many_misses_a_draft_and_nothing_else():
+    """Ten slots in five of nine phases: in the others all want to draft, in 9 lanes."""
+    shape = make_shape(slots=10, k=8, pages=2000)
+    assert shape.draft_lanes == 9
+    scheduler, requests = Scheduler(shape), [make_request(i, 9, 40) for i in range(10)]
+    wanted = []
+
+    def disturb(step):
+        arrays = scheduler.arrays
+        if step > 30 and arrays.is_running.all():
+            arrays.phase[:] = np.arange(10) // 2
+            wanted.append(np.sum(arrays.phase != scheduler._step % shape.cycle))
+
+    device = FakeDevice(shape, np.random.default_rng(0))
+    simulate(scheduler, device, requests, lag=1, disturb=disturb)
+    check_all_ended(scheduler, requests)
+    assert max(wanted) == 10
+
+
 def test_phases_balance_context_not_counts():
     shape = make_shape(slots=8, k=1, pages=4000, max_length=4000, chunk=4000)
     scheduler = Scheduler(shape)
