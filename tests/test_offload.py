@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from experiments import pressure
 from sparsespec_jax import Engine, EngineConfig, SamplingParams
 from sparsespec_jax.kv_manager import PageMove
-from sparsespec_jax.offload import HostPages, check_is_on_host
+from sparsespec_jax.offload import HostPages, check_flags
 from tests.engine_helpers import SPECULATION, run, tokens_of
 
 NUM_REQUESTS = 64
@@ -207,10 +207,12 @@ def check_that_pages_come_back(model):
         np.testing.assert_array_equal(new[rest], old[rest])
 
 
-def test_host_memory_that_is_the_devices_is_refused():
-    check_is_on_host(7_000, 7_900, 1_000)
-    with pytest.raises(RuntimeError, match="3,000 bytes.*SKIP_TEMP"):
-        check_is_on_host(7_000, 10_000, 1_000)
+def test_flags_that_take_host_memory_from_the_device_are_refused():
+    flag = "--xla_gpu_command_buffer_update_mode=SKIP_TEMP"
+    check_flags("cpu", flag)
+    check_flags("gpu", "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT")
+    with pytest.raises(RuntimeError, match="leave it out of XLA_FLAGS"):
+        check_flags("gpu", f"--xla_dump_to=x {flag}")
 
 
 def test_a_plan_is_sent_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
