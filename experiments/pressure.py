@@ -45,13 +45,8 @@ def pool_pages(load, *, share, page_size, speculation):
 def run_mode(model, load, speculation, config, *, copies=True):
     """Decode the load once; rates, page traffic and a history of the pool's use."""
     start = time.perf_counter()
-    engine = Engine(model, speculation=speculation, engine=config)
-    engine.warm_up()
+    engine = _loaded_engine(model, load, speculation, config, copies)
     set_up_s = time.perf_counter() - start
-    if not copies:
-        engine.drop_page_copies()
-    for prompt, law in zip(*load, strict=True):
-        engine.add_request(prompt, law)
     ends, history, moved = [], [], []
     start = time.perf_counter()
     while engine.has_work:
@@ -93,6 +88,17 @@ def run_mode(model, load, speculation, config, *, copies=True):
             "num_running": history[::every, 1].astype(int).tolist(),
         },
     }
+
+
+def _loaded_engine(model, load, speculation, config, copies):
+    """A compiled engine with all requests of the load."""
+    engine = Engine(model, speculation=speculation, engine=config)
+    engine.warm_up()
+    if not copies:
+        engine.drop_page_copies()
+    for prompt, law in zip(*load, strict=True):
+        engine.add_request(prompt, law)
+    return engine
 
 
 def busiest_step(moved: np.ndarray, width: int) -> int:
@@ -144,12 +150,7 @@ def trace_copies(model, load, speculation, config, first_step, num_steps=_TRACED
 
 def _traced_steps(model, load, speculation, config, first_step, num_steps, *, copies):
     """Kernels of some steps of the load, and the pages spilled and restored in them."""
-    engine = Engine(model, speculation=speculation, engine=config)
-    engine.warm_up()
-    if not copies:
-        engine.drop_page_copies()
-    for prompt, law in zip(*load, strict=True):
-        engine.add_request(prompt, law)
+    engine = _loaded_engine(model, load, speculation, config, copies)
 
     def run_until(step):
         while engine.has_work and engine.num_steps < step:

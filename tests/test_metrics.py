@@ -136,74 +136,44 @@ def test_sums_of_different_draft_lengths_pad_the_histogram():
     assert metrics.sum_metrics([]).num_output_tokens == 0
 
 
-def test_speed_of_light_by_hand():
-    # k = 8, a = 6, s = 0.05, no weights: 7 / (0.4 + 1 + 0.1) = 4.666...
-    bound = metrics.speed_of_light(
-        num_draft_tokens=8,
-        mean_accepted_draft_tokens=6,
-        weight_bytes=0,
-        kv_bytes=3.0,
-        budget_ratio=0.05,
-    )
-    assert bound == pytest.approx(7 / 1.5)
-    # W = KV = 1: 7 * 2 / (9 + 1.5)
-    bound = metrics.speed_of_light(
+def bound(**changed):
+    """speed_of_light at k = 8, a = 6, s = 0.05, W = KV = 1, but for what is given."""
+    options = dict(
         num_draft_tokens=8,
         mean_accepted_draft_tokens=6,
         weight_bytes=1.0,
         kv_bytes=1.0,
         budget_ratio=0.05,
     )
-    assert bound == pytest.approx(14 / 10.5)
+    return metrics.speed_of_light(**options | changed)
+
+
+def test_speed_of_light_by_hand():
+    # No weights: 7 / (0.4 + 1 + 0.1) = 4.666...
+    assert bound(weight_bytes=0, kv_bytes=3.0) == pytest.approx(7 / 1.5)
+    # W = KV = 1: 7 * 2 / (9 + 1.5)
+    assert bound() == pytest.approx(14 / 10.5)
 
 
 def test_weights_count_as_more_where_arithmetic_takes_longer():
     # 128 slots: 128 rows in a plain step, 128 * 17 / 9 in one of a cycle, of 200.
-    bound = metrics.speed_of_light(
-        num_draft_tokens=8,
-        mean_accepted_draft_tokens=6,
-        weight_bytes=1.0,
-        kv_bytes=1.0,
-        budget_ratio=0.05,
-        num_slots=128,
-        balance_tokens=200.0,
-    )
-    assert bound == pytest.approx(14 / (128 * 17 / 200 + 1.5))
+    found = bound(num_slots=128, balance_tokens=200.0)
+    assert found == pytest.approx(14 / (128 * 17 / 200 + 1.5))
     # And in a plain step too: all arithmetic, 17 / 7 token forwards per token.
-    bound = metrics.speed_of_light(
-        num_draft_tokens=8,
-        mean_accepted_draft_tokens=6,
-        weight_bytes=1.0,
-        kv_bytes=0.0,
-        budget_ratio=0.05,
-        num_slots=128,
-        balance_tokens=1.0,
-    )
-    assert bound == pytest.approx(7 / 17)
+    found = bound(num_slots=128, balance_tokens=1.0, kv_bytes=0.0)
+    assert found == pytest.approx(7 / 17)
 
 
 def test_speed_of_light_of_plain_decoding_is_one():
+    plain = dict(num_draft_tokens=0, mean_accepted_draft_tokens=0, budget_ratio=0.3)
     for overhead in (None, 0.0):
-        bound = metrics.speed_of_light(
-            num_draft_tokens=0,
-            mean_accepted_draft_tokens=0,
-            weight_bytes=5.0,
-            kv_bytes=7.0,
-            budget_ratio=0.3,
-            overhead_ratio=overhead,
-        )
-        assert bound == pytest.approx(1.0)
+        found = bound(**plain, weight_bytes=5.0, kv_bytes=7.0, overhead_ratio=overhead)
+        assert found == pytest.approx(1.0)
 
 
 def test_speculation_cannot_pay_when_weights_are_everything():
-    bound = metrics.speed_of_light(
-        num_draft_tokens=8,
-        mean_accepted_draft_tokens=8,
-        weight_bytes=1.0,
-        kv_bytes=0.0,
-        budget_ratio=0.05,
-    )
-    assert bound == pytest.approx(1.0)
+    found = bound(mean_accepted_draft_tokens=8, kv_bytes=0.0)
+    assert found == pytest.approx(1.0)
 
 
 def test_speed_of_light_of_a_run_uses_its_own_reads():
