@@ -197,6 +197,7 @@ class Replay:
             "verify_imbalance": float(np.nanmean(middle[:, 3])),
             "verify_imbalance_p95": float(np.nanpercentile(middle[:, 3], 95)),
             "mean_running": float(middle[:, 4].mean()),
+            "missed_drafts": self.scheduler.num_missed_drafts,
             "preemptions": counters.preemptions,
             "spilled_pages": counters.spilled_pages,
             "restored_pages": counters.restored_pages,

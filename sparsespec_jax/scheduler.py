@@ -52,6 +52,7 @@ class Scheduler:
         self._arriving = []  # whose last pages come back with the step planned last
         self._groups = PromptGroups()
         self._moves = []  # page copies before the next step
+        self.num_missed_drafts = 0  # for want of a draft lane
         self._step = 0
 
     @property
@@ -148,6 +149,7 @@ class Scheduler:
         self._ready = []
         slots, prefilling, growth = self._lanes(now, updates)
         drafting = np.flatnonzero(self.arrays.is_running & (self.arrays.phase != now))
+        self.num_missed_drafts += max(0, drafting.size - self.shape.draft_lanes)
         drafting = drafting[: self.shape.draft_lanes]
         planned = PlannedVerifies(
             [self.slots[slot] for slot in slots.tolist()],

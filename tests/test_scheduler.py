@@ -238,6 +238,7 @@ def test_a_slot_too_many_misses_a_draft_and_nothing_else():
     simulate(scheduler, device, requests, lag=1, disturb=disturb)
     check_all_ended(scheduler, requests)
     assert max(wanted) == 10
+    assert scheduler.num_missed_drafts == wanted.count(10)
 
 
 def test_phases_balance_context_not_counts():
