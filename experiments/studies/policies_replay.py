@@ -6,7 +6,7 @@ Expected: the order of decoding (`policies`), all figures nearer to each other, 
 text is fixed and every verification accepts all drafts. At temperature 0 the text is
 that of 0.65: greedy texts of a small model repeat themselves, and then any policy does.
 Cost: 20 contexts of up to 4,400 tokens on two CPU cores: half an hour for the dense
-runs, then a minute a row.
+runs, then 2 to 7 minutes a row.
 """
 
 from experiments.replay import HINDSIGHT
