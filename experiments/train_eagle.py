@@ -20,6 +20,7 @@ import functools
 import json
 import pathlib
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -247,20 +248,26 @@ def main(argv):
     else:
         texts, held_out = split(contexts, values.num_held_out)
     model = load_model(values.model, dtype=values.train_dtype)
+    started = time.perf_counter()
+    runs = run_texts(model, texts)
+    trained_from = time.perf_counter()
     eagle, losses = train(
         model,
-        run_texts(model, texts),
+        runs,
         num_steps=values.steps,
         batch_size=values.batch_size,
         learning_rate=values.learning_rate,
         window=values.window,
     )
+    ended = time.perf_counter()
     own_flags = values.get_key_flags_for_module(sys.modules[__name__])
     results = {
         **record.results_header(own_flags, commit=values.commit),
         "num_texts": len(texts),
         "num_text_tokens": sum(map(len, texts)),
         "num_held_out": len(held_out),
+        "dense_run_s": trained_from - started,
+        "training_s": ended - trained_from,  # with its compilation
         "losses": losses,
         "accepted_drafts": {},
     }
