@@ -12,7 +12,7 @@ from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.intake import check_prompt, make_output, make_request
 from sparsespec_jax.metrics import DecodeStats
-from sparsespec_jax.offload import HostPages
+from sparsespec_jax.offload import HostPages, sent_first
 from sparsespec_jax.outputs import Outputs
 from sparsespec_jax.plan import StepOutcome
 from sparsespec_jax.proposers import resolve_proposer
@@ -283,9 +283,9 @@ class Engine:
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
         plan, planned, moves = self._scheduler.plan()
-        # Copies to the device follow each other: behind pages the step waits for them.
         buffer = None if plan is None else jax.device_put(plan.buffer)
         if self._host_pages is not None:
+            buffer = sent_first(buffer, moves)
             self._state = self._host_pages.move(self._state, moves)
         if plan is not None:
             outcome = self._dispatch(plan, buffer)
@@ -371,11 +371,16 @@ class Engine:
         `filters` says whether requests to come use top-k, top-p or min-p.
         """
         self._filters |= filters
-        for shape in self._shapes():
-            for prefill in (False, True):
-                self.run_plan(shape.new_plan(prefill=prefill)).block_until_ready()
+        plans = [
+            shape.new_plan(prefill=prefill)
+            for shape in self._shapes()
+            for prefill in (False, True)
+        ]
+        for plan in plans:
+            self.run_plan(plan).block_until_ready()
         if self._host_pages is not None:
-            self._state = self._host_pages.warm_up(self._state)
+            buffers = [jax.device_put(plan.buffer) for plan in plans]
+            self._state = self._host_pages.warm_up(self._state, buffers)
 
     def drop_page_copies(self):
         """Leave out the copies of spilled pages, to time what they cost; lossy."""

@@ -46,8 +46,13 @@ class HostPages:
         self._chunks[-1] = None  # a copy under way while its chunk is still read
         self._arriving = []  # (pages, chunk on its way to the device)
 
-    def warm_up(self, state):
-        """Compile both copies; returns the state with its pages unchanged."""
+    def warm_up(self, state, buffers):
+        """Compile both copies; returns the state with its pages unchanged.
+
+        `buffers`: one plan buffer of each length for `sent_first`.
+        """
+        for buffer in buffers:
+            _copied(buffer)
         nowhere = self._page_ids(())
         chunk = jax.device_put(_gather(_pools(state), nowhere), self._on_host)
         chunk = jax.device_put(chunk, self._on_device)
@@ -85,6 +90,19 @@ class HostPages:
         return ids
 
 
+def sent_first(buffer, moves):
+    """Returns a plan's buffer on the device, ahead of the pages of `moves`.
+
+    The device takes one copy from the host at a time, in any order, and starts each
+    when the work queued before it is done. Pages on their way would overtake the plan,
+    and the step would wait for both; behind a copy of the plan on the device they
+    cannot, and run beside the step.
+    """
+    if buffer is None or all(move.to_host for move in moves):
+        return buffer
+    return _copied(buffer)
+
+
 def check_flags(platform, xla_flags):
     """Raise RuntimeError where arrays of host memory would come out of the device's.
 
@@ -109,6 +127,11 @@ def _with_pools(state, pools):
         for layer, pool in zip(state.layers, pools, strict=True)
     )
     return state._replace(layers=tuple(layers))
+
+
+@jax.jit
+def _copied(buffer):
+    return buffer + 0  # an argument returned as it came would not be copied
 
 
 @jax.jit

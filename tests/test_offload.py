@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import pressure
-from sparsespec_jax import Engine, EngineConfig, SamplingParams
+from sparsespec_jax import Engine, EngineConfig, SamplingParams, offload
 from sparsespec_jax.kv_manager import PageMove
 from sparsespec_jax.offload import HostPages, check_flags
 from tests.engine_helpers import SPECULATION, run, tokens_of
@@ -196,7 +196,7 @@ def check_that_pages_come_back(model):
     state = state._replace(layers=tuple(fill(layer) for layer in state.layers))
     before = [np.asarray(layer.kv_pages) for layer in state.layers]
     host = HostPages(state, num_chunks=2, chunk_pages=3)
-    state = host.warm_up(state)
+    state = host.warm_up(state, [])
     state = host.move(state, [PageMove(True, 1, (4, 2, 9)), PageMove(True, 0, (7,))])
     state = host.move(state, [PageMove(False, 1, (0, 1, 2)), PageMove(False, 0, (5,))])
     state = host.move(state, [])
@@ -215,13 +215,21 @@ def test_flags_that_take_host_memory_from_the_device_are_refused():
         check_flags("gpu", f"--xla_dump_to=x {flag}")
 
 
-def test_a_plan_is_sent_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
+def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
     engine, sent = make_engine(tiny_model, load), []
     put, dispatch = jax.device_put, engine._dispatch
+    copied = offload._copied
 
     def note_put(x, *where):
-        sent.append("plan" if x.ndim == 1 else "pages")
+        if x.ndim == 1:
+            sent.append("plan")
+        elif where[0].memory_kind != "pinned_host":
+            sent.append("pages")
         return put(x, *where)
+
+    def note_copied(buffer):
+        sent.append("plan copied")
+        return copied(buffer)
 
     def note_dispatch(*args):
         sent.append("step")
@@ -229,9 +237,22 @@ def test_a_plan_is_sent_before_the_pages_of_its_step(tiny_model, load, monkeypat
 
     monkeypatch.setattr(jax, "device_put", note_put)
     monkeypatch.setattr(engine, "_dispatch", note_dispatch)
+    monkeypatch.setattr(offload, "_copied", note_copied)
     decode(engine, load)
     assert sent.count("pages") > 10 and sent.count("plan") == sent.count("step")
-    assert ("step", "pages") not in set(itertools.pairwise(sent))
+    pairs = set(itertools.pairwise(sent))
+    assert {("plan", "pages"), ("step", "pages")}.isdisjoint(pairs)
+    assert ("plan copied", "pages") in pairs
+
+
+def test_after_warm_up_nothing_compiles_for_pages(tiny_model, load):
+    engine = make_engine(tiny_model, load)
+    engine.warm_up()
+    functions = (offload._copied, offload._gather, offload._scatter)
+    sizes = [f._cache_size() for f in functions]
+    decode(engine, load)
+    assert engine.kv_usage["restored_pages"] > 0
+    assert sizes == [f._cache_size() for f in functions]
 
 
 def test_a_lost_page_would_be_noticed(tiny_model, load, plain, monkeypatch):
