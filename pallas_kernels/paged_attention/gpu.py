@@ -36,7 +36,7 @@ _INTERPRETED_CTAS = 3
 # Measured on one H100, see docs/kernels.md. Keys: head size.
 TUNED = {
     128: AttentionConfig(num_stages=2, copy_rows=32),
-    64: AttentionConfig(num_stages=3, copy_rows=64),
+    64: AttentionConfig(num_stages=3, copy_rows=32),
 }
 # Compiles without spills; the only choice timed, see docs/kernels.md.
 TUNED_PREFILL = {128: PrefillConfig(), 64: PrefillConfig()}

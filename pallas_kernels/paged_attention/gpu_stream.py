@@ -91,10 +91,9 @@ class Stream:
     def cursor(self, index, start, block) -> Cursor:
         """Returns the cursor at a block of a segment that starts at a unit."""
         segment = self.segment(index)
-        visible, lane = segment.visible, segment.tile.lane
-        key = jnp.minimum(block * BLOCK, jnp.maximum(visible - 1, 0))
-        unit = start + block * UNITS
-        return Cursor(index, unit, block, visible, lane, self.page(lane, key))
+        lane, unit = segment.tile.lane, start + block * UNITS
+        page = self.page(lane, block * BLOCK)  # does not wait for the lengths
+        return Cursor(index, unit, block, segment.visible, lane, page)
 
     def page(self, lane, key):
         """Returns the page of a key."""
