@@ -43,6 +43,7 @@ _PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.")
 _CHUNK = flags.DEFINE_integer("chunk_pages", 16, "Pages copied at a time.")
 _LAG = flags.DEFINE_integer("lag", 1, "Steps between dispatch and outcome.")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each of the first two modes.")
+_RIVALS = flags.DEFINE_bool("rivals", True, "Run recompute and reserve, too.")
 _TRACE = flags.DEFINE_bool("trace", True, "Trace copies (needs a GPU).")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
@@ -84,7 +85,7 @@ def main(argv):
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
     runs = {mode: [] for mode in MODES}
-    order = [*MODES[:2] * _REPEATS.value, *MODES[2:]]
+    order = [*MODES[:2] * _REPEATS.value, *MODES[2:] * _RIVALS.value]
     for mode in order:
         config = engine_config(mode, pages)
         copies = mode != "offload_without_copies"
