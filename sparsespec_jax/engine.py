@@ -4,6 +4,7 @@ This file alone holds both the device state and the request records.
 """
 
 import dataclasses
+import itertools
 from collections import deque
 
 import jax
@@ -61,7 +62,13 @@ class Engine:
             self.speculation, self.config, self.max_length, self.impl
         )
         kv_dtype = self.params["embed"]["weight"].dtype
-        sizes.check_memory(model.config, self.shape, kv_dtype, self.policy)
+        self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
+        page_bytes = self.shape.page_size * self.kv_bytes_per_token
+        num_chunks = sizes.num_host_chunks(
+            self.config, self.shape, page_bytes, self.max_length
+        )
+        staged = self.shape.restore_pages if num_chunks else 0
+        sizes.check_memory(model.config, self.shape, kv_dtype, self.policy, staged)
         ratio_test = self.speculation.acceptor == "ratio_test"
         self._state = committed(
             new_state(
@@ -73,11 +80,6 @@ class Engine:
                 proposer=self.proposer,
             )
         )
-        self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
-        page_bytes = self.shape.page_size * self.kv_bytes_per_token
-        num_chunks = sizes.num_host_chunks(
-            self.config, self.shape, page_bytes, self.max_length
-        )
         chunk_pages = self.config.host_chunk_pages
         self._scheduler = Scheduler(
             self.shape,
@@ -87,9 +89,7 @@ class Engine:
         )
         self._host_pages = None
         if num_chunks:
-            self._host_pages = HostPages(
-                self._state, num_chunks=num_chunks, chunk_pages=chunk_pages
-            )
+            self._host_pages = HostPages(self._state, num_chunks, chunk_pages)
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._outputs = Outputs(
             self._scheduler,
@@ -371,11 +371,8 @@ class Engine:
         `filters` says whether requests to come use top-k, top-p or min-p.
         """
         self._filters |= filters
-        plans = [
-            shape.new_plan(prefill=prefill)
-            for shape in self._shapes()
-            for prefill in (False, True)
-        ]
+        variants = itertools.product(self._shapes(), (False, True))
+        plans = [shape.new_plan(prefill=prefill) for shape, prefill in variants]
         for plan in plans:
             self.run_plan(plan).block_until_ready()
         if self._host_pages is not None:

@@ -6,11 +6,14 @@ the last step gave and the next step takes, which orders them; nothing waits for
 host and nothing compiles after `warm_up`. Host memory is taken once, on construction.
 """
 
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sparsespec_jax.scheduler import RESTORE_CHUNKS
 
 _HOST_MEMORY = "pinned_host"
 
@@ -27,7 +30,7 @@ class HostPages:
       RuntimeError: XLA_FLAGS make host memory the device's.
     """
 
-    def __init__(self, state, *, num_chunks, chunk_pages):
+    def __init__(self, state, num_chunks, chunk_pages):
         pool = state.layers[0].kv_pages
         self._num_pages, self._chunk_pages = pool.shape[0], chunk_pages
         device = next(iter(pool.devices()))
@@ -44,7 +47,12 @@ class HostPages:
         ]
         jax.block_until_ready(self._chunks)
         self._chunks[-1] = None  # a copy under way while its chunk is still read
-        self._arriving = []  # (pages, chunk on its way to the device)
+        # What passes through the device takes the places of what passed before: were
+        # they free in between, steps would find their own buffers elsewhere and their
+        # graphs would have to be updated, for milliseconds.
+        self._staged = [(self._page_ids(()), empty + 0) for _ in range(RESTORE_CHUNKS)]
+        self._next = 0  # of the staged
+        self._arriving = []  # staged chunks on their way into the pool
 
     def warm_up(self, state, buffers):
         """Compile both copies; returns the state with its pages unchanged.
@@ -52,7 +60,7 @@ class HostPages:
         `buffers`: one plan buffer of each length for `sent_first`.
         """
         for buffer in buffers:
-            _copied(buffer)
+            _touched(buffer)
         nowhere = self._page_ids(())
         chunk = jax.device_put(_gather(_pools(state), nowhere), self._on_host)
         chunk = jax.device_put(chunk, self._on_device)
@@ -66,19 +74,25 @@ class HostPages:
         """
         state = self._place_arrived(state)
         for move in moves:
+            if move.to_host or len(self._arriving) == len(self._staged):
+                state = self._place_arrived(state)
+            place = self._next
+            self._next = (place + 1) % len(self._staged)
+            self._staged[place] = None  # its memory serves the new one
             pages = self._page_ids(move.pages)
             if move.to_host:
-                state = self._place_arrived(state)
-                self._chunks[move.chunk] = None  # its memory serves the new one
+                self._chunks[move.chunk] = None
                 chunk = _gather(_pools(state), pages)
                 self._chunks[move.chunk] = jax.device_put(chunk, self._on_host)
             else:
                 chunk = jax.device_put(self._chunks[move.chunk], self._on_device)
-                self._arriving.append((pages, chunk))
+                self._arriving.append(place)
+            self._staged[place] = (pages, chunk)
         return state
 
     def _place_arrived(self, state):
-        for pages, chunk in self._arriving:
+        for place in self._arriving:
+            pages, chunk = self._staged[place]
             state = _with_pools(state, _scatter(_pools(state), chunk, pages))
         self._arriving = []
         return state
@@ -87,7 +101,7 @@ class HostPages:
         """Page ids int32 [chunk_pages], padded with an id that is no page."""
         ids = np.full(self._chunk_pages, self._num_pages, np.int32)
         ids[: len(pages)] = pages
-        return ids
+        return jax.device_put(ids, self._on_device)
 
 
 def sent_first(buffer, moves):
@@ -95,12 +109,12 @@ def sent_first(buffer, moves):
 
     The device takes one copy from the host at a time, in any order, and starts each
     when the work queued before it is done. Pages on their way would overtake the plan,
-    and the step would wait for both; behind a copy of the plan on the device they
-    cannot, and run beside the step.
+    and the step would wait for both; behind a program that takes the plan they cannot,
+    and run beside the step.
     """
     if buffer is None or all(move.to_host for move in moves):
         return buffer
-    return _copied(buffer)
+    return _touched(buffer)
 
 
 def check_flags(platform, xla_flags):
@@ -129,9 +143,9 @@ def _with_pools(state, pools):
     return state._replace(layers=tuple(layers))
 
 
-@jax.jit
-def _copied(buffer):
-    return buffer + 0  # an argument returned as it came would not be copied
+@functools.partial(jax.jit, donate_argnums=0)
+def _touched(buffer):
+    return buffer + 0  # in place; of an argument returned as it came no program is made
 
 
 @jax.jit

@@ -128,15 +128,16 @@ def largest_budget(speculation, max_length):
     return int(budget)
 
 
-def check_memory(model_config, shape, kv_dtype, policy):
+def check_memory(model_config, shape, kv_dtype, policy, num_staged=0):
     """ValueError, with the pages that would fit, if the pool exceeds free memory.
 
-    What the policy remembers comes first: it is allocated beside the pool.
+    What the policy remembers comes first: it is allocated beside the pool, as are
+    `num_staged` pages on their way from and to host memory.
     """
     per_page = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
     remembered = policy_bytes(model_config, shape, policy)
     free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered
-    fit = max(0, free // per_page)
+    fit = max(0, free // per_page - num_staged)
     if shape.num_pages > fit:
         raise ValueError(
             f"{shape.num_pages} KV pages of {per_page} bytes need "
