@@ -147,7 +147,8 @@ def rows_of(study, values, own):
             resolve_policy(row.policy)
     if values.mode:
         rows = [row for row in rows if row.mode == values.mode]
-    measured = [old["row"] for known in values.known for old in record.load(known)[1]]
+    known = [old for path in values.known for old in record.load(path)[1]]
+    measured = [recorded(old["row"]) for old in known]
     rows = [row for row in rows if as_json(row) not in measured]
     rows = part_of(rows, values.part)
     return smoke_rows(rows) if values.smoke else rows
