@@ -172,15 +172,14 @@ class ReplayOptions(NamedTuple):
     hindsight: bool
 
 
-def _top_recall(probability, counts):
-    """Mass in the `counts` largest entries of the last axis, one count per row."""
-    ordered = jnp.cumsum(-jnp.sort(-probability, axis=-1), -1)
+def _mass_of_top(sums, counts):
+    """The entries `counts - 1` of cumulative sums over the last axis; 0 for none."""
     place = jnp.maximum(counts - 1, 0)[..., None]
-    best = jnp.take_along_axis(ordered, place, -1)[..., 0]
+    best = jnp.take_along_axis(sums, place, -1)[..., 0]
     return jnp.where(counts > 0, best, 0.0)
 
 
-def _recalls(recording, row, k, mask, counts, start):
+def _recalls(recording, row, k, mask, counts, start, cap):
     """Recall of the selection and of the oracles, by name, each [L, H, k]."""
     probability = attention_rows(recording, row + k + 1, k)  # [L, H, G, k, X]
     candidate = jnp.arange(probability.shape[-1]) < start
@@ -188,18 +187,20 @@ def _recalls(recording, row, k, mask, counts, start):
     group = old.mean(2)
     total = jnp.maximum(group.sum(-1), 1e-9)
     chosen, counts = mask.transpose(1, 2, 0, 3), counts.transpose(1, 2, 0)
-    hindsight = group.mean(2, keepdims=True)
-    order = jnp.argsort(-hindsight, axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    later = jnp.where(rank < counts[..., None], group, 0.0).sum(-1)
-    by_query_head = _top_recall(
-        old, jnp.broadcast_to(counts[:, :, None], old.shape[:4])
+    _, later = jax.lax.top_k(group.mean(2), cap)  # of all drafts together
+    later = jnp.take_along_axis(group, later[:, :, None], -1)
+
+    def top(values):
+        return jax.lax.top_k(values, cap)[0].cumsum(-1)
+
+    by_query_head = _mass_of_top(
+        top(old), jnp.broadcast_to(counts[:, :, None], old.shape[:4])
     )
     return {
         "recall": jnp.where(chosen, group, 0.0).sum(-1) / total,
-        "recall_oracle": _top_recall(group, counts) / total,
+        "recall_oracle": _mass_of_top(top(group), counts) / total,
         "recall_query_head_oracle": by_query_head.mean(2) / total,
-        "recall_hindsight": later / total,
+        "recall_hindsight": _mass_of_top(later.cumsum(-1), counts) / total,
         "candidate_mass": total,
     }
 
@@ -244,18 +245,21 @@ def _law(logits, temperature):
     return jax.nn.softmax(logits / temperature, -1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "k", "temperature"))
-def judge_keys(config, params, recording, row, mask, counts, old, *, k, temperature):
+@functools.partial(jax.jit, static_argnames=("config", "k", "cap", "temperatures"))
+def judge_keys(
+    config, params, recording, row, mask, counts, old, *, k, cap, temperatures
+):  # fmt: skip
     """Measures of one cycle whose verification starts at `row`; `old`: the last mask.
 
-    Compiled once for all policies: it holds the model, a policy's selection does not.
+    `cap`: most keys that a set has. Compiled once for all policies of a budget: it
+    holds the model, a policy's selection does not.
     """
     start = recording.first + row
-    measures = _recalls(recording, row, k, mask, counts, start)
+    measures = _recalls(recording, row, k, mask, counts, start, cap)
     drafts = _draft_logits(config, params, recording, row, k, mask, start)
     dense = jax.lax.dynamic_slice_in_dim(recording.logits, row + k + 1, k)
-    p, q = _law(dense, temperature), _law(drafts, temperature)
-    measures["overlap"] = jnp.minimum(p, q).sum(-1)
+    laws = [(_law(dense, heat), _law(drafts, heat)) for heat in temperatures]
+    measures["overlap"] = jnp.stack([jnp.minimum(p, q).sum(-1) for p, q in laws])
     measures["agreement"] = (jnp.argmax(dense, -1) == jnp.argmax(drafts, -1)) * 1.0
     both, either = (mask[0] & old).sum(-1), (mask[0] | old).sum(-1)
     measures["jaccard"] = both / jnp.maximum(either, 1)
@@ -265,8 +269,13 @@ def judge_keys(config, params, recording, row, mask, counts, old, *, k, temperat
     return measures
 
 
-def replay(model, recording, *, policy, options, speculation, temperature, num_cycles):
-    """Measures of a text, numpy by name; leading axis: cycles."""
+def replay(
+    model, recording, *, policy, options, speculation, temperatures, num_cycles
+):  # fmt: skip
+    """Measures of a text, numpy by name; leading axis: cycles.
+
+    "overlap" is [cycles, temperatures, k]; nothing else depends on a temperature.
+    """
     config, k = model.config, options.num_draft_tokens
     layers, heads, num_keys, _ = recording.keys.shape
     state = None
@@ -291,7 +300,7 @@ def replay(model, recording, *, policy, options, speculation, temperature, num_c
         counts = jnp.broadcast_to(counts, (k, *counts.shape[1:]))
         measures = judge_keys(
             config, model.params, recording, row, chosen, counts, mask,
-            k=k, temperature=temperature,
+            k=k, cap=options.selection.cap, temperatures=temperatures,
         )  # fmt: skip
         mask = chosen[0]
         cycles.append(measures)
@@ -307,8 +316,12 @@ def rows_needed(num_cycles, num_draft_tokens):
     return num_cycles * (num_draft_tokens + 1) + num_draft_tokens
 
 
-def summarise(found):
-    """Scalars of one text: means, the worst tenth of the heads, acceptance expected."""
+def summarise(found, place=0):
+    """Scalars of one text: means, the worst tenth of the heads, acceptance expected.
+
+    `place` is that of the temperature among those of `replay`.
+    """
+    found = found | {"overlap": found["overlap"][:, place]}
     mean = {name: float(value.mean()) for name, value in found.items()}
     by_head = found["recall"].mean((0, -1)).ravel()
     overlap = found["overlap"].mean(0)

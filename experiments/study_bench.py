@@ -43,6 +43,7 @@ class Bench:
         self._plain = functools.cache(self._decode_plainly)
         self._held = None  # (speculation, Engine) of the last row
         self._results = None  # (what was decoded, DecodeResults) of the last row
+        self._replayed = {}  # (row but for its temperature): {temperature: figures}
         self.num_engines = 0
         self._recording_of = functools.cache(self._record)
 
@@ -165,6 +166,22 @@ class Bench:
         return keep
 
     def _replay(self, row, chosen):
+        """Figures of a row; those that differ in the temperature alone are shared."""
+        if row.text_temperature is None:  # another temperature has another text
+            return self._replay_at(row, chosen, (row.temperature,))[row.temperature]
+        key = dataclasses.replace(row, temperature=0.0)
+        if key not in self._replayed:
+            alike = [
+                r
+                for r in (row, *self.rows)
+                if dataclasses.replace(r, temperature=0.0) == key
+            ]
+            temperatures = tuple(sorted({r.temperature for r in alike}))
+            self._replayed[key] = self._replay_at(row, chosen, temperatures)
+        return self._replayed[key][row.temperature]
+
+    def _replay_at(self, row, chosen, temperatures):
+        """{temperature: figures} of a row at each of the temperatures."""
         k = row.num_draft_tokens
         num_keys = -(-self._longest // 256) * 256
         num_cycles = (self.setting.max_tokens - k) // (k + 1)
@@ -189,19 +206,24 @@ class Bench:
         num_rows = replay.rows_needed(num_cycles, k)
         heat = row.temperature if row.text_temperature is None else row.text_temperature
         texts = [
-            replay.summarise(
-                replay.replay(
-                    self.model,
-                    self._recording_of(index, heat, k, num_rows, num_keys),
-                    policy=policy,
-                    options=options,
-                    speculation=speculation,
-                    temperature=row.temperature,
-                    num_cycles=num_cycles,
-                )
+            replay.replay(
+                self.model,
+                self._recording_of(index, heat, k, num_rows, num_keys),
+                policy=policy,
+                options=options,
+                speculation=speculation,
+                temperatures=temperatures,
+                num_cycles=num_cycles,
             )
             for index in self._not_looping(chosen, heat)
         ]
+        return {
+            temperature: self._means([replay.summarise(text, i) for text in texts])
+            for i, temperature in enumerate(temperatures)
+        }
+
+    def _means(self, texts):
+        """Means over texts of what `replay.summarise` says of each."""
         found = {}
         for name, value in texts[0].items():
             values = [text[name] for text in texts]

@@ -69,7 +69,7 @@ def replayed(model, recording, name, *, budget_ratio=0.15, hindsight=False, **ch
         policy=policy,
         options=replay.ReplayOptions(K, "all", selection, hindsight),
         speculation=row.speculation(policy),
-        temperature=0.65,
+        temperatures=(0.65,),
         num_cycles=6,
         **changes,
     )
@@ -251,6 +251,27 @@ def test_engines_are_shared_over_budgets():
     assert bench.num_engines == 2  # one more for plain decoding
     accepted = [f["mean_accepted_draft_tokens"]["mean"] for f in found]
     assert accepted[0] < accepted[1]
+
+
+def test_temperatures_share_a_replay(monkeypatch):
+    rows = [
+        Row(mode="replay", num_draft_tokens=2, temperature=t, text_temperature=0.65)
+        for t in (0.65, 0.0)
+    ]
+    bench, calls, run = small_bench(rows), [], replay.replay
+
+    def noted(*args, **options):
+        calls.append(options["temperatures"])
+        return run(*args, **options)
+
+    monkeypatch.setattr(replay, "replay", noted)
+    together = [bench.measure(row) for row in rows]
+    assert set(calls) == {(0.0, 0.65)} and len(calls) == len(bench.contexts)
+    for row, found in zip(rows, together, strict=True):
+        alone = small_bench([row]).measure(row)
+        assert alone["overlap"] == found["overlap"]
+        assert alone["expected_accepted"] == found["expected_accepted"]
+    assert together[0]["overlap"] != together[1]["overlap"]
 
 
 def test_a_differing_text_is_reported(tmp_path):

@@ -5,8 +5,8 @@ Command: python -m experiments.study --study policies_replay --output_dir RUN
 Expected: the order of decoding (`policies`), all figures nearer to each other, as the
 text is fixed and every verification accepts all drafts. At temperature 0 the text is
 that of 0.65: greedy texts of a small model repeat themselves, and then any policy does.
-Cost: 20 contexts of up to 4,400 tokens on two CPU cores: half an hour for the dense
-runs, then 2 to 7 minutes a row.
+Cost: 16 contexts of up to 4,400 tokens on two CPU cores: about 7 minutes for the dense
+runs, then about a minute for each policy, both temperatures together.
 """
 
 from experiments.replay import HINDSIGHT
