@@ -64,7 +64,9 @@ def _offload(data):
         }.items()
         if key in found
     ]
-    return "spilling to host memory runs at " + ", ".join(ratios)
+    hidden = data.get("copies", {}).get("recorded_copies", {}).get("hidden_share")
+    text = "spilling to host memory runs at " + ", ".join(ratios)
+    return text + (f"; {hidden:.2f} of the copies beside kernels" if hidden else "")
 
 
 def _simulator(data):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsespec_jax.kv_manager import PageMove
 from sparsespec_jax.scheduler import RESTORE_CHUNKS
 
 _HOST_MEMORY = "pinned_host"
@@ -55,16 +56,20 @@ class HostPages:
         self._arriving = []  # staged chunks on their way into the pool
 
     def warm_up(self, state, buffers):
-        """Compile both copies; returns the state with its pages unchanged.
+        """Compile the copies; returns the state with its pages unchanged.
 
-        `buffers`: one plan buffer of each length for `sent_first`.
+        `buffers`: one plan buffer of each length for `sent_first`. Copies without pages
+        go both ways through every place, so that these have settled when steps run.
         """
         for buffer in buffers:
             _touched(buffer)
-        nowhere = self._page_ids(())
-        chunk = jax.device_put(_gather(_pools(state), nowhere), self._on_host)
-        chunk = jax.device_put(chunk, self._on_device)
-        return _with_pools(state, _scatter(_pools(state), chunk, nowhere))
+        spare = len(self._chunks) - 1
+        there_and_back = PageMove(True, spare, ()), PageMove(False, spare, ())
+        for _ in range(len(self._staged) + 1):
+            state = self.move(state, there_and_back)
+        state = self._place_arrived(state)
+        self._chunks[spare] = None
+        return state
 
     def move(self, state, moves):
         """Start the copies of `moves` (PageMove) in order; returns the next state.
