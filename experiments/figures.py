@@ -75,7 +75,8 @@ def draw(directory):
     axes.set_xlabel(summary["x"].replace("_", " "))
     axes.set_ylabel(summary["y"].replace("_", " "))
     if not is_number:
-        axes.tick_params(axis="x", rotation=60)
+        for name in axes.get_xticklabels():
+            name.set(rotation=60, ha="right", rotation_mode="anchor")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     for suffix in ("png", "svg"):

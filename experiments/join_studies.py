@@ -30,7 +30,7 @@ def join(parts, output, *, suffix):
     Raises:
       ValueError: parts of different settings, or an output directory exists.
     """
-    configs, found, environment = [], {}, None
+    configs, found, commits = [], {}, {}
     for part in parts:
         config, records = record.load(part)
         configs.append({k: v for k, v in config.items() if k not in _FREE})
@@ -41,6 +41,8 @@ def join(parts, output, *, suffix):
         found |= {json.dumps(recorded(r["row"]), sort_keys=True): r for r in records}
         environment = json.loads((pathlib.Path(part) / "environment.json").read_text())
         environment["command"] = _FOLDERS.sub("", environment["command"])
+        commits[environment.get("commit")] = None
+    environment["commits"] = list(commits)  # of all parts; the rest is the last one's
     written = {}
     for name in study_names():
         study, header = load_study(name)
