@@ -109,3 +109,59 @@ def resolve_proposer(proposer):
     if not callable(getattr(getattr(proposer, "guesser", proposer), name, None)):
         raise ValueError(f"proposer has no {name} function: {proposer!r}")
     return proposer
+
+
+def keep_history(state, plan, lanes, tokens, shape):
+    """Put the tokens of verifications and prompt chunks [E * Q (+ F * C)] in histories.
+
+    The pending token of a verified slot comes behind them.
+    """
+    verify_rows = shape.verify_lanes * shape.num_queries
+    groups = [(lanes.slots, lanes.starts, lanes.num_rows, tokens[:verify_rows])]
+    if tokens.size > verify_rows:
+        names = ("prefill_slots", "prefill_starts", "prefill_counts")
+        groups.append((*(plan[name] for name in names), tokens[verify_rows:]))
+    history = state.history
+    for slots, starts, counts, ids in groups:
+        ids = ids.reshape(slots.size, -1)
+        row = jnp.arange(ids.shape[1])[None]
+        place = jnp.where(
+            row < counts[:, None], starts[:, None] + row, history.shape[1]
+        )
+        history = history.at[slots[:, None], place].set(ids, mode="drop")
+    slots = lanes.slots
+    known = state.lengths.at[slots].get(mode="clip")
+    pending = state.tokens.at[slots, 0].get(mode="clip")
+    return state._replace(history=history.at[slots, known].set(pending, mode="drop"))
+
+
+def propose(state, plan, lanes, tokens, features, params, shape, proposer):
+    """Keep the step's tokens [T] in the histories and draft for the verified slots."""
+    state = keep_history(state, plan, lanes, tokens, shape)
+    slots, history, count = lanes.slots, state.history, shape.num_draft_tokens
+    verify_rows = shape.verify_lanes * shape.num_queries
+    known = state.lengths.at[slots].get(mode="clip")
+    texts = history.at[slots].get(mode="clip")
+    memory = state.proposer_memory
+    if memory is None:
+        drafts = proposer.propose(texts, known + 1, count)
+    else:
+        if features is not None:
+            features = features[:verify_rows].reshape(*slots.shape, count + 1, -1)
+        view = ProposalView(
+            slots, lanes.starts, lanes.num_rows, lanes.is_seed, known, texts,
+            features, params,
+        )  # fmt: skip
+        drafts, memory = proposer.propose_from(view, memory, count)
+    law = state.draft_law
+    if law.token_ids.size:  # the ratio test: all of the draft's law on one token
+        ids = law.token_ids.at[slots, :count, 0].set(drafts, mode="drop")
+        law = law._replace(
+            token_ids=ids, probs=law.probs.at[slots, :count, 0].set(1.0, mode="drop")
+        )
+    return state._replace(
+        proposer_memory=memory,
+        draft_law=law,
+        tokens=state.tokens.at[slots, 1 : count + 1].set(drafts, mode="drop"),
+        num_drafted=state.num_drafted.at[slots].set(count, mode="drop"),
+    )

@@ -16,7 +16,7 @@ from sparsespec_jax import acceptance, cascade, sampling
 from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.attention import StepLanes, VerifyLanes, make_attend
 from sparsespec_jax.model import forward_with_features, logits
-from sparsespec_jax.proposers import ProposalView
+from sparsespec_jax.proposers import keep_history, propose
 from sparsespec_jax.state import DecodeState
 
 
@@ -87,9 +87,9 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
             )  # fmt: skip
         if shape.num_guesses:
             fed = tokens[num_drafts:]
-            state = _keep_history(state, plan, verification.lanes, fed, shape)
+            state = keep_history(state, plan, verification.lanes, fed, shape)
         elif proposer is not None and shape.num_draft_tokens:
-            state = _propose(
+            state = propose(
                 state, plan, verification.lanes, tokens, features, params, shape,
                 proposer,
             )  # fmt: skip
@@ -290,62 +290,6 @@ def _store_drafts(scores, state, plan, lanes, guesses, options, filters):
     return state._replace(
         tokens=state.tokens.at[slot, place + 1].set(drafts, mode="drop"),
         num_drafted=state.num_drafted.at[lanes.draft_slots].add(count, mode="drop"),
-    )
-
-
-def _keep_history(state, plan, lanes, tokens, shape):
-    """Put the tokens of verifications and prompt chunks [E * Q (+ F * C)] in histories.
-
-    The pending token of a verified slot comes behind them.
-    """
-    verify_rows = shape.verify_lanes * shape.num_queries
-    groups = [(lanes.slots, lanes.starts, lanes.num_rows, tokens[:verify_rows])]
-    if tokens.size > verify_rows:
-        names = ("prefill_slots", "prefill_starts", "prefill_counts")
-        groups.append((*(plan[name] for name in names), tokens[verify_rows:]))
-    history = state.history
-    for slots, starts, counts, ids in groups:
-        ids = ids.reshape(slots.size, -1)
-        row = jnp.arange(ids.shape[1])[None]
-        place = jnp.where(
-            row < counts[:, None], starts[:, None] + row, history.shape[1]
-        )
-        history = history.at[slots[:, None], place].set(ids, mode="drop")
-    slots = lanes.slots
-    known = state.lengths.at[slots].get(mode="clip")
-    pending = state.tokens.at[slots, 0].get(mode="clip")
-    return state._replace(history=history.at[slots, known].set(pending, mode="drop"))
-
-
-def _propose(state, plan, lanes, tokens, features, params, shape, proposer):
-    """Keep the step's tokens [T] in the histories and draft for the verified slots."""
-    state = _keep_history(state, plan, lanes, tokens, shape)
-    slots, history, count = lanes.slots, state.history, shape.num_draft_tokens
-    verify_rows = shape.verify_lanes * shape.num_queries
-    known = state.lengths.at[slots].get(mode="clip")
-    texts = history.at[slots].get(mode="clip")
-    memory = state.proposer_memory
-    if memory is None:
-        drafts = proposer.propose(texts, known + 1, count)
-    else:
-        if features is not None:
-            features = features[:verify_rows].reshape(*slots.shape, count + 1, -1)
-        view = ProposalView(
-            slots, lanes.starts, lanes.num_rows, lanes.is_seed, known, texts,
-            features, params,
-        )  # fmt: skip
-        drafts, memory = proposer.propose_from(view, memory, count)
-    law = state.draft_law
-    if law.token_ids.size:  # the ratio test: all of the draft's law on one token
-        ids = law.token_ids.at[slots, :count, 0].set(drafts, mode="drop")
-        law = law._replace(
-            token_ids=ids, probs=law.probs.at[slots, :count, 0].set(1.0, mode="drop")
-        )
-    return state._replace(
-        proposer_memory=memory,
-        draft_law=law,
-        tokens=state.tokens.at[slots, 1 : count + 1].set(drafts, mode="drop"),
-        num_drafted=state.num_drafted.at[slots].set(count, mode="drop"),
     )
 
 
