@@ -55,6 +55,7 @@ def draw(directory):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sparsespec_jax"
     from matplotlib import pyplot
 
     directory = pathlib.Path(directory)
@@ -80,7 +81,8 @@ def draw(directory):
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     for suffix in ("png", "svg"):
-        figure.savefig(directory / f"figure.{suffix}", dpi=120)
+        metadata = {"Date": None} if suffix == "svg" else {}  # the same file each time
+        figure.savefig(directory / f"figure.{suffix}", dpi=120, metadata=metadata)
     pyplot.close(figure)
     return directory / "figure.png"
 
