@@ -19,6 +19,7 @@ from pallas_kernels.write_rows import write_rows
 from sparsespec_jax import step_selection
 from sparsespec_jax.plan import StepShape
 from sparsespec_jax.policy import SelectionOptions, SelectionView, run_policy
+from sparsespec_jax.row_places import concatenate, row_places, tail_places
 from sparsespec_jax.state import read_rows
 
 
@@ -56,13 +57,6 @@ class StepLanes(NamedTuple):
         return array.at[self.draft_slots].get(mode="clip")
 
 
-class RowPlaces(NamedTuple):
-    """Where rows of K and V go; a page past the pool drops its row."""
-
-    pages: jax.Array  # int32 [n, H], or [n, 1] for all heads
-    offsets: jax.Array  # int32, like pages: row inside the page
-
-
 _ROWS_AT_ONCE = 264  # that a GPU selects as fast as fewer
 _LAYERS_AT_ONCE = 8
 
@@ -79,74 +73,43 @@ def make_attend(
     caches that a policy with `layers_at_once` left to it; other policies fill them in
     `attend`.
     """
-    groups = _lane_groups(shape, lanes)
-    tables, q_lengths = _tables_and_rows(lanes, shape)
-    drafting = shape.draft_lanes > 0
-    selection = SelectionOptions(
-        cap=shape.max_budget,
-        per_layer=options.scope == "layer",
-        num_recent=options.num_recent,
-        num_sinks=options.num_sinks,
-        impl=impl,
-    )
-    verify_rows = slice(
-        shape.num_draft_rows,
-        shape.num_draft_rows + shape.verify_lanes * shape.num_queries,
-    )
+    step = _TracedStep(lanes, shape, policy, options, impl, num_layers)
+    return step.attend, step.fill
 
-    picked = None  # by the newest layer below that selects, while tracing
-    masses = []  # of the layers that select, left to `fill`: some in each array
 
-    def attend(layer_index, q, rows, cache):
-        nonlocal picked
-        heads, rows = rows.shape[1], rows.astype(cache.kv_pages.dtype)
-        fixed = lanes.draft_counts is not None
-        counts = lanes.draft_counts if fixed else cache.draft_counts
-        places = _row_places(lanes, shape, counts)
-        if drafting and fixed:
-            places += [_tail_places(lanes, shape, lanes.verify.budgets[:, None])]
-        with jax.named_scope("write_rows"):
-            kv_pages = write_rows(
-                cache.kv_pages,
-                rows,
-                *_concatenate(places),
-                copies_from=verify_rows.start,
-                impl=impl,
-            )
-        selects = drafting and not policy.per_step and policy.is_anchor(layer_index)
-        needs_mass = selects and policy.needs_mass
-        buffer, place = None, 0
-        if selects and policy.layers_at_once:
-            number = layer_index // policy.anchor_every
-            size = _masses_at_once(policy, shape, heads)
-            place = number % size
-            if place == 0:
-                left = -(-num_layers // policy.anchor_every) - number
-                num_keys = tables.shape[1] * shape.page_size
-                masses.append(
-                    jax.lax.empty(
-                        (min(size, left), shape.verify_lanes, heads, num_keys),
-                        jnp.float32,
-                    )
-                )
-            buffer = masses.pop()
-        with jax.named_scope("attention"):
-            out, mass = paged_attention(
-                q,
-                kv_pages,
-                tables,
-                jnp.broadcast_to(
-                    _kv_lengths(lanes, shape, counts), (q_lengths.size, heads)
-                ),
-                q_lengths,
-                groups=groups,
-                mass_group=1 if needs_mass else None,  # behind the draft lanes
-                mass_rows=policy.mass_rows(options.mass_rows),
-                mass_buffer=buffer,
-                mass_place=place,
-                impl=impl,
-            )
-        if not drafting:
+class _TracedStep:
+    """What the layers of a step share, and leave to each other, while it is traced."""
+
+    def __init__(self, lanes, shape, policy, options, impl, num_layers):
+        self.lanes, self.shape, self.policy = lanes, shape, policy
+        self.impl, self.num_layers = impl, num_layers
+        self.groups = _lane_groups(shape, lanes)
+        self.tables, self.q_lengths = _tables_and_rows(lanes, shape)
+        self.is_drafting = shape.draft_lanes > 0
+        self.has_fixed_counts = lanes.draft_counts is not None
+        self.mass_rows = policy.mass_rows(options.mass_rows)
+        self.selection = SelectionOptions(
+            cap=shape.max_budget,
+            per_layer=options.scope == "layer",
+            num_recent=options.num_recent,
+            num_sinks=options.num_sinks,
+            impl=impl,
+        )
+        first = shape.num_draft_rows
+        self.verify_rows = slice(first, first + shape.verify_lanes * shape.num_queries)
+        self.picked = None  # by the newest layer below that selects
+        self.masses = []  # of layers that select, left to `fill`: some in each array
+
+    def attend(self, layer_index, q, rows, cache):
+        """See `make_attend`."""
+        policy, rows = self.policy, rows.astype(cache.kv_pages.dtype)
+        selects = (
+            self.is_drafting and not policy.per_step and policy.is_anchor(layer_index)
+        )
+        counts = self._counts(cache)
+        kv_pages = self._write(rows, cache.kv_pages, counts)
+        out, mass = self._read(layer_index, q, kv_pages, counts, selects)
+        if not self.is_drafting:
             return out, cache._replace(kv_pages=kv_pages)
         # Attention must be done with the pool before the draft caches are
         # filled: without this order XLA copies the pool, twice per layer.
@@ -154,55 +117,117 @@ def make_attend(
         cache = cache._replace(kv_pages=kv_pages)
         if policy.layers_at_once:
             if selects:
-                masses.append(mass)
+                self.masses.append(mass)
             return out, cache
         if policy.per_step:
-            picked = step_selection.nothing(shape)
+            self.picked = step_selection.nothing(self.shape)
             out = step_selection.attend_drafts(
-                policy, selection, layer_index, q, out, kv_pages, lanes, shape
-            )
+                policy, self.selection, layer_index, q, out, kv_pages, self.lanes,
+                self.shape,
+            )  # fmt: skip
         if selects:
-            view = _view(layer_index, q[verify_rows], mass, cache, lanes, shape, policy)
-            with jax.named_scope("select"):
-                indices, selected, memory = run_policy(policy, view, selection)
-            picked = indices, _of_live_lanes(lanes, selected)
-            if memory is not None:
-                put = cache.policy_state.at[lanes.verify.slots]
-                cache = cache._replace(policy_state=put.set(memory, mode="drop"))
-        _, selected = picked
-        with jax.named_scope("gather"):
-            picks = (x[None] for x in picked)
-            (kv_pages,) = _gather_selected((kv_pages,), *picks, lanes, impl)
-        if not fixed:
-            place = _tail_places(lanes, shape, selected)
-            kv_pages = write_rows(kv_pages, rows[verify_rows], *place, impl=impl)
-            selected = jnp.broadcast_to(selected, (selected.shape[0], heads))
-            counts = counts.at[lanes.verify.slots].set(selected, mode="drop")
-            cache = cache._replace(draft_counts=counts)
-        return out, cache._replace(kv_pages=kv_pages)
+            cache = self._select(layer_index, q[self.verify_rows], mass, cache)
+        return out, self._fill_layer(rows, cache)
 
-    def fill(layers):
-        filled = []
-        for mass in masses:
+    def _counts(self, cache):
+        """Selected rows in the draft caches, int32 [S, H or 1]."""
+        return self.lanes.draft_counts if self.has_fixed_counts else cache.draft_counts
+
+    def _write(self, rows, kv_pages, counts):
+        """The pool with the step's rows; verified ones in both caches if counts are
+        fixed."""
+        places = row_places(self.lanes, self.shape, counts)
+        if self.is_drafting and self.has_fixed_counts:
+            budgets = self.lanes.verify.budgets[:, None]
+            places += [tail_places(self.lanes, self.shape, budgets)]
+        with jax.named_scope("write_rows"):
+            return write_rows(
+                kv_pages, rows, *concatenate(places),
+                copies_from=self.verify_rows.start, impl=self.impl,
+            )  # fmt: skip
+
+    def _read(self, layer_index, q, kv_pages, counts, selects):
+        """Attention output [T, N, D], and the mass where the layer selects by it."""
+        heads, policy = kv_pages.shape[1], self.policy
+        buffer, place = None, 0
+        if selects and policy.layers_at_once:
+            buffer, place = self._mass_buffer(layer_index, heads)
+        with jax.named_scope("attention"):
+            lengths = _kv_lengths(self.lanes, self.shape, counts)
+            return paged_attention(
+                q,
+                kv_pages,
+                self.tables,
+                jnp.broadcast_to(lengths, (self.q_lengths.size, heads)),
+                self.q_lengths,
+                groups=self.groups,
+                # The verify lanes are behind the draft lanes.
+                mass_group=1 if selects and policy.needs_mass else None,
+                mass_rows=self.mass_rows,
+                mass_buffer=buffer,
+                mass_place=place,
+                impl=self.impl,
+            )
+
+    def _mass_buffer(self, layer_index, heads):
+        """The buffer [n, E, H, X] that a layer writes its mass to, and its place."""
+        number = layer_index // self.policy.anchor_every
+        size = _masses_at_once(self.policy, self.shape, heads)
+        if number % size:
+            return self.masses.pop(), number % size
+        left = -(-self.num_layers // self.policy.anchor_every) - number
+        num_keys = self.tables.shape[1] * self.shape.page_size
+        lead = min(size, left), self.shape.verify_lanes, heads
+        return jax.lax.empty((*lead, num_keys), jnp.float32), 0
+
+    def _select(self, layer_index, queries, mass, cache):
+        """Pick from a verification; the cache with what the policy remembers."""
+        lanes = self.lanes
+        view = _view(layer_index, queries, mass, cache, lanes, self.shape, self.policy)
+        with jax.named_scope("select"):
+            indices, counts, memory = run_policy(self.policy, view, self.selection)
+        self.picked = indices, _of_live_lanes(lanes, counts)
+        if memory is None:
+            return cache
+        put = cache.policy_state.at[lanes.verify.slots]
+        return cache._replace(policy_state=put.set(memory, mode="drop"))
+
+    def _fill_layer(self, rows, cache):
+        """The cache with the picked rows in the draft caches, verified ones behind."""
+        lanes, (_, selected) = self.lanes, self.picked
+        with jax.named_scope("gather"):
+            picks = (x[None] for x in self.picked)
+            (kv_pages,) = _gather_selected((cache.kv_pages,), *picks, lanes, self.impl)
+        if not self.has_fixed_counts:
+            place = tail_places(lanes, self.shape, selected)
+            kv_pages = write_rows(
+                kv_pages, rows[self.verify_rows], *place, impl=self.impl
+            )
+            selected = jnp.broadcast_to(selected, (selected.shape[0], rows.shape[1]))
+            put = cache.draft_counts.at[lanes.verify.slots]
+            cache = cache._replace(draft_counts=put.set(selected, mode="drop"))
+        return cache._replace(kv_pages=kv_pages)
+
+    def fill(self, layers):
+        """See `make_attend`."""
+        filled, every = [], self.policy.anchor_every
+        for mass in self.masses:
             with jax.named_scope("select"):
-                picks = _select_together(policy, selection, mass, lanes.verify)
-            first, count = len(filled), len(mass) * policy.anchor_every
+                picks = _select_together(
+                    self.policy, self.selection, mass, self.lanes.verify
+                )
+            first, count = len(filled), len(mass) * every
             group = layers[first : first + count]
-            if policy.anchor_every > 1:
-                picks = [
-                    jnp.repeat(x, policy.anchor_every, axis=0)[: len(group)]
-                    for x in picks
-                ]
+            if every > 1:
+                picks = [jnp.repeat(x, every, axis=0)[: len(group)] for x in picks]
             with jax.named_scope("gather"):
                 pools = tuple(cache.kv_pages for cache in group)
-                pools = _gather_selected(pools, *picks, lanes, impl)
+                pools = _gather_selected(pools, *picks, self.lanes, self.impl)
             filled += [
                 cache._replace(kv_pages=pool)
                 for cache, pool in zip(group, pools, strict=True)
             ]
         return filled or layers
-
-    return attend, fill
 
 
 def _masses_at_once(policy, shape, num_heads):
@@ -318,81 +343,6 @@ def _kv_lengths(lanes, shape, counts):
     prefill = jnp.where(lanes.prefill_counts > 0, prefill, 0)
     full = jnp.concatenate([verify, prefill])[:, None]
     return jnp.concatenate([draft, jnp.broadcast_to(full, (full.size, draft.shape[1]))])
-
-
-def _row_places(lanes, shape, counts):
-    """RowPlaces of the step's tokens, in lane order; counts [S, H or 1]."""
-    row = jnp.arange(shape.draft_queries)[None, :, None]
-    place = (lanes.of_draft(counts) + lanes.draft_tails[:, None])[:, None] + row
-    is_fed = lanes.draft_active[:, None, None] & (row < lanes.draft_rows[:, None, None])
-    place = jnp.where(is_fed, place, -1)
-    table = lanes.of_draft(lanes.draft_table)
-    verify = lanes.verify
-    places = [
-        _places(shape, table, place),
-        _span(shape, lanes, verify.slots, verify.starts, verify.num_rows,
-              shape.num_queries),
-    ]  # fmt: skip
-    if lanes.prefill_slots.size:
-        places.append(
-            _span(
-                shape,
-                lanes,
-                lanes.prefill_slots,
-                lanes.prefill_starts,
-                lanes.prefill_counts,
-                shape.prefill_chunk,
-            )
-        )
-    return places
-
-
-def _span(shape, lanes, slots, starts, counts, num_rows):
-    """RowPlaces of positions starts.. of the slots' full tables, `num_rows` each."""
-    row = jnp.arange(num_rows)[None]
-    place = jnp.where(row < counts[:, None], starts[:, None] + row, -1)
-    table = lanes.full_table.at[slots].get(mode="clip")
-    return _places(shape, table, place[..., None])
-
-
-def _tail_places(lanes, shape, selected):
-    """RowPlaces of the verified rows in the draft caches, behind the selected ones."""
-    verify = lanes.verify
-    row = jnp.arange(shape.num_queries)[None, :, None]
-    place = selected[:, None, :] + row
-    place = jnp.where(row < verify.num_rows[:, None, None], place, -1)
-    table = lanes.draft_table.at[verify.slots].get(mode="clip")
-    return _places(shape, table, place)
-
-
-def _places(shape, tables, places):
-    """RowPlaces of cache indices `places` [lanes, n, H or 1] of tables [lanes, W].
-
-    Rows with a negative place or no page are dropped.
-    """
-    lanes, num, heads = places.shape
-    column = jnp.maximum(places, 0) // shape.page_size
-    pages = jnp.take_along_axis(
-        tables,
-        column.reshape(lanes, num * heads),
-        axis=1,
-        mode="fill",
-        fill_value=shape.num_pages,
-    ).reshape(places.shape)
-    pages = jnp.where((places >= 0) & (pages >= 0), pages, shape.num_pages)
-    flat = (lanes * num, heads)
-    return RowPlaces(pages.reshape(flat), (places % shape.page_size).reshape(flat))
-
-
-def _concatenate(places):
-    """RowPlaces of a list, one behind the other."""
-    heads = max(place.pages.shape[1] for place in places)
-    return RowPlaces(
-        *(
-            jnp.concatenate([jnp.broadcast_to(p, (p.shape[0], heads)) for p in field])
-            for field in zip(*places, strict=True)
-        )
-    )
 
 
 def _gather_selected(pools, indices, counts, lanes, impl):
