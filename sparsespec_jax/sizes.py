@@ -128,7 +128,7 @@ def largest_budget(speculation, max_length):
     return int(budget)
 
 
-def check_memory(model_config, shape, kv_dtype, policy, num_staged=0):
+def check_memory(model_config, shape, kv_dtype, policy, num_staged):
     """ValueError, with the pages that would fit, if the pool exceeds free memory.
 
     What the policy remembers comes first: it is allocated beside the pool, as are
