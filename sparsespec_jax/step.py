@@ -19,6 +19,10 @@ from sparsespec_jax.model import forward_with_features, logits
 from sparsespec_jax.proposers import keep_history, propose
 from sparsespec_jax.state import DecodeState
 
+# If pool and weights fill more than 80 % of a GPU, XLA takes what is left for nothing
+# and computes values twice to save some: launches for a few kilobytes.
+GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+
 
 class StepOptions(NamedTuple):
     """What of a SpeculationConfig the compiled step depends on; budgets are data."""
@@ -95,7 +99,13 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
             )  # fmt: skip
         return state, outcome
 
-    return jax.jit(step, static_argnames="prefill", donate_argnums=1)
+    compiler_options = GPU_COMPILER_OPTIONS if impl == "gpu" else None
+    return jax.jit(
+        step,
+        static_argnames="prefill",
+        donate_argnums=1,
+        compiler_options=compiler_options,
+    )
 
 
 def _update_tables(state, updates):

@@ -27,14 +27,14 @@ _LAYERS = 3
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
 # Without a device nothing is tuned: projections of few tokens would be cut in parts and
 # summed up in other launches. Tokens are a multiple of 8: others are padded first.
-_WHOLE_PROJECTIONS = {"xla_gpu_enable_triton_gemm": False}
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False} | step_lib.GPU_COMPILER_OPTIONS
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
 )
 
 
 def compile_step(
-    target, num_draft_tokens, policy="pillar", proposer="self", prefill=None
+    target, num_draft_tokens, policy="pillar", proposer="self", prefill=None, **engine
 ):
     """The step of a small model for `target`, and the bytes of one layer's pool.
 
@@ -47,7 +47,7 @@ def compile_step(
     speculation = SpeculationConfig(
         num_draft_tokens=num_draft_tokens, policy=policy, proposer=proposer
     )
-    config = EngineConfig(num_slots=16, page_size=128, max_length=2000)
+    config = EngineConfig(num_slots=16, page_size=128, max_length=2000, **engine)
     if prefill:
         lanes, chunk = prefill
         config = dataclasses.replace(config, prefill_lanes=lanes, prefill_chunk=chunk)
@@ -79,7 +79,7 @@ def compile_step(
         param_shapes(model, jnp.bfloat16),
         state,
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
-        compiler_options=_WHOLE_PROJECTIONS if impl == "gpu" else None,
+        compiler_options=_GPU_OPTIONS if impl == "gpu" else None,
         donate_argnums=1,
     )
     return compiled, state.layers[0].kv_pages.size * 2
@@ -126,6 +126,14 @@ def test_prompt_chunks_are_attended_in_a_launch_of_their_own_without_copies():
     of_attention = [m[1] for m in found if m and "/layer_1/attention/" in m[2]]
     launches = [name for name in of_attention if name not in _NO_LAUNCH]
     assert launches == ["custom-call"] * 3
+
+
+def test_a_pool_that_fills_the_gpu_adds_no_launches():
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, pool_bytes = compile_step("h100", 7, num_pages=50_000)
+    assert 70e9 < _LAYERS * pool_bytes < 85e9
+    text = compiled.compiled.as_text()
+    assert not re.search(r"^ +(?:ROOT )?%?\S*remat\S* = ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("max_length", [40, 1000, 5000])
