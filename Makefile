@@ -23,7 +23,7 @@ test: $(VENV)/.test
 	  -m "not slow and not gpu and not tpu" $(ARGS)
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow" $(ARGS)
+	$(BIN)/python -m pytest -m "slow" -o timeout=1800 $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -283,18 +283,13 @@ class Engine:
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
         plan, planned, moves = self._scheduler.plan()
-        buffer = None if plan is None else jax.device_put(plan.buffer)
-        if self._host_pages is not None:
-            buffer = sent_first(buffer, moves)
-            self._state = self._host_pages.move(self._state, moves)
+        outcome = self.run_plan(plan, moves)
         if plan is not None:
-            outcome = self._dispatch(plan, buffer)
             outcome.copy_to_host_async()
             self._in_flight.append((planned, outcome, self.params_version))
             self.num_steps += 1
         # With nothing left to plan, read what is still in flight.
-        keep = self.config.lag if plan is not None else 0
-        self._read(keep, results, events)
+        self._read(0 if plan is None else self.config.lag, results, events)
 
     def _read(self, keep, results, events):
         """Read the outcomes of all steps but the last `keep`."""
@@ -390,12 +385,17 @@ class Engine:
     def _shapes(self):
         return [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
 
-    def run_plan(self, plan):
-        """Dispatch one step of a StepPlan; its packed outcome, not waited for."""
-        return self._dispatch(plan, jax.device_put(plan.buffer))
+    def run_plan(self, plan, moves=()):
+        """Dispatch page moves and a step; its packed outcome, not waited for.
 
-    def _dispatch(self, plan, buffer):
-        """`run_plan` with the plan's buffer on the device, not written again."""
+        Without a plan (None) there is no step and no outcome.
+        """
+        buffer = None if plan is None else plan.buffer  # copied by the step's call
+        if self._host_pages is not None:
+            buffer = sent_first(buffer, moves)
+            self._state = self._host_pages.move(self._state, moves)
+        if plan is None:
+            return None
         self._state, outcome = self._step(self._filters, plan.shape)(
             self.params, self._state, buffer, prefill=plan.prefill
         )

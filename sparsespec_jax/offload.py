@@ -110,16 +110,17 @@ class HostPages:
 
 
 def sent_first(buffer, moves):
-    """Returns a plan's buffer on the device, ahead of the pages of `moves`.
+    """Sends a plan's buffer ahead of the pages of `moves`; returns it on the device.
 
     The device takes one copy from the host at a time, in any order, and starts each
     when the work queued before it is done. Pages on their way would overtake the plan,
     and the step would wait for both; behind a program that takes the plan they cannot,
     and run beside the step.
     """
-    if buffer is None or all(move.to_host for move in moves):
-        return buffer
-    return _touched(buffer)
+    if buffer is None:
+        return None
+    buffer = jax.device_put(buffer)
+    return buffer if all(move.to_host for move in moves) else _touched(buffer)
 
 
 def check_flags(platform, xla_flags):

@@ -6,6 +6,7 @@ host-to-device copy; a step's outcome comes back as one int32 array, decoded by
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import NamedTuple
@@ -50,12 +51,12 @@ class StepShape:
         """Rows of a verification, Q = K + 1."""
         return self.num_draft_tokens + 1
 
-    @property
+    @functools.cached_property
     def verify_lanes(self):
         """Verifications per step, E = ceil(S / cycle)."""
         return -(-self.num_slots // self.cycle)
 
-    @property
+    @functools.cached_property
     def cycle(self):
         """Steps from one verification of a slot to the next: K + 1, or fewer."""
         if self.drafts_at_once:
@@ -63,7 +64,7 @@ class StepShape:
         steps = self.num_draft_tokens
         return 1 + (steps if self.draft_steps is None else min(self.draft_steps, steps))
 
-    @property
+    @functools.cached_property
     def draft_lanes(self):
         """Draft lanes per step, A: all slots less those that verify in every step.
 
@@ -95,7 +96,7 @@ class StepShape:
         """True if the device keeps the token ids of every slot's text."""
         return self.drafts_at_once or self.num_guesses > 0
 
-    @property
+    @functools.cached_property
     def max_table_updates(self):
         """Page-table entries that one step can change."""
         growth = pages_for(self.num_queries, self.page_size) + 1
@@ -129,20 +130,29 @@ class StepShape:
             }
         return shapes
 
+    @functools.cached_property
+    def _layouts(self):
+        """(name, place in the buffer, shape) of every field, by `prefill`."""
+        layouts = {}
+        for prefill in (False, True):
+            fields, end = self.fields(prefill=prefill), 0
+            layouts[prefill] = []
+            for name, shape in fields.items():
+                start, end = end, end + math.prod(shape)
+                layouts[prefill].append((name, slice(start, end), shape))
+        return layouts
+
     def unpack(self, buffer, *, prefill):
         """Views of a packed plan (numpy or jax array) by field name."""
-        views, offset = {}, 0
-        for name, shape in self.fields(prefill=prefill).items():
-            size = math.prod(shape)
-            views[name] = buffer[offset : offset + size].reshape(shape)
-            offset += size
-        return views
+        return {
+            name: buffer[place].reshape(shape)
+            for name, place, shape in self._layouts[prefill]
+        }
 
     def new_plan(self, *, prefill):
         """An empty plan: nothing drafted, verified, prefilled or changed."""
-        sizes = (math.prod(s) for s in self.fields(prefill=prefill).values())
-        buffer = np.zeros(sum(sizes), np.int32)
-        plan = StepPlan(buffer=buffer, prefill=prefill, shape=self)
+        end = self._layouts[prefill][-1][1].stop
+        plan = StepPlan(np.zeros(end, np.int32), prefill, self)
         views = plan.views
         views["draft_slots"][:] = self.num_slots  # out of range: idle
         views["verify_slots"][:] = self.num_slots
@@ -153,14 +163,15 @@ class StepShape:
         return plan
 
 
-class StepPlan(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepPlan:
     """One step's orders: a packed int32 buffer and how to read it."""
 
     buffer: np.ndarray
     prefill: bool
     shape: StepShape
 
-    @property
+    @functools.cached_property
     def views(self):
         """The plan's arrays by name, sharing memory with the buffer."""
         return self.shape.unpack(self.buffer, prefill=self.prefill)

@@ -217,7 +217,7 @@ def test_flags_that_take_host_memory_from_the_device_are_refused():
 
 def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
     engine, sent = make_engine(tiny_model, load), []
-    put, dispatch = jax.device_put, engine._dispatch
+    put, step = jax.device_put, engine._step
     touched = offload._touched
 
     def note_put(x, *where):
@@ -231,12 +231,12 @@ def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypat
         sent.append("plan touched")
         return touched(buffer)
 
-    def note_dispatch(*args):
+    def note_step(*args):
         sent.append("step")
-        return dispatch(*args)
+        return step(*args)
 
     monkeypatch.setattr(jax, "device_put", note_put)
-    monkeypatch.setattr(engine, "_dispatch", note_dispatch)
+    monkeypatch.setattr(engine, "_step", note_step)
     monkeypatch.setattr(offload, "_touched", note_touched)
     decode(engine, load)
     assert sent.count("pages") > 10 and sent.count("plan") == sent.count("step")
