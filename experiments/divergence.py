@@ -108,8 +108,10 @@ def main(argv):
     plain, _ = decode_all(
         model, encoded, SpeculationConfig(num_draft_tokens=0), max_length
     )
+    print(f"decoded {len(plain)} requests with k = 0", flush=True)
     gc.collect()
     speculative, accepted = decode_all(model, encoded, SpeculationConfig(), max_length)
+    print(f"decoded them speculatively, {accepted:.2f} drafts accepted", flush=True)
     gc.collect()
     rows = compare(model, plain, speculative, max_length)
     parted = [row for row in rows if not row["identical"]]

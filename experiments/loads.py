@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.selection import resolve_policy
 
 
 def _option(default, text):
@@ -58,6 +59,7 @@ class Load:
         if self.num_draft_tokens < 1:
             raise ValueError("num_draft_tokens must be at least 1: k = 0 always runs")
         self.sampling(0), self.speculation(), self.engine(1, None)
+        resolve_policy(self.policy)
 
     def sampling(self, index: int) -> SamplingParams:
         """The law of request `index`, the same in both modes."""

@@ -27,6 +27,9 @@ _LOAD = flags.DEFINE_enum(
 )
 _MODEL = flags.DEFINE_string("model", None, "Another preset; weights are random.")
 _SLOTS = flags.DEFINE_integer("num_slots", None, "Other slots than the load's.")
+_POLICY = flags.DEFINE_string("policy", None, "Another selection policy.")
+_ROWS = flags.DEFINE_string("mass_rows", None, "Rows of the mass: all or edges.")
+_SCOPE = flags.DEFINE_string("scope", None, "One selection per kv_head or per layer.")
 _K = flags.DEFINE_list("k", None, "Numbers of drafts; default: 0 and the load's.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["660", "2560"], "Tokens in every slot.")
 _TRACE_STEPS = flags.DEFINE_integer("trace_steps", 18, "Steps to trace; 0: none.")
@@ -36,8 +39,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 def options_from_flags():
     """(load, numbers of drafts, contexts); ValueError if one is out of range."""
-    given = {"model": _MODEL.value, "num_slots": _SLOTS.value}
-    given = {name: value for name, value in given.items() if value is not None}
+    chosen = (_MODEL, _SLOTS, _POLICY, _ROWS, _SCOPE)
+    given = {flag.name: flag.value for flag in chosen if flag.value is not None}
     load = dataclasses.replace(LOADS[_LOAD.value], **given)
     choices = [0, load.num_draft_tokens] if _K.value is None else map(int, _K.value)
     contexts = sorted({int(length) for length in _CONTEXTS.value})
