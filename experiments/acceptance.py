@@ -40,25 +40,43 @@ _POLICY_FILE = flags.DEFINE_string(
 _CONTEXTS = flags.DEFINE_string(
     "contexts", None, "JSON file of contexts (token ids): read, or written if missing."
 )
-_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.")
-_FLOOR = flags.DEFINE_integer("min_budget", 0, "Tokens a draft reads at least.")
+_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.", lower_bound=1)
+_FLOOR = flags.DEFINE_integer(
+    "min_budget", 0, "Tokens a draft reads at least.", lower_bound=0
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.65, "Temperature; 0 is greedy.")
 _PROPOSER = flags.DEFINE_enum(
     "proposer", "self", ["self", "ngram", "cascade"], "Who drafts."
 )
-_STEPS = flags.DEFINE_integer("draft_steps", None, "Cascade: draft steps of a cycle.")
-_GUESSES = flags.DEFINE_integer("num_guesses", None, "Cascade: guesses per draft step.")
+_STEPS = flags.DEFINE_integer(
+    "draft_steps", None, "Cascade: draft steps of a cycle.", lower_bound=0
+)
+_GUESSES = flags.DEFINE_integer(
+    "num_guesses", None, "Cascade: guesses per draft step.", lower_bound=0
+)
 _ACCEPTOR = flags.DEFINE_string("acceptor", "shared_noise", "Acceptor.")
 _MASS_ROWS = flags.DEFINE_string("mass_rows", "all", "Verify rows that count.")
 _SCOPE = flags.DEFINE_string("scope", "kv_head", "Selection per kv_head or layer.")
-_PREFIXES = flags.DEFINE_integer("num_prefixes", 24, "Texts that contexts come from.")
-_LENGTH = flags.DEFINE_integer("prefix_length", 3000, "Tokens of those texts.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
-_SLOTS = flags.DEFINE_integer("num_slots", 8, "Requests decoded at the same time.")
-_LANES = flags.DEFINE_integer("prefill_lanes", 1, "Prompts prefilled per step.")
-_PAGE = flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
+_PREFIXES = flags.DEFINE_integer(
+    "num_prefixes", 24, "Texts that contexts come from.", lower_bound=1
+)
+_LENGTH = flags.DEFINE_integer(
+    "prefix_length", 3000, "Tokens of those texts.", lower_bound=1
+)
+_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 96, "New tokens per context.", lower_bound=1
+)
+_SLOTS = flags.DEFINE_integer(
+    "num_slots", 8, "Requests decoded at the same time.", lower_bound=1
+)
+_LANES = flags.DEFINE_integer(
+    "prefill_lanes", 1, "Prompts prefilled per step.", lower_bound=1
+)
+_PAGE = flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
 _IMPL = flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of texts, cuts and continuations.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of texts, cuts and continuations.", lower_bound=0
+)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 

@@ -130,6 +130,21 @@ def is_looping(tokens, *, gram=8, share=0.4):
     return bool(windows) and repeats > share * len(windows)
 
 
+def load_contexts(path) -> list[list[int]]:
+    """Token ids of the contexts in a JSON file.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"contexts: there is no file {path}; `python -m experiments.contexts` "
+            "writes one"
+        )
+    return json.loads(path.read_text())
+
+
 def load_continuations(path, contexts, *, max_tokens, seed):
     """{temperature: token ids of each context} of a file that `main` wrote.
 
@@ -171,14 +186,20 @@ def _define_flags():
     flags.DEFINE_string("model", "smollm2", "Model.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
     flags.DEFINE_string("prompts", None, "Prompt file; default: essays and exercises.")
-    flags.DEFINE_integer("num_prefixes", 24, "Prompts that texts are made from.")
-    flags.DEFINE_integer("samples_per_prompt", 1, "Texts of each prompt.")
+    flags.DEFINE_integer(
+        "num_prefixes", 24, "Prompts that texts are made from.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "samples_per_prompt", 1, "Texts of each prompt.", lower_bound=1
+    )
     flags.DEFINE_list("ranges", ["500-1000", "1000-2000", "2000-3000"], "Lengths.")
     flags.DEFINE_list("temperatures", ["0", "0.3", "0.65", "1"], "Of continuations.")
-    flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
-    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
-    flags.DEFINE_integer("prefill_chunk", 128, "Prompt tokens per step.")
-    flags.DEFINE_integer("seed", 0, "Seed of texts, cuts and continuations.")
+    flags.DEFINE_integer("max_tokens", 96, "New tokens per context.", lower_bound=1)
+    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
+    flags.DEFINE_integer("prefill_chunk", 128, "Prompt tokens per step.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of texts, cuts and continuations.", lower_bound=0
+    )
     flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
 
 

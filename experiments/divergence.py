@@ -35,10 +35,16 @@ from sparsespec_jax.text import encode_prompt
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type.")
 _PROMPTS = flags.DEFINE_string("prompts", "", "A .txt or .jsonl file of prompts.")
-_COUNT = flags.DEFINE_integer("num_prompts", 0, "Only the first so many; 0: all.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 2000, "New tokens per prompt.")
-_SLOTS = flags.DEFINE_integer("num_slots", 32, "Requests decoded at the same time.")
-_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per KV page.")
+_COUNT = flags.DEFINE_integer(
+    "num_prompts", 0, "Only the first so many; 0: all.", lower_bound=0
+)
+_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 2000, "New tokens per prompt.", lower_bound=1
+)
+_SLOTS = flags.DEFINE_integer(
+    "num_slots", 32, "Requests decoded at the same time.", lower_bound=1
+)
+_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per KV page.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
@@ -96,8 +102,11 @@ def compare(model, plain, speculative, max_length) -> list[dict]:
 def main(argv):
     """Decode both ways, compare, write the report."""
     del argv
-    model = load_model(_MODEL.value, dtype=_DTYPE.value)
-    prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
+    try:
+        prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
+        model = load_model(_MODEL.value, dtype=_DTYPE.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     vocab = model.config.vocab_size
     encoded = [encode_prompt(p, model.tokenizer, vocab) for p in prompts]
     max_length = max(map(len, encoded)) + _TOKENS.value

@@ -25,8 +25,10 @@ from sparsespec_jax.scheduler import Scheduler
 from sparsespec_jax.text import OutputText
 
 _REQUESTS = flags.DEFINE_list("num_requests", ["256", "1024"], "Loads to time.")
-_CONTEXT = flags.DEFINE_integer("context", 16_384, "Tokens of each request.")
-_STEPS = flags.DEFINE_integer("num_steps", 500, "Steps timed.")
+_CONTEXT = flags.DEFINE_integer(
+    "context", 16_384, "Tokens of each request.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer("num_steps", 500, "Steps timed.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file; default: print only.")
 

@@ -27,12 +27,18 @@ from sparsespec_jax import (
 )
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")
-_REQUESTS = flags.DEFINE_integer("num_requests", 4, "Requests of each temperature.")
+_REQUESTS = flags.DEFINE_integer(
+    "num_requests", 4, "Requests of each temperature.", lower_bound=1
+)
 _TEMPERATURES = flags.DEFINE_list("temperatures", ["0", "0.65"], "Temperatures.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "New tokens per request.")
-_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.")
+_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 2048, "New tokens per request.", lower_bound=1
+)
+_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.", lower_bound=1)
 _RATIO = flags.DEFINE_float("budget_ratio", 0.05, "Share of the context read.")
-_FLOOR = flags.DEFINE_integer("min_budget", 0, "Tokens a draft reads at least.")
+_FLOOR = flags.DEFINE_integer(
+    "min_budget", 0, "Tokens a draft reads at least.", lower_bound=0
+)
 _LAGS = flags.DEFINE_list("lags", ["0", "1", "2"], "Lags to try.")
 _PAGES = flags.DEFINE_list("page_sizes", ["16", "64"], "Page sizes to try.")
 _IMPL = flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
@@ -98,7 +104,10 @@ def configurations():
 def main(argv):
     """Decode plainly once, speculatively in every configuration, and compare."""
     del argv
-    model = load_model(_MODEL.value, dtype="float32")
+    try:
+        model = load_model(_MODEL.value, dtype="float32")
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     prompts = contexts_lib.prompts(_REQUESTS.value * len(_TEMPERATURES.value))
     temperatures = [
         float(t) for t in _TEMPERATURES.value for _ in range(_REQUESTS.value)

@@ -32,17 +32,33 @@ from sparsespec_jax import EngineConfig, SpeculationConfig
 from sparsespec_jax.model_config import PRESETS
 
 _MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes to run.")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Type of weights and KV.")
-_REQUESTS = flags.DEFINE_integer("num_requests", 64, "Requests, and slots.")
-_PROMPT = flags.DEFINE_integer("prompt_length", 512, "Tokens of a prompt.")
-_NEW = flags.DEFINE_integer("new_tokens", 1024, "Mean output; half to 1.5 times it.")
-_SHARE = flags.DEFINE_float("pool_share", 0.5, "Pool over what the load needs.")
-_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16"], "Type of weights and KV."
+)
+_REQUESTS = flags.DEFINE_integer(
+    "num_requests", 64, "Requests, and slots.", lower_bound=1
+)
+_PROMPT = flags.DEFINE_integer(
+    "prompt_length", 512, "Tokens of a prompt.", lower_bound=1
+)
+_NEW = flags.DEFINE_integer(
+    "new_tokens", 1024, "Mean output; half to 1.5 times it.", lower_bound=1
+)
+_SHARE = flags.DEFINE_float(
+    "pool_share", 0.5, "Pool over what the load needs.", lower_bound=0.01
+)
+_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.", lower_bound=1)
 _FORCED = flags.DEFINE_float("forced_acceptance", 6.16, "Mean accepted drafts.")
-_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.")
-_CHUNK = flags.DEFINE_integer("chunk_pages", 16, "Pages copied at a time.")
-_LAG = flags.DEFINE_integer("lag", 1, "Steps between dispatch and outcome.")
-_REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each of the first two modes.")
+_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.", lower_bound=1)
+_CHUNK = flags.DEFINE_integer(
+    "chunk_pages", 16, "Pages copied at a time.", lower_bound=1
+)
+_LAG = flags.DEFINE_integer(
+    "lag", 1, "Steps between dispatch and outcome.", lower_bound=0
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 2, "Runs of each of the first two modes.", lower_bound=1
+)
 _RIVALS = flags.DEFINE_bool("rivals", True, "Run recompute and reserve, too.")
 _TRACE = flags.DEFINE_bool("trace", True, "Trace copies (needs a GPU).")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
@@ -67,21 +83,26 @@ def engine_config(mode: str, num_pages: int) -> EngineConfig:
 def main(argv):
     """Run every mode and write the results file after each."""
     del argv
-    model = random_model(_MODEL.value, _DTYPE.value)
-    speculation = SpeculationConfig(
-        num_draft_tokens=_K.value,
-        acceptor="forced",
-        forced_acceptance=_FORCED.value,
-    )
     load = make_load(
-        model.config.vocab_size,
+        PRESETS[_MODEL.value].vocab_size,
         num_requests=_REQUESTS.value,
         prompt_length=_PROMPT.value,
         new_tokens=_NEW.value,
     )
-    pages = pool_pages(
-        load, share=_SHARE.value, page_size=_PAGE.value, speculation=speculation
-    )
+    try:
+        speculation = SpeculationConfig(
+            num_draft_tokens=_K.value,
+            acceptor="forced",
+            forced_acceptance=_FORCED.value,
+        )
+        pages = pool_pages(
+            load, share=_SHARE.value, page_size=_PAGE.value, speculation=speculation
+        )
+        for mode in MODES:
+            engine_config(mode, pages)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    model = random_model(_MODEL.value, _DTYPE.value)
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
     runs = {mode: [] for mode in MODES}

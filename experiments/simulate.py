@@ -24,15 +24,29 @@ from experiments import record
 from experiments.kv_trace import Replay, TraceOptions
 from sparsespec_jax.config import KV_POLICIES
 
-_REQUESTS = flags.DEFINE_integer("num_requests", 100_000, "Requests of the trace.")
-_OTHERS = flags.DEFINE_integer(
-    "num_baseline_requests", 20_000, "The same for all policies but the first."
+_REQUESTS = flags.DEFINE_integer(
+    "num_requests", 100_000, "Requests of the trace.", lower_bound=1
 )
-_SLOTS = flags.DEFINE_integer("num_slots", 256, "Requests decoded at the same time.")
-_SHARE = flags.DEFINE_float("pool_share", 0.75, "Pool over what the slots would hold.")
-_SCALE = flags.DEFINE_integer("scale", 32, "Tokens per simulated token.")
+_OTHERS = flags.DEFINE_integer(
+    "num_baseline_requests",
+    20_000,
+    "The same for all policies but the first.",
+    lower_bound=1,
+)
+_SLOTS = flags.DEFINE_integer(
+    "num_slots", 256, "Requests decoded at the same time.", lower_bound=1
+)
+_SHARE = flags.DEFINE_float(
+    "pool_share", 0.75, "Pool over what the slots would hold.", lower_bound=0.01
+)
+_SCALE = flags.DEFINE_integer("scale", 32, "Tokens per simulated token.", lower_bound=1)
 _POLICIES = flags.DEFINE_list("policies", list(KV_POLICIES), "KV policies to replay.")
-_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes at a time.")
+flags.register_validator(
+    "policies",
+    lambda names: names and set(names) <= set(KV_POLICIES),
+    f"policies takes some of {KV_POLICIES}",
+)
+_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes at a time.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 

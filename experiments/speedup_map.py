@@ -32,9 +32,11 @@ _LENGTHS = flags.DEFINE_list(
     "lengths", ["256", "1024", "2048", "4096", "10000", "32000"], "Context lengths."
 )
 _CHOICES = flags.DEFINE_list("choices", ["0", "2", "4", "8"], "Numbers of drafts, k.")
-_ACCEPTANCE = flags.DEFINE_float("acceptance", 0.93, "Assumed, given those before.")
-_KV_GIB = flags.DEFINE_float("kv_gib", 50.0, "Size of the KV pool.")
-_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per KV page.")
+_ACCEPTANCE = flags.DEFINE_float(
+    "acceptance", 0.93, "Assumed, given those before.", lower_bound=0, upper_bound=1
+)
+_KV_GIB = flags.DEFINE_float("kv_gib", 50.0, "Size of the KV pool.", lower_bound=0.01)
+_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per KV page.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 

@@ -26,13 +26,17 @@ _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose engine is timed."
 )
 _MODEL = flags.DEFINE_string("model", None, "Another preset; weights are random.")
-_SLOTS = flags.DEFINE_integer("num_slots", None, "Other slots than the load's.")
+_SLOTS = flags.DEFINE_integer(
+    "num_slots", None, "Other slots than the load's.", lower_bound=1
+)
 _POLICY = flags.DEFINE_string("policy", None, "Another selection policy.")
 _ROWS = flags.DEFINE_string("mass_rows", None, "Rows of the mass: all or edges.")
 _SCOPE = flags.DEFINE_string("scope", None, "One selection per kv_head or per layer.")
 _K = flags.DEFINE_list("k", None, "Numbers of drafts; default: 0 and the load's.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["660", "2560"], "Tokens in every slot.")
-_TRACE_STEPS = flags.DEFINE_integer("trace_steps", 18, "Steps to trace; 0: none.")
+_TRACE_STEPS = flags.DEFINE_integer(
+    "trace_steps", 18, "Steps to trace; 0: none.", lower_bound=0
+)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 

@@ -118,18 +118,26 @@ def _define_flags():
     flags.DEFINE_string(
         "contexts", "experiments/results/contexts_smollm2.json", "Token ids, JSON."
     )
-    flags.DEFINE_integer("num_contexts", 30, "Use only the first so many.")
-    flags.DEFINE_integer("max_tokens", 96, "New tokens per context.")
+    flags.DEFINE_integer(
+        "num_contexts", 30, "Use only the first so many.", lower_bound=1
+    )
+    flags.DEFINE_integer("max_tokens", 96, "New tokens per context.", lower_bound=1)
     flags.DEFINE_string("continuations", None, "Plain texts of experiments.contexts.")
-    flags.DEFINE_integer("num_slots", 10, "Requests decoded at the same time.")
-    flags.DEFINE_integer("prefill_chunk", 256, "Prompt tokens per lane and step.")
-    flags.DEFINE_integer("prefill_lanes", 1, "Prompts prefilled in the same step.")
-    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
-    flags.DEFINE_integer("seed", 0, "Seed of the continuations.")
+    flags.DEFINE_integer(
+        "num_slots", 10, "Requests decoded at the same time.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "prefill_chunk", 256, "Prompt tokens per lane and step.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "prefill_lanes", 1, "Prompts prefilled in the same step.", lower_bound=1
+    )
+    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the continuations.", lower_bound=0)
     flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
     flags.DEFINE_string("policy_file", None, "FILE.py:NAME, rows of that policy too.")
     flags.DEFINE_list("skip", [], "Policies to leave out.")
-    flags.DEFINE_string("mode", None, "Only rows measured so: decode or replay.")
+    flags.DEFINE_enum("mode", None, ["decode", "replay"], "Only rows measured so.")
     flags.DEFINE_list("known", [], "Run directories whose rows are left out.")
     flags.DEFINE_string("part", None, "i/n: the i-th of n parts of the rows.")
     flags.DEFINE_bool("smoke", False, "A tiny random model and a few rows only.")
@@ -162,14 +170,14 @@ def main(argv):
         own = load_policy(values.policy_file) if values.policy_file else None
         study, header = load_study(values.study)
         rows = rows_of(study, values, own)
+        if values.smoke:
+            model, contexts = tiny_model(), smoke_contexts()
+        else:
+            contexts = contexts_lib.load_contexts(values.contexts)
+            contexts = contexts[: values.num_contexts]
+            model = load_model(values.model, dtype=values.dtype)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    if values.smoke:
-        model, contexts = tiny_model(), smoke_contexts()
-    else:
-        contexts = json.loads(pathlib.Path(values.contexts).read_text())
-        contexts = contexts[: values.num_contexts]
-        model = load_model(values.model, dtype=values.dtype)
     setting = Setting(
         max_tokens=20 if values.smoke else values.max_tokens + 1,
         num_slots=values.num_slots,

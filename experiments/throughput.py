@@ -38,9 +38,13 @@ _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load; other flags change it."
 )
 _PROMPTS = flags.DEFINE_string("prompts", "", "A .txt or .jsonl file of prompts.")
-_TRACE_STEPS = flags.DEFINE_integer("trace_steps", 40, "Steps to trace; 0: none.")
+_TRACE_STEPS = flags.DEFINE_integer(
+    "trace_steps", 40, "Steps to trace; 0: none.", lower_bound=0
+)
 _TRACE_DIR = flags.DEFINE_string("trace_dir", None, "Keep the traces here.")
-_REPEATS = flags.DEFINE_integer("repeats", 1, "Runs of each mode, in turn.")
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 1, "Runs of each mode, in turn.", lower_bound=1
+)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 

@@ -17,7 +17,6 @@ Minutes on a GPU, an hour on two CPU cores.
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -241,13 +240,15 @@ def main(argv):
         raise app.UsageError(
             f"{output} already holds a head: name another --output_dir"
         )
-    contexts = json.loads(pathlib.Path(values.contexts).read_text())
-    if values.held_out:
-        texts = contexts
-        held_out = json.loads(pathlib.Path(values.held_out).read_text())
-    else:
-        texts, held_out = split(contexts, values.num_held_out)
-    model = load_model(values.model, dtype=values.train_dtype)
+    try:
+        texts = contexts_lib.load_contexts(values.contexts)
+        if values.held_out:
+            held_out = contexts_lib.load_contexts(values.held_out)
+        else:
+            texts, held_out = split(texts, values.num_held_out)
+        model = load_model(values.model, dtype=values.train_dtype)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
     started = time.perf_counter()
     runs = run_texts(model, texts)
     trained_from = time.perf_counter()
@@ -273,22 +274,21 @@ def main(argv):
     }
     output.mkdir(parents=True, exist_ok=True)
     record.write_results(output / "results.json", results)
+    save_eagle(eagle, output / "head")
     if values.decode_dtype != values.train_dtype:
         model = load_model(values.model, dtype=values.decode_dtype)
     engine = dict(
         impl=values.impl, num_slots=values.num_slots, page_size=values.page_size
     )
-    for name, proposer in {"eagle": eagle, "ngram": "ngram", "pillar": "self"}.items():
-        if name not in values.measure:
-            continue
+    proposers = {"eagle": eagle, "ngram": "ngram", "pillar": "self"}
+    for name in values.measure:
         found, _ = accepted_drafts(
             model, held_out, num_draft_tokens=values.num_draft_tokens, max_tokens=97,
-            proposer=proposer, engine=engine,
+            proposer=proposers[name], engine=engine,
         )  # fmt: skip
         results["accepted_drafts"][name] = found
         record.write_results(output / "results.json", results)
         print(f"{name}: {found['mean']:.2f} of {values.num_draft_tokens}", flush=True)
-    save_eagle(eagle, output / "head")
 
 
 if __name__ == "__main__":
@@ -297,14 +297,27 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "contexts", "experiments/results/contexts_smollm2.json", "Token ids, JSON."
     )
-    flags.DEFINE_integer("num_held_out", 2, "Texts to measure on and not train on.")
+    flags.DEFINE_integer(
+        "num_held_out", 2, "Texts to measure on and not train on.", lower_bound=0
+    )
     flags.DEFINE_string("held_out", None, "Contexts to measure on, JSON.")
-    flags.DEFINE_integer("steps", 400, "Optimiser steps.")
-    flags.DEFINE_integer("batch_size", 4, "Segments of 64 tokens per step.")
+    flags.DEFINE_integer("steps", 400, "Optimiser steps.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batch_size", 4, "Segments of 64 tokens per step.", lower_bound=1
+    )
     flags.DEFINE_float("learning_rate", 1e-3, "Peak of the schedule.")
-    flags.DEFINE_integer("window", 32, "Tokens that the head looks back on.")
-    flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle when measured.")
+    flags.DEFINE_integer(
+        "window", 32, "Tokens that the head looks back on.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "num_draft_tokens", 8, "Drafts per cycle when measured.", lower_bound=1
+    )
     flags.DEFINE_list("measure", ["eagle", "ngram", "pillar"], "What to measure.")
+    flags.register_validator(
+        "measure",
+        {"eagle", "ngram", "pillar"}.issuperset,
+        "measure takes eagle, ngram and pillar",
+    )
     flags.DEFINE_string("impl", None, "Kernels of the measurement.")
     flags.DEFINE_enum(
         "train_dtype", "float32", ["float32", "bfloat16"],
@@ -313,7 +326,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "decode_dtype", "float32", ["float32", "bfloat16"], "Type of the measurement."
     )
-    flags.DEFINE_integer("num_slots", 8, "Requests decoded at the same time.")
-    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.")
+    flags.DEFINE_integer(
+        "num_slots", 8, "Requests decoded at the same time.", lower_bound=1
+    )
+    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
     flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
     app.run(main)

@@ -163,17 +163,6 @@ def test_steps_of_a_load_on_made_up_caches(tiny_model):
     }
 
 
-@pytest.mark.parametrize("option", ["scope", "mass_rows", "policy"])
-def test_flags_of_step_time_change_the_load(option):
-    command = [sys.executable, "-m", "experiments.step_time", "--output=F"]
-    done = subprocess.run(
-        [*command, f"--{option}=nothing"], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    message = done.stdout + done.stderr
-    assert f"{option} must be one of" in message and "'nothing'" in message
-
-
 def test_a_small_load_end_to_end(tmp_path):
     output = tmp_path / "results.json"
     command = [
