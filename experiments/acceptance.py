@@ -22,8 +22,8 @@ import time
 from absl import app, flags
 
 from experiments import contexts as contexts_lib
+from experiments import launch, record
 from experiments import measure as measure_lib
-from experiments import record
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model, sizes
 from sparsespec_jax.selection import load_policy, resolve_policy
 
@@ -201,9 +201,8 @@ def parse_row(text, own=None):
     return policy, SpeculationConfig(budget_ratio=float(ratio)).budget_ratio
 
 
-def main(argv):
+def main():
     """Make contexts, measure every policy, write the results file."""
-    del argv
     try:
         own = load_policy(_POLICY_FILE.value) if _POLICY_FILE.value else None
         wanted = [parse_row(row, own) for row in _ROWS.value]
@@ -230,4 +229,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

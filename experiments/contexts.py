@@ -21,6 +21,7 @@ import random
 
 from absl import app, flags
 
+from experiments import launch
 from experiments.prompts import as_chat, load_prompts
 from sparsespec_jax import (
     Engine,
@@ -203,9 +204,8 @@ def _define_flags():
     flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
 
 
-def main(argv):
+def main():
     """Write contexts, then their plain continuations."""
-    del argv
     values = flags.FLAGS
     try:
         ranges = parse_ranges(values.ranges)
@@ -255,4 +255,4 @@ def _write(path, value):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    launch.run(main)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import contexts, record
+from experiments import contexts, launch, record
 from experiments.prompts import load_prompts
 from sparsespec_jax import (
     Engine,
@@ -99,9 +99,8 @@ def compare(model, plain, speculative, max_length) -> list[dict]:
     return rows
 
 
-def main(argv):
+def main():
     """Decode both ways, compare, write the report."""
-    del argv
     try:
         prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
         model = load_model(_MODEL.value, dtype=_DTYPE.value)
@@ -143,4 +142,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
-from experiments import record
+from experiments import launch, record
 
 
 def study_directories(results):
@@ -87,13 +87,12 @@ def draw(directory):
     return directory / "figure.png"
 
 
-def main(argv):
+def main():
     """Draw every study found."""
-    del argv
     for directory in study_directories(flags.FLAGS.results):
         print(draw(directory))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("results", "experiments/results", "Folder of run directories.")
-    app.run(main)
+    launch.run(main)

@@ -15,11 +15,11 @@ import dataclasses
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from experiments import config as config_lib
-from experiments import equality, record
+from experiments import equality, launch, record
 from experiments.prompts import load_prompts
 from sparsespec_jax import Engine, load_model
 from sparsespec_jax.metrics import RequestMetrics
@@ -258,12 +258,10 @@ def print_report(config, directory, stats, comparison):
     )
 
 
-def main(argv):
+def main():
     """Check everything, then run; a bad flag or input ends it in one line."""
     output_dir = _OUTPUT_DIR.value or time.strftime("runs/generate-%Y%m%d-%H%M%S")
     try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; options start with --")
         if _RESUME.value and not _OUTPUT_DIR.value:
             raise ValueError("--resume needs the --output_dir of the run")
         config = config_from_flags()
@@ -288,4 +286,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

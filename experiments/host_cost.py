@@ -13,9 +13,9 @@ import sys
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments import record
+from experiments import launch, record
 from sparsespec_jax import SamplingParams, SpeculationConfig, plan
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.outputs import Output, Outputs
@@ -124,9 +124,8 @@ def measure(num_requests, context, num_steps):
     return row
 
 
-def main(argv):
+def main():
     """Time every load and print a line each."""
-    del argv
     rows = []
     for count in map(int, _REQUESTS.value):
         rows.append(measure(count, _CONTEXT.value, _STEPS.value))
@@ -138,4 +137,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -17,7 +17,7 @@ import time
 from absl import app, flags
 
 from experiments import contexts as contexts_lib
-from experiments import record
+from experiments import launch, record
 from sparsespec_jax import (
     Engine,
     EngineConfig,
@@ -101,9 +101,8 @@ def configurations():
     return [pair[1:] for pair in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def main(argv):
+def main():
     """Decode plainly once, speculatively in every configuration, and compare."""
-    del argv
     try:
         model = load_model(_MODEL.value, dtype="float32")
     except ValueError as error:
@@ -153,4 +152,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

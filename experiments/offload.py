@@ -18,7 +18,7 @@ import sys
 
 from absl import app, flags
 
-from experiments import record
+from experiments import launch, record
 from experiments.models import random_model
 from experiments.pressure import (
     MODES,
@@ -80,9 +80,8 @@ def engine_config(mode: str, num_pages: int) -> EngineConfig:
     )
 
 
-def main(argv):
+def main():
     """Run every mode and write the results file after each."""
-    del argv
     load = make_load(
         PRESETS[_MODEL.value].vocab_size,
         num_requests=_REQUESTS.value,
@@ -128,4 +127,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -15,7 +15,7 @@ import pathlib
 
 from absl import app, flags
 
-from experiments import record
+from experiments import launch, record
 
 
 def _acceptance(data):
@@ -305,9 +305,8 @@ def as_html(collected, folder):
     return f"<!doctype html><meta charset=utf-8><h1>What is measured</h1>{page}\n"
 
 
-def main(argv):
+def main():
     """Write the page."""
-    del argv
     output = pathlib.Path(flags.FLAGS.output)
     collected = collect(flags.FLAGS.results)
     if not collected:
@@ -321,4 +320,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("results", "experiments/results", "Folder to read.")
     flags.DEFINE_string("output", None, "The page to write.", required=True)
-    app.run(main)
+    launch.run(main)

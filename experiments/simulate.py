@@ -18,9 +18,9 @@ import dataclasses
 import multiprocessing
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import record
+from experiments import launch, record
 from experiments.kv_trace import Replay, TraceOptions
 from sparsespec_jax.config import KV_POLICIES
 
@@ -56,9 +56,8 @@ def replay(options, policy):
     return Replay(options, policy).run()
 
 
-def main(argv):
+def main():
     """Replay every policy and write the results file after each."""
-    del argv
     options = TraceOptions(
         num_requests=_REQUESTS.value,
         num_slots=_SLOTS.value,
@@ -83,4 +82,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -18,7 +18,7 @@ import sys
 
 from absl import app, flags
 
-from experiments import record
+from experiments import launch, record
 from experiments.models import random_model
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, calibrate
 from sparsespec_jax.cost_model import CostModel
@@ -85,9 +85,8 @@ def rows_of(slots: int, lengths, steps, acceptance) -> list[dict]:
     return rows
 
 
-def main(argv):
+def main():
     """Measure every number of slots and write the map."""
-    del argv
     try:
         slots, lengths, choices = (
             sorted({int(x) for x in flag.value})
@@ -129,4 +128,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

@@ -16,7 +16,7 @@ import sys
 
 from absl import app, flags
 
-from experiments import record
+from experiments import launch, record
 from experiments.loads import LOADS
 from experiments.made_up import make_engine, trace_steps
 from experiments.models import random_model
@@ -53,9 +53,8 @@ def options_from_flags():
     return load, sorted(set(choices)), contexts
 
 
-def main(argv):
+def main():
     """Time every k, trace it at the longest context, write the results file."""
-    del argv
     try:
         load, choices, contexts = options_from_flags()
         model = random_model(load.model, load.dtype)
@@ -82,4 +81,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

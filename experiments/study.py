@@ -27,7 +27,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import contexts as contexts_lib
-from experiments import record, replay
+from experiments import launch, record, replay
 from experiments.models import tiny_model
 from experiments.study_bench import Bench, Setting, without_budget
 from experiments.study_config import Row, load_study, smoke_rows, study_names
@@ -162,9 +162,8 @@ def rows_of(study, values, own):
     return smoke_rows(rows) if values.smoke else rows
 
 
-def main(argv):
+def main():
     """Measure all rows of one study."""
-    del argv
     values = flags.FLAGS
     try:
         own = load_policy(values.policy_file) if values.policy_file else None
@@ -225,4 +224,4 @@ def main(argv):
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    launch.run(main)

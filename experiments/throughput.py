@@ -22,7 +22,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from experiments import record, time_split
+from experiments import launch, record, time_split
 from experiments.loads import LOADS, Load
 from experiments.models import random_model
 from experiments.prompts import load_prompts
@@ -226,9 +226,8 @@ def _kv_share(stats: dict, num_slots: int) -> float:
     return num_slots * per_slot / (num_slots * per_slot + stats["weight_bytes"])
 
 
-def main(argv):
+def main():
     """Run both modes in turn and write the results file."""
-    del argv
     try:
         load = load_from_flags()
         model = make_model(load)
@@ -273,4 +272,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch.run(main)

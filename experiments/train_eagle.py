@@ -29,7 +29,7 @@ import optax
 from absl import app, flags
 
 from experiments import contexts as contexts_lib
-from experiments import measure, record
+from experiments import launch, measure, record
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model
 from sparsespec_jax import model as model_lib
 from sparsespec_jax.eagle import (
@@ -231,9 +231,8 @@ def split(contexts, num_held_out):
     return longest[num_held_out:], sum(groups[:num_held_out], [])
 
 
-def main(argv):
+def main():
     """Train, save, measure."""
-    del argv
     values = flags.FLAGS
     output = pathlib.Path(values.output_dir)
     if (output / "head").exists():
@@ -331,4 +330,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
     flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-    app.run(main)
+    launch.run(main)

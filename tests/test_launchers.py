@@ -9,6 +9,7 @@ import pytest
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("throughput load=smollm2_256x4096", "unexpected argument 'load=smoll"),
         ("divergence --num_prompts=-3", "--num_prompts=-3"),
         ("divergence --model=nowhere", "there is no model at 'nowhere'"),
         ("lossless --model=nowhere", "there is no model at 'nowhere'"),
@@ -34,6 +35,6 @@ def test_a_wrong_option_is_named_at_once(command, message, tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1
-    assert message in done.stdout + done.stderr
+    assert done.returncode in (1, 2)  # 1: absl's own checks of flags
+    assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
