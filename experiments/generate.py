@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments import config as config_lib
 from experiments import equality, launch, record
 from experiments.prompts import load_prompts
-from sparsespec_jax import Engine, load_model
+from sparsespec_jax import Engine, load_model, sizes
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.results import RequestProgress
 from sparsespec_jax.text import encode_prompt
@@ -270,6 +270,9 @@ def main():
         load_prompts(config.prompts, chat=config.chat)
         model = load_model(config.model, dtype=config.dtype)
         prompts = encode_prompts(model, config)
+        for mode in equality.MODES:
+            engine = config.engine(max(map(len, prompts)) + config.max_tokens)
+            sizes.resolve(model, config.speculation(mode), engine)
         directory = record.RunDirectory(
             output_dir, config=as_dict, resume=_RESUME.value
         )

@@ -16,10 +16,8 @@ from sparsespec_jax.metrics import DecodeStats
 from sparsespec_jax.offload import HostPages, sent_first
 from sparsespec_jax.outputs import Outputs
 from sparsespec_jax.plan import StepOutcome
-from sparsespec_jax.proposers import resolve_proposer
 from sparsespec_jax.scheduler import Scheduler
-from sparsespec_jax.selection import resolve_policy
-from sparsespec_jax.state import committed, new_state, pool_bytes_per_page
+from sparsespec_jax.state import committed, new_state
 from sparsespec_jax.step import make_step, step_options
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
@@ -52,29 +50,17 @@ class Engine:
         self.params_version = 0
         self.speculation = speculation or SpeculationConfig()
         self.config = engine or EngineConfig()
-        self.impl = sizes.resolve_impl(self.config.impl)
-        self.policy = resolve_policy(self.speculation.policy)
-        self.proposer = resolve_proposer(self.speculation.proposer)
-        sizes.check_cascade(self.speculation, self.policy)
-        self.max_length = sizes.resolve_max_length(model, self.config)
-        sizes.check_vocabulary(model.config, self.speculation)
-        self.shape = sizes.make_shape(
-            self.speculation, self.config, self.max_length, self.impl
-        )
-        kv_dtype = self.params["embed"]["weight"].dtype
-        self.kv_bytes_per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
-        page_bytes = self.shape.page_size * self.kv_bytes_per_token
-        num_chunks = sizes.num_host_chunks(
-            self.config, self.shape, page_bytes, self.max_length
-        )
-        staged = self.shape.restore_pages if num_chunks else 0
-        sizes.check_memory(model.config, self.shape, kv_dtype, self.policy, staged)
+        resolved = sizes.resolve(model, self.speculation, self.config)
+        self.impl, self.max_length = resolved.impl, resolved.max_length
+        self.policy, self.proposer = resolved.policy, resolved.proposer
+        self.shape, num_chunks = resolved.shape, resolved.num_host_chunks
+        self.kv_bytes_per_token = resolved.kv_bytes_per_token
         ratio_test = self.speculation.acceptor == "ratio_test"
         self._state = committed(
             new_state(
                 model.config,
                 self.shape,
-                kv_dtype=kv_dtype,
+                kv_dtype=self.params["embed"]["weight"].dtype,
                 draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
                 policy=self.policy,
                 proposer=self.proposer,

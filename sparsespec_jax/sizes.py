@@ -2,16 +2,61 @@
 
 import math
 import os
+from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels import default_impl
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
+from sparsespec_jax.policy import Policy
+from sparsespec_jax.proposers import resolve_proposer
 from sparsespec_jax.scheduler import RESTORE_CHUNKS
+from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import pool_bytes_per_page
 
 _GPU_MASS_KEYS = 2048  # keys of a table that the GPU kernels take without padding
 _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
+
+
+class EngineSizes(NamedTuple):
+    """What an engine is made of, in place of the options that leave it open."""
+
+    impl: str  # of the kernels
+    policy: Policy
+    proposer: Any  # None: the model itself
+    max_length: int  # tokens of a request
+    shape: StepShape
+    kv_bytes_per_token: int
+    num_host_chunks: int
+
+
+def resolve(model, speculation, config):
+    """EngineSizes of a SpeculationConfig and an EngineConfig; allocates nothing.
+
+    Raises:
+      ValueError: the options do not fit together, the model, the platform or the
+        free memory.
+    """
+    policy = resolve_policy(speculation.policy)
+    check_cascade(speculation, policy)
+    check_vocabulary(model.config, speculation)
+    impl, max_length = resolve_impl(config.impl), resolve_max_length(model, config)
+    shape = make_shape(speculation, config, max_length, impl)
+    kv_dtype = model.params["embed"]["weight"].dtype
+    per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
+    page_bytes = shape.page_size * per_token
+    num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
+    staged = shape.restore_pages if num_chunks else 0
+    check_memory(model.config, shape, kv_dtype, policy, staged)
+    return EngineSizes(
+        impl=impl,
+        policy=policy,
+        proposer=resolve_proposer(speculation.proposer),
+        max_length=max_length,
+        shape=shape,
+        kv_bytes_per_token=per_token,
+        num_host_chunks=num_chunks,
+    )
 
 
 def resolve_impl(impl):

@@ -114,6 +114,14 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
         assert cases[flags] in error
 
 
+def test_a_pool_beyond_the_memory_leaves_no_run_behind(default_model, tmp_path):
+    del default_model  # it is on disk then
+    flags = ("--num_slots=1000000", f"--output_dir={tmp_path / 'run'}")
+    done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "lower num_slots" in done.stderr and done.stderr.count("\n") == 1
+
+
 # -- equality and report ------------------------------------------------------------
 
 
