@@ -49,10 +49,10 @@ _PROPOSER = flags.DEFINE_enum(
     "proposer", "self", ["self", "ngram", "cascade"], "Who drafts."
 )
 _STEPS = flags.DEFINE_integer(
-    "draft_steps", None, "Cascade: draft steps of a cycle.", lower_bound=0
+    "draft_steps", None, "Cascade: draft steps of a cycle.", lower_bound=1
 )
 _GUESSES = flags.DEFINE_integer(
-    "num_guesses", None, "Cascade: guesses per draft step.", lower_bound=0
+    "num_guesses", None, "Cascade: guesses per draft step.", lower_bound=1
 )
 _ACCEPTOR = flags.DEFINE_string("acceptor", "shared_noise", "Acceptor.")
 _MASS_ROWS = flags.DEFINE_string("mass_rows", "all", "Verify rows that count.")

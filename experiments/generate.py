@@ -15,7 +15,7 @@ import dataclasses
 import sys
 import time
 
-from absl import flags
+from absl import app, flags
 from tqdm import tqdm
 
 from experiments import config as config_lib
@@ -206,6 +206,11 @@ def encode_prompts(model, config) -> list[list[int]]:
     return encoded
 
 
+def engine_config(config, prompts):
+    """The engine's sizes for prompts (token ids) of any of these lengths."""
+    return config.engine(max(map(len, prompts)) + config.max_tokens)
+
+
 def run(model, prompts, config, directory, *, journal_seconds=1.0):
     """Decode in both modes into `directory`; returns (statistics, Comparison).
 
@@ -216,12 +221,13 @@ def run(model, prompts, config, directory, *, journal_seconds=1.0):
         directory: an open RunDirectory; its records are not decoded again.
         journal_seconds: time between two syncs of what unfinished requests emitted.
     """
-    longest = max(map(len, prompts)) + config.max_tokens
     environment = record.describe_environment()
     stats, tokens = {}, {}
     for mode in equality.MODES:
         engine = Engine(
-            model, speculation=config.speculation(mode), engine=config.engine(longest)
+            model,
+            speculation=config.speculation(mode),
+            engine=engine_config(config, prompts),
         )
         if mode == equality.MODES[0]:
             directory.write_environment(environment | {"impl": engine.impl})
@@ -271,14 +277,14 @@ def main():
         model = load_model(config.model, dtype=config.dtype)
         prompts = encode_prompts(model, config)
         for mode in equality.MODES:
-            engine = config.engine(max(map(len, prompts)) + config.max_tokens)
-            sizes.resolve(model, config.speculation(mode), engine)
+            sizes.resolve(
+                model, config.speculation(mode), engine_config(config, prompts)
+            )
         directory = record.RunDirectory(
             output_dir, config=as_dict, resume=_RESUME.value
         )
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise app.UsageError(str(error)) from None
     with directory:
         stats, comparison = run(
             model, prompts, config, directory, journal_seconds=_JOURNAL_SECONDS.value

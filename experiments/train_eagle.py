@@ -297,7 +297,7 @@ if __name__ == "__main__":
         "contexts", "experiments/results/contexts_smollm2.json", "Token ids, JSON."
     )
     flags.DEFINE_integer(
-        "num_held_out", 2, "Texts to measure on and not train on.", lower_bound=0
+        "num_held_out", 2, "Texts to measure on and not train on.", lower_bound=1
     )
     flags.DEFINE_string("held_out", None, "Contexts to measure on, JSON.")
     flags.DEFINE_integer("steps", 400, "Optimiser steps.", lower_bound=1)

@@ -21,6 +21,7 @@ from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.cost_model import CostModel
 from sparsespec_jax.default_model import user_cache_dir
+from sparsespec_jax.model import params_dtype
 
 _ROUNDS = 3  # the first one is not counted
 _STEPS = 24  # of a round at least, in whole cycles, none of them waited for
@@ -41,7 +42,7 @@ def load_or_measure(engine, directory=None) -> CostModel:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "model": str(engine.model.config),
-        "dtype": str(engine.params["embed"]["weight"].dtype),
+        "dtype": str(params_dtype(engine.params)),
         "shape": str(engine.shape),
         "speculation": str(engine.speculation),
         "impl": engine.impl,

@@ -13,6 +13,7 @@ from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.intake import check_prompt, make_output, make_request
 from sparsespec_jax.metrics import DecodeStats
+from sparsespec_jax.model import params_dtype
 from sparsespec_jax.offload import HostPages, sent_first
 from sparsespec_jax.outputs import Outputs
 from sparsespec_jax.plan import StepOutcome
@@ -60,7 +61,7 @@ class Engine:
             new_state(
                 model.config,
                 self.shape,
-                kv_dtype=self.params["embed"]["weight"].dtype,
+                kv_dtype=params_dtype(self.params),
                 draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
                 policy=self.policy,
                 proposer=self.proposer,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import default_impl
+from sparsespec_jax.model import params_dtype
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
 from sparsespec_jax.policy import Policy
 from sparsespec_jax.proposers import resolve_proposer
@@ -42,7 +43,7 @@ def resolve(model, speculation, config):
     check_vocabulary(model.config, speculation)
     impl, max_length = resolve_impl(config.impl), resolve_max_length(model, config)
     shape = make_shape(speculation, config, max_length, impl)
-    kv_dtype = model.params["embed"]["weight"].dtype
+    kv_dtype = params_dtype(model.params)
     per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
     page_bytes = shape.page_size * per_token
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
