@@ -6,8 +6,8 @@ One compiled program runs the same call for the layers of a step: queries, score
 pools or tables differ from layer to layer, lengths do not. Programs run behind each
 other for a while; the time is divided by programs and layers, and the median over
 repeats is reported; of `rotate` and `norm` on a GPU, what the profiler says of their
-kernels. Inputs exceed the L2 cache. Errors are against the float32 references, with
-needles and NaN in every unused row.
+kernels. Programs of earlier cases are dropped before. Inputs exceed the L2 cache.
+Errors are against the float32 references, with needles and NaN in every unused row.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.timing import (
     SECONDS,
     device_us,
+    drop_programs,
     measure_rates,
     relative_error,
     time_donated_us,
@@ -376,6 +377,7 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
     )
     print(f"read {read_rate / 1e12:.3f} TB/s, copy {copy_rate / 1e12:.3f} TB/s")
     for name in names:
+        drop_programs()
         if name in ATTENTION:
             result = bench_attention(ATTENTION[name], impl, read_rate)
         elif name in SELECT:
