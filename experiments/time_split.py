@@ -100,13 +100,15 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
 def split_of_steps(directory, plan_size: int, num_steps: int, count: int = 40) -> dict:
     """`split` and the `count` largest kernels of the newest trace under `directory`.
 
+    The first step is left out: gaps of 1 to 2 ms in it are the profiler's start.
+
     plan_size: of the plans of the traced steps, see `scopes_of`.
 
     Raises:
         RuntimeError: no live compiled step takes such a plan.
         ValueError: as `load_kernels`.
     """
-    kernels = load_kernels(directory)
+    kernels, num_steps = after_first_step(load_kernels(directory), num_steps)
     scopes = scopes_of("jit_step", plan_size)
     if not scopes:
         raise RuntimeError(
@@ -116,6 +118,16 @@ def split_of_steps(directory, plan_size: int, num_steps: int, count: int = 40) -
     return split(kernels, scopes, num_steps) | {
         "largest": largest(kernels, num_steps, count)
     }
+
+
+def after_first_step(kernels: list[Kernel], num_steps: int) -> tuple[list, int]:
+    """The kernels behind the first of `num_steps` steps of about as many kernels each.
+
+    With the number of steps left; a single step is kept.
+    """
+    if num_steps == 1:
+        return kernels, 1
+    return kernels[round(len(kernels) / num_steps) :], num_steps - 1
 
 
 def idle_ms(kernels: list[Kernel]) -> float:

@@ -77,7 +77,7 @@ SELECT = ("select_8k", "select_32k")
 GATHER = ("gather_512b",)
 WRITE = ("write_plain", "write_136")
 ROTATE = ("rotate_136", "rotate_d64", "rotate_2184")
-NORM = ("norm_136", "norm_512", "norm_2184")
+NORM = ("norm_136", "norm_136_parts", "norm_49_parts", "norm_512", "norm_2184")
 NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE, *ROTATE, *NORM)
 
 
@@ -325,8 +325,12 @@ def bench_norm(name: str, impl: str) -> dict:
     """Returns time and error of one case of a stream's sum, and the time of XLA."""
     case = by_name(NORM_CASES, name)
     keys = jax.random.split(jax.random.key(0), 2 * _LAYERS)
-    parts = [jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys]
-    layers = list(zip(parts[::2], parts[1::2], strict=True))
+    streams = [jax.random.normal(key, case.shape, jnp.bfloat16) for key in keys]
+    added = streams[1::2]
+    if case.num_parts:
+        shape = case.num_parts, *case.shape
+        added = [jax.random.normal(key, shape) for key in keys[1::2]]
+    layers = list(zip(streams[::2], added, strict=True))
     shared = (jnp.linspace(0.5, 2.0, case.shape[1], dtype=jnp.bfloat16),)
     return _against_xla(functools.partial(add_norm, eps=1e-6), layers, shared, impl)
 

@@ -175,6 +175,7 @@ class NormCase:
     name: str
     shape: tuple[int, int]
     dtype: str = "bfloat16"
+    num_parts: int = 0  # of what is added; 0: it comes as one array like x
     tags: frozenset[str] = LARGE
 
 
@@ -577,7 +578,12 @@ NORM_CASES = (
     # A row of a CTA, and of a warp; tokens that the warps of a CTA do not divide.
     NormCase(name="norm_wide", shape=(3, 1280), dtype="float32", tags=SMALL),
     NormCase(name="norm_narrow", shape=(9, 576), tags=SMALL),
+    NormCase(name="norm_parts", shape=(3, 256), num_parts=3, tags=SMALL),
+    NormCase(name="norm_parts_narrow", shape=(5, 96), num_parts=2, tags=SMALL),
     NormCase(name="norm_136", shape=(136, 4096)),
+    NormCase(name="norm_136_parts", shape=(136, 4096), num_parts=2),
+    NormCase(name="norm_49_parts", shape=(49, 4096), num_parts=8),
+    NormCase(name="norm_496_parts", shape=(496, 576), num_parts=4),
     NormCase(name="norm_512", shape=(512, 576)),
     NormCase(name="norm_2184", shape=(2184, 4096)),
 )

@@ -30,6 +30,11 @@ def default_impl() -> str:
     return names[backend]
 
 
+def is_for_gpu(impl: str | None) -> bool:
+    """Returns whether `impl` (None: that of the platform) is made for GPUs."""
+    return (default_impl() if impl is None else impl).startswith("gpu")
+
+
 def load_implementation(package: str, op: str, impl: str | None) -> Callable[..., Any]:
     """Returns the function of `impl` for `op`; only its own module is imported.
 
@@ -68,6 +73,13 @@ def as_rounded(x: jax.Array) -> jax.Array:
     """
     dtype = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x.astype(jnp.float32), dtype.nexp, dtype.nmant)
+
+
+def sum_of_parts(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the sum over P of parts [P, T, N], in their order; [T, N] as it is."""
+    if y.ndim == 2:
+        return y
+    return as_rounded(functools.reduce(jnp.add, y).astype(dtype)).astype(dtype)
 
 
 def rms_norm(wide: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

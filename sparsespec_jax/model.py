@@ -33,7 +33,7 @@ import numpy as np
 from flax import linen as nn
 
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.common import rms_norm
+from pallas_kernels.common import is_for_gpu, rms_norm, sum_of_parts
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.rope import rope_tables
@@ -44,6 +44,7 @@ Params = dict[str, Any]
 Attend = Callable[[int, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
+_PART_ELEMENTS = 2**21  # of the parts of a product, so that they stay in L2
 
 
 def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Array:
@@ -59,6 +60,33 @@ def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Arra
     )
 
 
+def _contract_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> jax.Array:
+    """x [T, in] times kernel [in, N] over `parts` cuts of `in`: float32 [parts, T, N].
+
+    The sum over the parts is the product. XLA cuts products of few tokens like this by
+    itself on GPUs, but sums them in a launch of its own; `add_norm` takes them as they
+    are.
+    """
+    return jax.lax.dot_general(
+        x.reshape(x.shape[0], parts, -1),
+        kernel.reshape(parts, -1, kernel.shape[1]),
+        (((2,), (1,)), ((1,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _num_parts(num_tokens: int, size_in: int, size_out: int) -> int:
+    """Cuts of a product of so many tokens on a GPU: a power of 2 up to 8."""
+    parts = 8
+    while parts > 1 and (
+        parts * num_tokens * size_out > _PART_ELEMENTS
+        or size_in % parts
+        or size_in < 128 * parts
+    ):
+        parts //= 2
+    return parts
+
+
 class Projection(nn.Module):
     """Affine map [T, in] -> [T, *features]; kernel [in, *features]."""
 
@@ -66,13 +94,18 @@ class Projection(nn.Module):
     dtype: Any
     use_bias: bool = False
     out_dtype: Any = None  # None: dtype
+    may_split: bool = False  # the result may be parts, see _contract_in_parts
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the projected x, in out_dtype."""
+        """Return the projected x, in out_dtype; or float32 parts of it."""
         init = nn.initializers.lecun_normal()
         shape = (x.shape[-1], *self.features)
         kernel = self.param("kernel", init, shape, self.dtype)
+        if self.may_split and not self.use_bias:
+            parts = _num_parts(x.shape[0], *shape)
+            if parts > 1:
+                return _contract_in_parts(x, kernel.astype(self.dtype), parts)
         y = _contract(x, kernel.astype(self.dtype), self.out_dtype or self.dtype)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
@@ -123,9 +156,11 @@ class Layer(nn.Module):
     def __call__(self, x, y, cos, sin, attend: Attend, cache: Cache):
         """Return stream and addend [T, hidden] after this block, and its new cache.
 
-        x, y: stream and addend before it; no addend (None) before the first block.
+        x, y: stream and addend before it; no addend (None) before the first block. An
+        addend may be the parts of a product.
         """
         c = self.config
+        splits = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
         scale = functools.partial(Scale, c.hidden_size, self.dtype)
         norm = functools.partial(add_norm, eps=c.norm_eps, impl=self.impl)
         if y is None:
@@ -135,14 +170,16 @@ class Layer(nn.Module):
         q, rows = self._queries_and_rows(normed, cos, sin)
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
-        hidden = (c.hidden_size,)
-        y = Projection(hidden, self.dtype, c.attention_out_bias, name="out")(mixed)
+        project = functools.partial(
+            Projection, (c.hidden_size,), self.dtype, may_split=splits
+        )
+        y = project(use_bias=c.attention_out_bias, name="out")(mixed)
         x, normed = norm(x, y, scale(name="mlp_norm")())
         inner = Projection(
             (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
         )(normed)
         gated = nn.silu(inner[:, 0]) * inner[:, 1]
-        y = Projection(hidden, self.dtype, c.mlp_bias, name="down")(gated)
+        y = project(use_bias=c.mlp_bias, name="down")(gated)
         return x, y, cache
 
     def _queries_and_rows(self, x, cos, sin):
@@ -219,7 +256,10 @@ class Transformer(nn.Module):
             x, y, cache = layer(x, y, *tables, attend, cache)
             new_caches.append(cache)
             streams.append((x, y))
-        features = [jnp.add(*streams[i]) for i in feature_layers]
+        features = [
+            streams[i][0] + sum_of_parts(streams[i][1], self.dtype)
+            for i in feature_layers
+        ]
         features = jnp.concatenate(features, -1) if features else None
         scale, eps = self.final_norm(), self.config.norm_eps
         _, hidden = add_norm(x, y, scale, eps=eps, impl=self.impl)

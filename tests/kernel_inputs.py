@@ -466,7 +466,11 @@ def norm_inputs(case: NormCase, seed: int = 0) -> NormInputs:
     size = 10.0 ** rng.uniform(-3, 1, (case.shape[0], 1))
     x, y = (size * rng.standard_normal(case.shape) for _ in range(2))
     scale = rng.uniform(0.5, 2.0, case.shape[1])
-    return NormInputs(*(a.astype(dtype) for a in (x, y, scale)))
+    inputs = NormInputs(*(a.astype(dtype) for a in (x, y, scale)))
+    if case.num_parts:
+        parts = size * rng.standard_normal((case.num_parts, *case.shape))
+        inputs = inputs._replace(y=parts.astype(np.float32))
+    return inputs
 
 
 def assert_norms_agree(actual, expected) -> None:

@@ -31,6 +31,17 @@ def test_sum_and_norm_by_hand():
     np.testing.assert_allclose(normed, wanted, rtol=1e-6)
 
 
+def test_parts_are_summed_in_order_and_rounded_before_the_stream_is_added():
+    x, scale = jnp.asarray([[1.0, -256.0]], jnp.bfloat16), jnp.ones(2, jnp.bfloat16)
+    # In order, the first sum loses its 1; 257 + 0.5 rounds to 258 in bfloat16.
+    y = jnp.asarray([[[2.0**25, 257.0]], [[1.0, 0.5]], [[-(2.0**25), 0.0]]])
+    for impl in ("reference", "gpu_interpret"):
+        pad = ((0, 0), (0, 0), (0, 30))
+        args = jnp.pad(x, pad[1:]), jnp.pad(y, pad), jnp.pad(scale, pad[2:])
+        stream, _ = add_norm(*args, eps=EPS, impl=impl)
+        assert stream[0, :2].tolist() == [1.0, 2.0]
+
+
 def test_norm_is_that_of_the_rounded_sum():
     inputs = ki.norm_inputs(by_name(NORM_CASES, "norm_narrow"))
     wide = inputs.x.astype(np.float32) + inputs.y.astype(np.float32)
@@ -60,7 +71,8 @@ def test_norm_on_a_gpu_agrees_with_the_reference(case):
 def test_a_token_does_not_depend_on_its_neighbours(case, num_tokens):
     x, y, scale = ki.norm_inputs(case)
     kernel = functools.partial(add_norm, eps=EPS, impl="gpu_interpret")
-    every, some = kernel(x, y, scale), kernel(x[:num_tokens], y[:num_tokens], scale)
+    every = kernel(x, y, scale)
+    some = kernel(x[:num_tokens], y[..., :num_tokens, :], scale)
     for few, all_of_them in zip(some, every, strict=True):
         ki.assert_same_bits(few, all_of_them[:num_tokens])
 
@@ -68,7 +80,7 @@ def test_a_token_does_not_depend_on_its_neighbours(case, num_tokens):
 def lose_last_element(inputs):
     """The last element of a row is not added to the mean square of its sum."""
     x, y = inputs.x.copy(), inputs.y.copy()
-    x[:, -1] = y[:, -1] = 0
+    x[:, -1] = y[..., -1] = 0
     return inputs._replace(x=x, y=y)
 
 
@@ -79,7 +91,19 @@ def next_scale(inputs):
 
 def next_token(inputs):
     """The projection of the token behind is added."""
-    return inputs._replace(y=np.roll(inputs.y, 1, axis=0))
+    return inputs._replace(y=np.roll(inputs.y, 1, axis=-2))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in SMALL if c.num_parts], ids=lambda c: c.name
+)
+def test_norm_on_a_gpu_shows_a_lost_part(case):
+    inputs = ki.norm_inputs(case)
+    actual = add_norm(
+        inputs.x, inputs.y[:-1], inputs.scale, eps=EPS, impl="gpu_interpret"
+    )
+    with pytest.raises(AssertionError):
+        ki.assert_norms_agree(actual, add(*inputs))
 
 
 @pytest.mark.parametrize("fault", [lose_last_element, next_scale, next_token])
@@ -115,6 +139,9 @@ def test_norm_rejects_what_does_not_fit():
         ((x[:0], x[:0], scale), "no axis may be empty"),
         ((x.astype(jnp.int32), x, scale), "x has dtype"),
         ((x, x[:1], scale), "y has shape"),
+        ((x, x[None, :1], scale), "y has shape"),
+        ((x, jnp.zeros((0, 2, 64)), scale), "no parts"),
+        ((x, x[None].astype(jnp.bfloat16), scale), "y has dtype"),
         ((x, x.astype(jnp.bfloat16), scale), "y has dtype"),
         ((x, x, scale[:1]), "scale has shape"),
         ((x, x, scale.astype(jnp.bfloat16)), "scale has dtype"),

@@ -249,7 +249,9 @@ def test_rotation_compiles(compile_h100, name):
 @pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
 def test_norm_compiles(compile_h100, case: NormCase):
     x, scale = (Array(s, jnp.dtype(case.dtype)) for s in (case.shape, case.shape[1:]))
+    y = Array((case.num_parts, *case.shape), jnp.float32) if case.num_parts else x
     add = functools.partial(add_norm, eps=1e-6, impl="gpu")
-    result, kernels = compile_h100(add, (x, x, scale))
-    assert_fits(kernels["add_norm"], blocks=4)
+    result, kernels = compile_h100(add, (x, y, scale))
+    # Eight parts come with few tokens only.
+    assert_fits(kernels["add_norm"], blocks=2 if case.num_parts > 4 else 4)
     assert result.temp_bytes <= 64  # the addresses of two results

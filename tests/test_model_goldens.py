@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from sparsespec_jax.hf_weights import load_hf
 from sparsespec_jax.model import (
+    Projection,
     causal_attend,
     forward,
+    forward_with_features,
     init_params,
     logits,
     param_shapes,
@@ -194,6 +197,60 @@ def test_kernels_give_the_hidden_states_of_plain_jnp(tiny_config, qk_norm):
 
     np.testing.assert_allclose(run("gpu_interpret"), run("reference"), atol=1e-5)
     assert np.abs(run("reference")).max() > 1
+
+
+def test_products_on_a_gpu_are_left_in_parts_for_the_next_norm(tiny_config):
+    config = dataclasses.replace(tiny_config, hidden_size=256, intermediate_size=512)
+    params = init_params(config, seed=0, dtype=jnp.bfloat16)
+    tokens = np.arange(5, dtype=np.int32)
+    shapes = {"down": [], "out": []}
+
+    def note(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if context.module.name in shapes:
+            shapes[context.module.name].append((result.shape, result.dtype))
+        return result
+
+    def run(impl):
+        args = config, params, tokens, tokens, causal_attend, (None, None), (0, 1)
+        hidden, _, features = forward_with_features(*args, impl=impl)
+        return np.asarray(hidden, np.float32), np.asarray(features, np.float32)
+
+    whole = run("reference")
+    with nn.intercept_methods(note):
+        in_parts = run("gpu_interpret")
+    assert {shape for shape, _ in shapes["down"]} == {(4, 5, 256)}
+    for ours, plain in zip(in_parts, whole, strict=True):
+        error = np.linalg.norm(ours - plain) / np.linalg.norm(plain)
+        assert error < 0.01 and np.abs(plain).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size_in", "size_out", "parts"),
+    [
+        (49, 4096, 4096, 8),
+        (136, 12288, 4096, 2),
+        (256, 4096, 4096, 2),
+        (264, 4096, 4096, 1),  # more than 8 MiB of parts
+        (256, 576, 576, 4),
+        (5, 192, 64, 1),  # less than 128 of the sum each
+        (5, 514, 64, 2),
+    ],
+)
+def test_products_are_cut_by_their_sizes(num_tokens, size_in, size_out, parts):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (num_tokens, size_in)).astype(jnp.bfloat16)
+    kernel = rng.integers(-3, 4, (size_in, size_out)).astype(jnp.bfloat16)
+    project = Projection((size_out,), jnp.bfloat16, may_split=True)
+    got = project.apply({"params": {"kernel": kernel}}, x)
+    wanted = x.astype(np.float32) @ kernel.astype(np.float32)
+    if parts == 1:
+        wanted = wanted.astype(jnp.bfloat16)
+        assert got.dtype == jnp.bfloat16
+    else:
+        assert (got.shape[0], got.dtype) == (parts, jnp.float32)
+        got = np.asarray(got).sum(0)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_float32_matmuls_ask_for_full_precision(tiny_config):

@@ -25,9 +25,6 @@ from sparsespec_jax.state import new_state
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
-# Without a device nothing is tuned: projections of few tokens would be cut in parts and
-# summed up in other launches. Tokens are a multiple of 8: others are padded first.
-_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False} | step_lib.GPU_COMPILER_OPTIONS
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
 )
@@ -79,7 +76,7 @@ def compile_step(
         param_shapes(model, jnp.bfloat16),
         state,
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
-        compiler_options=_GPU_OPTIONS if impl == "gpu" else None,
+        compiler_options=step_lib.GPU_COMPILER_OPTIONS if impl == "gpu" else None,
         donate_argnums=1,
     )
     return compiled, state.layers[0].kv_pages.size * 2
@@ -88,9 +85,10 @@ def compile_step(
 @pytest.mark.parametrize(
     ("target", "num_draft_tokens", "proposer", "most_launches"),
     [
-        ("h100", 7, "self", 11),
-        ("h100", 0, "self", 11),
-        ("h100", 7, "cascade", 11),
+        # XLA cuts the projection to heads in parts, and sums them in a launch more.
+        ("h100", 7, "self", 12),
+        ("h100", 0, "self", 12),
+        ("h100", 7, "cascade", 12),
         ("v5e", 8, "self", None),
         ("v5e", 8, "cascade", None),
     ],

@@ -68,6 +68,12 @@ def test_gaps_between_steps_are_the_longest_ones():
     assert got["idle_between_steps_share"] == pytest.approx((9 + 11) / 83)
 
 
+def test_the_step_in_which_the_profiler_starts_is_left_out():
+    kernels = [Kernel("a", t, 10.0) for t in (0, 900, 1000, 1011, 1030, 1041, 1055)]
+    assert time_split.after_first_step(kernels, 3) == (kernels[2:], 2)
+    assert time_split.after_first_step(kernels[:2], 1) == (kernels[:2], 1)
+
+
 def test_copies_beside_kernels_are_hidden():
     ms = 1e6
     kernels = [

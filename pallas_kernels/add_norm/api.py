@@ -1,6 +1,7 @@
 """Public entry of the sum with its norm: checks, choice of implementation."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.common import (
     POOL_DTYPES,
@@ -25,7 +26,8 @@ def add_norm(
 
     Args:
       x: [T, N], bfloat16 or float32, the residual stream.
-      y: [T, N], like x, what is added to it.
+      y: [T, N], like x, what is added to it; or float32 [P, T, N], parts of a product,
+        which are summed in their order and rounded to the dtype of x before.
       scale: [N], factor of the norm, dtype of x.
       eps: added to the mean square.
       impl: one of `pallas_kernels.IMPLS`; None means `default_impl()`.
@@ -38,9 +40,15 @@ def add_norm(
     check_dtype("x", x, *POOL_DTYPES)
     if 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}: no axis may be empty")
-    check_shape("y", y, tuple(x.shape), "like x")
+    if y.ndim == 3:
+        check_shape("y", y, (None, *x.shape), "like x, or parts [P, T, N] of it")
+        check_dtype("y", y, jnp.float32)
+        if not len(y):
+            raise ValueError("y has no parts")
+    else:
+        check_shape("y", y, tuple(x.shape), "like x, or parts [P, T, N] of it")
+        check_dtype("y", y, x.dtype)
     check_shape("scale", scale, (x.shape[1],), "[N] of x")
-    for name, array in (("y", y), ("scale", scale)):
-        check_dtype(name, array, x.dtype)
+    check_dtype("scale", scale, x.dtype)
     function = load_implementation("pallas_kernels.add_norm", "add_norm", impl)
     return function(x, y, scale, eps=eps)

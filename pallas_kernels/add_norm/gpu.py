@@ -110,7 +110,12 @@ def _add_norm(refs, first, tokens, layout, eps):
     def load(ref, layout=layout):
         return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
-    x, y = load(x_ref.at[window]), load(y_ref.at[window])
+    x = load(x_ref.at[window])
+    if len(y_ref.shape) == 3:
+        parts = (load(y_ref.at[part, window]) for part in range(y_ref.shape[0]))
+        y = functools.reduce(jnp.add, parts).astype(x_ref.dtype).astype(jnp.float32)
+    else:
+        y = load(y_ref.at[window])
     scale = load(scale_ref, layout.reduce(0))
     stream = (x + y).astype(x_ref.dtype)
     stream_ref[window] = stream

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.common import as_rounded, rms_norm
+from pallas_kernels.common import as_rounded, rms_norm, sum_of_parts
 
 
 @functools.partial(jax.jit, static_argnames="eps")
@@ -12,5 +12,5 @@ def add_norm_reference(
     x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `api.add_norm` documents; same arguments, no checks."""
-    stream = x + y
+    stream = x + sum_of_parts(y, x.dtype)
     return stream, rms_norm(as_rounded(stream), scale, eps).astype(x.dtype)
