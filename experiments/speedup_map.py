@@ -49,6 +49,7 @@ def make_engine(model, slots: int, choices: list[int], wanted: int) -> Engine:
         page_size=_PAGE.value,
         num_pages=int(_KV_GIB.value * 2**30) // per_page,
         max_length=min(model.config.max_length, wanted),
+        kv_policy="reserve",  # no host pages: made-up caches never outgrow the pool
     )
     speculation = SpeculationConfig(
         num_draft_tokens=max(choices), draft_token_choices=tuple(choices)
