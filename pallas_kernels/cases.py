@@ -560,9 +560,7 @@ WRITE_CASES = (
 )
 
 ROTATE_CASES = (
-    RotateCase(
-        name="one_token", num_tokens=1, head_size=16, dtype="float32", tags=SMALL
-    ),
+    RotateCase(name="single", num_tokens=1, head_size=16, dtype="float32", tags=SMALL),
     # Tokens that no tile divides, without and with a norm.
     RotateCase(
         name="rotate_ragged", num_tokens=11, is_normed=False, tags=SMALL, **_SMOLLM2
@@ -575,7 +573,7 @@ ROTATE_CASES = (
 )
 
 NORM_CASES = (
-    # A row of a CTA, and of a warp; tokens that the warps of a CTA do not divide.
+    # Rows of a CTA, and of a warp; tokens that its warps do not divide; parts.
     NormCase(name="norm_wide", shape=(3, 1280), dtype="float32", tags=SMALL),
     NormCase(name="norm_narrow", shape=(9, 576), tags=SMALL),
     NormCase(name="norm_parts", shape=(3, 256), num_parts=3, tags=SMALL),
@@ -583,7 +581,6 @@ NORM_CASES = (
     NormCase(name="norm_136", shape=(136, 4096)),
     NormCase(name="norm_136_parts", shape=(136, 4096), num_parts=2),
     NormCase(name="norm_49_parts", shape=(49, 4096), num_parts=8),
-    NormCase(name="norm_496_parts", shape=(496, 576), num_parts=4),
     NormCase(name="norm_512", shape=(512, 576)),
     NormCase(name="norm_2184", shape=(2184, 4096)),
 )
