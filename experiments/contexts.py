@@ -152,9 +152,12 @@ def load_continuations(path, contexts, *, max_tokens, seed):
     Contexts may be the first ones of those that were continued.
 
     Raises:
-      ValueError: the file was made of other contexts, lengths or seeds.
+      ValueError: no such file, or one made of other contexts, lengths or seeds.
     """
-    found = json.loads(pathlib.Path(path).read_text())
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"continuations: there is no file {path}")
+    found = json.loads(path.read_text())
     made_of = {
         "context_lengths": [len(context) for context in contexts],
         "max_tokens": max_tokens,

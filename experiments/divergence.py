@@ -28,6 +28,7 @@ from sparsespec_jax import (
     SamplingParams,
     SpeculationConfig,
     load_model,
+    sizes,
 )
 from sparsespec_jax.model import causal_attend, forward, logits
 from sparsespec_jax.text import encode_prompt
@@ -49,11 +50,8 @@ _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot sa
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
-def decode_all(model, prompts, speculation, max_length):
+def decode_all(model, prompts, speculation, config):
     """Greedy token ids (prompt and output) of every prompt, in order."""
-    config = EngineConfig(
-        num_slots=_SLOTS.value, page_size=_PAGE.value, max_length=max_length
-    )
     engine = Engine(model, speculation=speculation, engine=config)
     law = SamplingParams(temperature=0, max_tokens=_TOKENS.value, ignore_eos=True)
     for prompt in prompts:
@@ -104,21 +102,23 @@ def main():
     try:
         prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
         model = load_model(_MODEL.value, dtype=_DTYPE.value)
+        vocab = model.config.vocab_size
+        encoded = [encode_prompt(p, model.tokenizer, vocab) for p in prompts]
+        max_length = max(map(len, encoded)) + _TOKENS.value
+        config = EngineConfig(
+            num_slots=_SLOTS.value, page_size=_PAGE.value, max_length=max_length
+        )
+        sizes.resolve(model, SpeculationConfig(), config)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    vocab = model.config.vocab_size
-    encoded = [encode_prompt(p, model.tokenizer, vocab) for p in prompts]
-    max_length = max(map(len, encoded)) + _TOKENS.value
     header = record.results_header(
         flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]),
         commit=_COMMIT.value,
     )
-    plain, _ = decode_all(
-        model, encoded, SpeculationConfig(num_draft_tokens=0), max_length
-    )
+    plain, _ = decode_all(model, encoded, SpeculationConfig(num_draft_tokens=0), config)
     print(f"decoded {len(plain)} requests with k = 0", flush=True)
     gc.collect()
-    speculative, accepted = decode_all(model, encoded, SpeculationConfig(), max_length)
+    speculative, accepted = decode_all(model, encoded, SpeculationConfig(), config)
     print(f"decoded them speculatively, {accepted:.2f} drafts accepted", flush=True)
     gc.collect()
     rows = compare(model, plain, speculative, max_length)

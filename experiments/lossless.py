@@ -9,6 +9,7 @@ in float32, and counts differing tokens; the exit status is 1 if there is one. A
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -24,6 +25,7 @@ from sparsespec_jax import (
     SamplingParams,
     SpeculationConfig,
     load_model,
+    sizes,
 )
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")
@@ -46,24 +48,43 @@ _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot sa
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
-def decode_all(model, requests, *, k, lag, page_size):
-    """(results by request, seconds) of one configuration."""
-    engine = Engine(
-        model,
-        speculation=SpeculationConfig(
-            num_draft_tokens=k,
-            budget_ratio=_RATIO.value,
-            min_budget=_FLOOR.value,
-        ),
-        engine=EngineConfig(
-            num_slots=len(requests),
-            page_size=page_size,
-            max_length=max(len(p) + law.max_tokens for p, law in requests),
-            prefill_chunk=32,
-            lag=lag,
-            impl=_IMPL.value,
-        ),
+def make_requests(model):
+    """(prompt, SamplingParams) of every request, one temperature after the other."""
+    temperatures = [
+        float(t) for t in _TEMPERATURES.value for _ in range(_REQUESTS.value)
+    ]
+    texts = contexts_lib.prompts(len(temperatures))
+    law = SamplingParams(max_tokens=_TOKENS.value, ignore_eos=True)
+    return [
+        (
+            model.tokenizer.encode_chat(text),
+            dataclasses.replace(law, temperature=temperature, seed=index),
+        )
+        for index, (text, temperature) in enumerate(
+            zip(texts, temperatures, strict=True)
+        )
+    ]
+
+
+def options_of(requests, *, k, lag, page_size):
+    """(SpeculationConfig, EngineConfig) of one configuration."""
+    speculation = SpeculationConfig(
+        num_draft_tokens=k, budget_ratio=_RATIO.value, min_budget=_FLOOR.value
     )
+    engine = EngineConfig(
+        num_slots=len(requests),
+        page_size=page_size,
+        max_length=max(len(p) + law.max_tokens for p, law in requests),
+        prefill_chunk=32,
+        lag=lag,
+        impl=_IMPL.value,
+    )
+    return speculation, engine
+
+
+def decode_all(model, requests, speculation, config):
+    """(results by request, seconds) of one configuration."""
+    engine = Engine(model, speculation=speculation, engine=config)
     engine.warm_up()
     for index, (prompt, law) in enumerate(requests):
         engine.add_request(prompt, law, prompt_index=index)
@@ -94,7 +115,7 @@ def compare(results, plain):
 def configurations():
     """Pairs (page size, lag), ordered so that the first ones cover every value."""
     pairs = [
-        ((i + j) % 2, page_size, lag)
+        ((i + j) % 2, int(page_size), int(lag))
         for j, lag in enumerate(_LAGS.value)
         for i, page_size in enumerate(_PAGES.value)
     ]
@@ -105,40 +126,28 @@ def main():
     """Decode plainly once, speculatively in every configuration, and compare."""
     try:
         model = load_model(_MODEL.value, dtype="float32")
+        requests = make_requests(model)
+        plain_options = options_of(requests, k=0, lag=1, page_size=16)
+        options = [
+            options_of(requests, k=_K.value, lag=lag, page_size=page_size)
+            for page_size, lag in configurations()
+        ]
+        for pair in (plain_options, *options):
+            sizes.resolve(model, *pair)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    prompts = contexts_lib.prompts(_REQUESTS.value * len(_TEMPERATURES.value))
-    temperatures = [
-        float(t) for t in _TEMPERATURES.value for _ in range(_REQUESTS.value)
-    ]
-    requests = [
-        (
-            model.tokenizer.encode_chat(prompt),
-            SamplingParams(
-                temperature=temperature,
-                seed=index,
-                max_tokens=_TOKENS.value,
-                ignore_eos=True,
-            ),
-        )
-        for index, (prompt, temperature) in enumerate(
-            zip(prompts, temperatures, strict=True)
-        )
-    ]
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
-    header["temperatures"] = temperatures
-    plain, seconds = decode_all(model, requests, k=0, lag=1, page_size=16)
+    header["temperatures"] = [law.temperature for _, law in requests]
+    plain, seconds = decode_all(model, requests, *plain_options)
     print(f"plain decoding: {seconds:.0f} s", flush=True)
     rows = []
-    for page_size, lag in configurations():
-        results, seconds = decode_all(
-            model, requests, k=_K.value, lag=int(lag), page_size=int(page_size)
-        )
+    for pair in options:
+        results, seconds = decode_all(model, requests, *pair)
         total = sum((r.metrics for r in results[1:]), start=results[0].metrics)
         row = {
-            "lag": int(lag),
-            "page_size": int(page_size),
+            "lag": pair[1].lag,
+            "page_size": pair[1].page_size,
             **compare(results, plain),
             "mean_accepted_draft_tokens": total.mean_accepted_draft_tokens,
             "wall_time_s": seconds,

@@ -174,26 +174,27 @@ def main():
         else:
             contexts = contexts_lib.load_contexts(values.contexts)
             contexts = contexts[: values.num_contexts]
+        setting = Setting(
+            max_tokens=20 if values.smoke else values.max_tokens + 1,
+            num_slots=values.num_slots,
+            page_size=values.page_size,
+            impl=values.impl,
+            seed=values.seed,
+            prefill_chunk=values.prefill_chunk,
+            prefill_lanes=values.prefill_lanes,
+        )
+        continuations = None
+        if values.continuations:
+            continuations = contexts_lib.load_continuations(
+                values.continuations,
+                contexts,
+                max_tokens=setting.max_tokens,
+                seed=setting.seed,
+            )
+        if not values.smoke:
             model = load_model(values.model, dtype=values.dtype)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    setting = Setting(
-        max_tokens=20 if values.smoke else values.max_tokens + 1,
-        num_slots=values.num_slots,
-        page_size=values.page_size,
-        impl=values.impl,
-        seed=values.seed,
-        prefill_chunk=values.prefill_chunk,
-        prefill_lanes=values.prefill_lanes,
-    )
-    continuations = None
-    if values.continuations:
-        continuations = contexts_lib.load_continuations(
-            values.continuations,
-            contexts,
-            max_tokens=setting.max_tokens,
-            seed=setting.seed,
-        )
     config = {
         **dataclasses.asdict(setting),
         "study": values.study,
