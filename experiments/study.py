@@ -170,7 +170,7 @@ def main():
         study, header = load_study(values.study)
         rows = rows_of(study, values, own)
         if values.smoke:
-            model, contexts = tiny_model(), smoke_contexts()
+            contexts = smoke_contexts()
         else:
             contexts = contexts_lib.load_contexts(values.contexts)
             contexts = contexts[: values.num_contexts]
@@ -191,7 +191,9 @@ def main():
                 max_tokens=setting.max_tokens,
                 seed=setting.seed,
             )
-        if not values.smoke:
+        if values.smoke:
+            model = tiny_model()
+        else:
             model = load_model(values.model, dtype=values.dtype)
     except ValueError as error:
         raise app.UsageError(str(error)) from None

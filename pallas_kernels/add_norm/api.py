@@ -40,14 +40,12 @@ def add_norm(
     check_dtype("x", x, *POOL_DTYPES)
     if 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}: no axis may be empty")
-    if y.ndim == 3:
-        check_shape("y", y, (None, *x.shape), "like x, or parts [P, T, N] of it")
-        check_dtype("y", y, jnp.float32)
-        if not len(y):
-            raise ValueError("y has no parts")
-    else:
-        check_shape("y", y, tuple(x.shape), "like x, or parts [P, T, N] of it")
-        check_dtype("y", y, x.dtype)
+    in_parts = y.ndim == 3
+    shape = (None, *x.shape) if in_parts else tuple(x.shape)
+    check_shape("y", y, shape, "like x, or parts [P, T, N] of it")
+    check_dtype("y", y, jnp.float32 if in_parts else x.dtype)
+    if 0 in y.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}: no parts")
     check_shape("scale", scale, (x.shape[1],), "[N] of x")
     check_dtype("scale", scale, x.dtype)
     function = load_implementation("pallas_kernels.add_norm", "add_norm", impl)
