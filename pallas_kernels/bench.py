@@ -26,13 +26,14 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
+    NORM_CASES,
+    ROTATE_CASES,
     SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
     by_name,
 )
 from pallas_kernels.common import default_impl
-from pallas_kernels.dense_cases import NORM_CASES, ROTATE_CASES
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.prefill_cases import PREFILL_CASES, num_flops
@@ -75,7 +76,7 @@ ATTENTION = _attention_cases()
 SELECT = ("select_8k", "select_32k")
 GATHER = ("gather_512b",)
 WRITE = ("write_plain", "write_136")
-ROTATE = ("rotate_136", "rotate_136_parts", "rotate_d64", "rotate_2184")
+ROTATE = ("rotate_136", "rotate_d64", "rotate_2184")
 NORM = ("norm_136", "norm_136_parts", "norm_49_parts", "norm_512", "norm_2184")
 NAMES = (*ATTENTION, *SELECT, *GATHER, *WRITE, *ROTATE, *NORM)
 
@@ -313,15 +314,11 @@ def bench_rotate(name: str, impl: str) -> dict:
     """Returns time and error of one case of new heads, and the time of XLA."""
     case = by_name(ROTATE_CASES, name)
     keys = jax.random.split(jax.random.key(0), _LAYERS)
-    shape, dtype = case.shape, jnp.bfloat16
-    if case.num_parts:
-        shape, dtype = (case.num_parts, *shape), jnp.float32
-    layers = [(jax.random.normal(key, shape, dtype),) for key in keys]
+    layers = [(jax.random.normal(key, case.shape, jnp.bfloat16),) for key in keys]
     angles = jax.random.uniform(keys[0], (case.num_tokens, case.head_size // 2))
     scale = jnp.linspace(0.5, 2.0, case.head_size, dtype=jnp.bfloat16)
     shared = (jnp.cos(angles), jnp.sin(angles), *[scale, scale] * case.is_normed)
-    rotate = functools.partial(rotate_heads, eps=1e-6, dtype=jnp.bfloat16)
-    return _against_xla(rotate, layers, shared, impl)
+    return _against_xla(functools.partial(rotate_heads, eps=1e-6), layers, shared, impl)
 
 
 def bench_norm(name: str, impl: str) -> dict:

@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax import model as model_lib
-from sparsespec_jax.layer import Projection, RmsNorm
+from sparsespec_jax.model import Projection, RmsNorm
 from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.rope import rope_tables
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,23 +33,163 @@ import numpy as np
 from flax import linen as nn
 
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.common import sum_of_parts
-from pallas_kernels.dense_chain import dense_chain, new_counters
-from sparsespec_jax.layer import (
-    Attend,
-    Cache,
-    Layer,
-    Projection,
-    Scale,
-    contract,
-    is_chained,
-)
+from pallas_kernels.common import is_for_gpu, rms_norm, sum_of_parts
+from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.rope import rope_tables
 
+Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
 Params = dict[str, Any]
+# (layer_index, q [T, N, D], rows [T, H, K V], cache) -> out [T, N, D], cache
+Attend = Callable[[int, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
+_PART_ELEMENTS = 2**21  # of the parts of a product, so that they stay in L2
+
+
+def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Array:
+    """x [T, in] times kernel, whose axis `axis` is `in`; float32 accumulation."""
+    # TF32 passes of a GPU would break exactness in float32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        (((1,), (axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out_dtype,
+    )
+
+
+def _contract_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> jax.Array:
+    """x [T, in] times kernel [in, N] over `parts` cuts of `in`: float32 [parts, T, N].
+
+    The sum over the parts is the product. XLA cuts products of few tokens like this by
+    itself on GPUs, but sums them in a launch of its own; `add_norm` takes them as they
+    are.
+    """
+    return jax.lax.dot_general(
+        x.reshape(x.shape[0], parts, -1),
+        kernel.reshape(parts, -1, kernel.shape[1]),
+        (((2,), (1,)), ((1,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _num_parts(num_tokens: int, size_in: int, size_out: int) -> int:
+    """Cuts of a product of so many tokens on a GPU: a power of 2 up to 8."""
+    parts = 8
+    while parts > 1 and (
+        parts * num_tokens * size_out > _PART_ELEMENTS
+        or size_in % parts
+        or size_in < 128 * parts
+    ):
+        parts //= 2
+    return parts
+
+
+class Projection(nn.Module):
+    """Affine map [T, in] -> [T, *features]; kernel [in, *features]."""
+
+    features: tuple[int, ...]
+    dtype: Any
+    use_bias: bool = False
+    out_dtype: Any = None  # None: dtype
+    may_split: bool = False  # the result may be parts, see _contract_in_parts
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the projected x, in out_dtype; or float32 parts of it."""
+        init = nn.initializers.lecun_normal()
+        shape = (x.shape[-1], *self.features)
+        kernel = self.param("kernel", init, shape, self.dtype)
+        if self.may_split and not self.use_bias:
+            parts = _num_parts(x.shape[0], *shape)
+            if parts > 1:
+                return _contract_in_parts(x, kernel.astype(self.dtype), parts)
+        y = _contract(x, kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = self.param("bias", zeros, self.features, self.dtype)
+            y = y + bias.astype(self.dtype)[None]
+        return y
+
+
+class Scale(nn.Module):
+    """The learnt factor [size] of a norm."""
+
+    size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Return the factor."""
+        ones = nn.initializers.ones_init()
+        return self.param("scale", ones, (self.size,), self.dtype)
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return x [..., n] normalised and scaled, in dtype."""
+        ones = nn.initializers.ones_init()
+        scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
+        return rms_norm(x.astype(jnp.float32), scale, self.eps).astype(self.dtype)
+
+
+class Layer(nn.Module):
+    """One pre-norm block: attention, then gated MLP, each added to the stream.
+
+    What the MLP adds is left to the next norm, which takes the sum in the same launch.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    index: int
+    impl: str | None
+
+    @nn.compact
+    def __call__(self, x, y, cos, sin, attend: Attend, cache: Cache):
+        """Return stream and addend [T, hidden] after this block, and its new cache.
+
+        x, y: stream and addend before it; no addend (None) before the first block. An
+        addend may be the parts of a product.
+        """
+        c = self.config
+        splits = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
+        scale = functools.partial(Scale, c.hidden_size, self.dtype)
+        norm = functools.partial(add_norm, eps=c.norm_eps, impl=self.impl)
+        if y is None:
+            normed = RmsNorm(c.norm_eps, self.dtype, name="input_norm")(x)
+        else:
+            x, normed = norm(x, y, scale(name="input_norm")())
+        q, rows = self._queries_and_rows(normed, cos, sin)
+        mixed, cache = attend(self.index, q, rows, cache)
+        mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
+        project = functools.partial(
+            Projection, (c.hidden_size,), self.dtype, may_split=splits
+        )
+        y = project(use_bias=c.attention_out_bias, name="out")(mixed)
+        x, normed = norm(x, y, scale(name="mlp_norm")())
+        inner = Projection(
+            (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
+        )(normed)
+        gated = nn.silu(inner[:, 0]) * inner[:, 1]
+        y = project(use_bias=c.mlp_bias, name="down")(gated)
+        return x, y, cache
+
+    def _queries_and_rows(self, x, cos, sin):
+        c, scales = self.config, ()
+        features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
+        qkv = Projection(features, self.dtype, c.attention_bias, name="qkv")(x)
+        if c.qk_norm:
+            names = "q_norm", "k_norm"
+            scales = (Scale(c.head_dim, self.dtype, name=name)() for name in names)
+        return rotate_heads(qkv, cos, sin, *scales, eps=c.norm_eps, impl=self.impl)
 
 
 class Embedding(nn.Module):
@@ -69,7 +210,7 @@ class Embedding(nn.Module):
 
     def project(self, hidden: jax.Array) -> jax.Array:
         """Products of hidden [R, hidden] with every row, float32 [R, V]."""
-        return contract(hidden, self.weight.astype(self.dtype), jnp.float32, axis=1)
+        return _contract(hidden, self.weight.astype(self.dtype), jnp.float32, axis=1)
 
 
 class Transformer(nn.Module):
@@ -109,47 +250,20 @@ class Transformer(nn.Module):
         """
         # The barrier keeps layers from evaluating the angles again, each for itself.
         tables = jax.lax.optimization_barrier(rope_tables(positions, self.config))
-        chained = is_chained(self.config, self.dtype, self.impl, tokens.shape[0])
-        run = self._run_chained if chained else self._run
-        hidden, new_caches, streams = run(self.embed(tokens), tables, attend, caches)
-        features = [
-            x if y is None else x + sum_of_parts(y, self.dtype)
-            for x, y in (streams[i] for i in feature_layers)
-        ]
-        features = jnp.concatenate(features, -1) if features else None
-        return hidden, tuple(new_caches), features
-
-    @nn.nowrap
-    def _run(self, x, tables, attend, caches):
-        """Hidden states; of every layer its new cache, and its stream and addend."""
-        y, new_caches, streams = None, [], []
+        x, y = self.embed(tokens), None
+        new_caches, streams = [], []
         for layer, cache in zip(self.layer, caches, strict=True):
             x, y, cache = layer(x, y, *tables, attend, cache)
             new_caches.append(cache)
             streams.append((x, y))
+        features = [
+            streams[i][0] + sum_of_parts(streams[i][1], self.dtype)
+            for i in feature_layers
+        ]
+        features = jnp.concatenate(features, -1) if features else None
         scale, eps = self.final_norm(), self.config.norm_eps
         _, hidden = add_norm(x, y, scale, eps=eps, impl=self.impl)
-        return hidden, new_caches, streams
-
-    @nn.nowrap
-    def _run_chained(self, x, tables, attend, caches):
-        """As `_run`, with one launch from each attention to the next; no addends."""
-        counters, new_caches, streams = new_counters(), [], []
-        entries = [layer.entry() for layer in self.layer[1:]]
-        entries.append((self.final_norm(), None))
-        with jax.named_scope(self.layer[0].name):
-            projected = self.layer[0].first(x)
-        for layer, entry, cache in zip(self.layer, entries, caches, strict=True):
-            with jax.named_scope(layer.name):
-                mixed, cache = layer.attended(projected, *tables, attend, cache)
-                weights = layer.chain_weights(*entry)
-                x, projected, counters = dense_chain(
-                    mixed, x, weights, counters,
-                    eps=self.config.norm_eps, impl=self.impl,
-                )  # fmt: skip
-            new_caches.append(cache)
-            streams.append((x, None))
-        return projected, new_caches, streams
+        return hidden, tuple(new_caches), features
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits of normed hidden states [R, hidden], float32 [R, V]."""

@@ -14,11 +14,11 @@ import numpy as np
 from pallas_kernels.cases import (
     AttentionCase,
     GatherCase,
+    NormCase,
+    RotateCase,
     SelectCase,
     WriteCase,
 )
-from pallas_kernels.dense_cases import ChainCase, NormCase, RotateCase
-from pallas_kernels.dense_chain import NUM_COUNTERS, ChainWeights
 from pallas_kernels.paged_attention import AttentionOutput, LaneGroup
 
 NO_PAGE = -1
@@ -74,15 +74,6 @@ class NormInputs(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     scale: np.ndarray
-
-
-class ChainInputs(NamedTuple):
-    """Array arguments of `dense_chain`, numpy."""
-
-    mixed: np.ndarray
-    stream: np.ndarray
-    weights: ChainWeights
-    counters: np.ndarray
 
 
 class GatherInputs(NamedTuple):
@@ -444,15 +435,7 @@ def rotate_inputs(case: RotateCase, seed: int = 0) -> RotateInputs:
     if case.is_normed:
         scales = rng.uniform(0.5, 2.0, (2, case.head_size)).astype(dtype)
     tables = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
-    if case.num_parts:
-        parts = size * rng.standard_normal((case.num_parts, *case.shape))
-        qkv = parts.astype(np.float32)
     return RotateInputs(qkv, *tables, *scales)
-
-
-def rotate_options(case: RotateCase) -> dict:
-    """Returns the keyword arguments of `rotate_heads` for `case`."""
-    return dict(dtype=jnp.dtype(case.dtype))
 
 
 def assert_rotations_agree(actual, expected) -> None:
@@ -498,34 +481,3 @@ def assert_norms_agree(actual, expected) -> None:
     tolerance = NORM_TOLERANCE[got.dtype.name]
     got, wanted = got.astype(np.float32), wanted.astype(np.float32)
     np.testing.assert_allclose(got, wanted, rtol=tolerance)
-
-
-# ---------------------------------------------------------------------- chain
-
-
-def chain_inputs(case: ChainCase, seed: int = 0) -> ChainInputs:
-    """Returns rows and weights that keep every product near the size of its rows."""
-    rng = np.random.default_rng(seed)
-    dtype = jnp.dtype(case.dtype)
-
-    def kernel(*shape):
-        return (shape[0] ** -0.5 * rng.standard_normal(shape)).astype(dtype)
-
-    def scale():
-        return rng.uniform(0.5, 2.0, case.hidden).astype(dtype)
-
-    rows = case.num_tokens, 1
-    mixed, stream = (
-        (10.0 ** rng.uniform(-1, 1, rows) * rng.standard_normal((rows[0], size)))
-        for size in (case.mixed, case.hidden)
-    )
-    weights = ChainWeights(
-        out=kernel(case.mixed, case.hidden),
-        norm=scale(),
-        gate_up=kernel(case.hidden, 2, case.inner),
-        down=kernel(case.inner, case.hidden),
-        next_norm=scale(),
-        qkv=None if case.qkv is None else kernel(case.hidden, case.qkv),
-    )
-    counters = np.zeros(NUM_COUNTERS, np.int32)
-    return ChainInputs(mixed.astype(dtype), stream.astype(dtype), weights, counters)

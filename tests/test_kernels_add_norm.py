@@ -13,8 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.add_norm.gpu import NormConfig, add_norm_gpu
 from pallas_kernels.aot import compile_for
-from pallas_kernels.cases import by_name, tagged
-from pallas_kernels.dense_cases import NORM_CASES
+from pallas_kernels.cases import NORM_CASES, by_name, tagged
 
 EPS = 1e-5
 SMALL = tagged(NORM_CASES, "small")

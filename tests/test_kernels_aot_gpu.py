@@ -18,14 +18,17 @@ from pallas_kernels.aot import compile_for
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
+    NORM_CASES,
+    ROTATE_CASES,
     SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
     GatherCase,
+    NormCase,
+    RotateCase,
     SelectCase,
     by_name,
 )
-from pallas_kernels.dense_cases import NORM_CASES, ROTATE_CASES, NormCase, RotateCase
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.prefill_cases import PREFILL_CASES
@@ -61,14 +64,7 @@ ATTENTION = (
 )
 SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_131k")
 WRITE = ("write_plain", "write_136", "write_d64")
-ROTATE = (
-    "rotate_ragged",
-    "rotate_136",
-    "rotate_136_parts",
-    "rotate_49_parts",
-    "rotate_d64",
-    "rotate_2184",
-)
+ROTATE = ("rotate_ragged", "rotate_136", "rotate_d64", "rotate_2184")
 GATHER = ("gather_512b", "gather_410", "gather_d64")
 
 
@@ -243,14 +239,10 @@ def test_rotation_compiles(compile_h100, name):
     table = Array((case.num_tokens, case.head_size // 2), jnp.float32)
     dtype = jnp.dtype(case.dtype)
     scales = [Array((case.head_size,), dtype)] * 2 if case.is_normed else []
-    qkv = Array(case.shape, dtype)
-    if case.num_parts:
-        qkv = Array((case.num_parts, *case.shape), jnp.float32)
-    args = (qkv, table, table, *scales)
-    rotate = functools.partial(rotate_heads, eps=1e-6, dtype=dtype, impl="gpu")
+    args = (Array(case.shape, dtype), table, table, *scales)
+    rotate = functools.partial(rotate_heads, eps=1e-6, impl="gpu")
     result, kernels = compile_h100(rotate, args)
-    # Eight parts come with few tokens only.
-    assert_fits(kernels["rotate_heads"], blocks=2 if case.num_parts > 4 else 4)
+    assert_fits(kernels["rotate_heads"], blocks=4)
     assert result.temp_bytes <= 64  # the addresses of two results
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sparsespec_jax import model as model_lib
 from sparsespec_jax.hf_weights import load_hf
-from sparsespec_jax.layer import Projection
 from sparsespec_jax.model import (
+    Projection,
     causal_attend,
     forward,
     forward_with_features,
@@ -200,10 +199,7 @@ def test_kernels_give_the_hidden_states_of_plain_jnp(tiny_config, qk_norm):
     assert np.abs(run("reference")).max() > 1
 
 
-def test_products_on_a_gpu_are_left_in_parts_for_the_next_norm(
-    tiny_config, monkeypatch
-):
-    monkeypatch.setattr(model_lib, "is_chained", lambda *_: False)
+def test_products_on_a_gpu_are_left_in_parts_for_the_next_norm(tiny_config):
     config = dataclasses.replace(tiny_config, hidden_size=256, intermediate_size=512)
     params = init_params(config, seed=0, dtype=jnp.bfloat16)
     tokens = np.arange(5, dtype=np.int32)

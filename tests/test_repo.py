@@ -90,14 +90,7 @@ def test_few_files_reach_the_kernels():
         for path in source_files("sparsespec_jax")
         if any(name.startswith("pallas_kernels") for name in imported_modules(path))
     }
-    assert users <= {
-        "attention.py",
-        "eagle.py",
-        "layer.py",
-        "model.py",
-        "policy.py",
-        "sizes.py",
-    }
+    assert users <= {"attention.py", "eagle.py", "model.py", "policy.py", "sizes.py"}
 
 
 @pytest.mark.parametrize("path", source_files(*PACKAGES), ids=relative)

@@ -15,7 +15,6 @@ import pytest
 
 from pallas_kernels.aot import compile_for
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
-from sparsespec_jax import model as model_lib
 from sparsespec_jax import step as step_lib
 from sparsespec_jax.model import param_shapes
 from sparsespec_jax.model_config import PRESETS
@@ -83,21 +82,6 @@ def compile_step(
     return compiled, state.layers[0].kv_pages.size * 2
 
 
-def launches_of_a_layer(compiled):
-    """The op names of what a layer launches on a GPU."""
-    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
-    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
-    launches = [m for m in found if m and m[1] not in _NO_LAUNCH]
-    layers = [
-        [m[2] for m in launches if f"/layer_{i}/" in m[2]] for i in range(_LAYERS)
-    ]
-    # What layers share bears the name of one of them; the first adds no stream.
-    of_layer = min(layers[1:], key=len)
-    # Queries and rows are packed where they are made, and angles evaluated once.
-    assert not [path for path in of_layer if re.search("concatenate|cos|sin", path)]
-    return of_layer
-
-
 @pytest.mark.parametrize(
     ("target", "num_draft_tokens", "proposer", "most_launches"),
     [
@@ -109,32 +93,25 @@ def launches_of_a_layer(compiled):
         ("v5e", 8, "cascade", None),
     ],
 )
-def test_a_step_compiles_in_place(
-    target, num_draft_tokens, proposer, most_launches, monkeypatch
-):
-    monkeypatch.setattr(model_lib, "is_chained", lambda *_: False)
+def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launches):
     pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
     compiled, pool_bytes = compile_step(target, num_draft_tokens, proposer=proposer)
     assert compiled.temp_bytes < pool_bytes / 8
     assert compiled.alias_bytes >= _LAYERS * pool_bytes
     if most_launches is None:
         return
-    of_layer = launches_of_a_layer(compiled)
+    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
+    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
+    launches = [m for m in found if m and m[1] not in _NO_LAUNCH]
+    layers = [
+        [m[2] for m in launches if f"/layer_{i}/" in m[2]] for i in range(_LAYERS)
+    ]
+    # What layers share bears the name of one of them; the first adds no stream.
+    of_layer = min(layers[1:], key=len)
     assert 8 <= len(of_layer) <= most_launches
+    # Queries and rows are packed where they are made, and angles evaluated once.
+    assert not [path for path in of_layer if re.search("concatenate|cos|sin", path)]
     kernels = {"rotate_heads": 1, "add_norm": 2, "write_rows": 1}
-    for name, count in kernels.items():
-        assert sum(f"({name}_gpu)" in path for path in of_layer) == count
-
-
-@pytest.mark.parametrize("num_draft_tokens", [0, 7])
-def test_a_chained_layer_is_a_launch_and_its_attention(num_draft_tokens):
-    pytest.importorskip("jax_cuda13_plugin")
-    compiled, pool_bytes = compile_step("h100", num_draft_tokens)
-    assert compiled.temp_bytes < pool_bytes / 8
-    assert compiled.alias_bytes >= _LAYERS * pool_bytes
-    of_layer = launches_of_a_layer(compiled)
-    assert 5 <= len(of_layer) <= 6
-    kernels = {"rotate_heads": 1, "dense_chain": 1, "add_norm": 0, "write_rows": 1}
     for name, count in kernels.items():
         assert sum(f"({name}_gpu)" in path for path in of_layer) == count
 

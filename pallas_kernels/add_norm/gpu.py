@@ -58,20 +58,20 @@ def add_norm_gpu(
     def body(*refs):
         tile = lax.axis_index("tile")
         if is_wide:
-            add_norm_rows(refs, tile, 1, wide_layout(vector), eps)
+            _add_norm(refs, tile, 1, _wide_layout(vector), eps)
             return
         if num_tiles:
 
             @pl.when(tile < num_tiles)
             def _many():
-                add_norm_rows(refs, tile * _WARPS, _WARPS, _warp_layout(vector), eps)
+                _add_norm(refs, tile * _WARPS, _WARPS, _warp_layout(vector), eps)
 
         if num_left:
 
             @pl.when(tile >= num_tiles)
             def _one():
                 token = num_tiles * _WARPS + tile - num_tiles
-                add_norm_rows(refs, token, 1, _warp_layout(vector, single=True), eps)
+                _add_norm(refs, token, 1, _warp_layout(vector, single=True), eps)
 
     return plgpu.kernel(
         body,
@@ -85,7 +85,7 @@ def add_norm_gpu(
     )(x, y, scale)
 
 
-def wide_layout(vector):
+def _wide_layout(vector):
     """Returns the layout of a row that all threads of a CTA hold, in turns."""
     tiles = (1, _WARPS * _WARP * vector), (_WARP * vector,), (vector,)
     return plgpu.Layout.TILED(
@@ -102,7 +102,7 @@ def _warp_layout(vector, *, single=False):
     )
 
 
-def add_norm_rows(refs, first, tokens, layout, eps):
+def _add_norm(refs, first, tokens, layout, eps):
     """Does the work of some tokens from `first` on."""
     x_ref, y_ref, scale_ref, stream_ref, normed_ref = refs
     window, size = pl.ds(first, tokens), x_ref.shape[1]
