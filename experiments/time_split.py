@@ -75,9 +75,10 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
     nothing runs; between steps, its num_steps - 1 longest gaps.
     """
     total = dict.fromkeys(CATEGORIES, 0.0)
+    categories = {name: category(name, scopes) for name in {k.name for k in kernels}}
     busy, end, gaps = 0.0, kernels[0].start, []
     for kernel in kernels:
-        total[category(kernel.name, scopes)] += kernel.duration
+        total[categories[kernel.name]] += kernel.duration
         last = kernel.start + kernel.duration
         gaps.append(max(0.0, kernel.start - end))
         busy += max(0.0, last - max(end, kernel.start))
