@@ -10,8 +10,11 @@ from pallas_kernels import device_trace
 from sparsespec_jax import Engine, calibrate
 
 
-def make_engine(model, load, choices: list[int], longest: int) -> Engine:
-    """An engine of the load's sizes that may run with every k of `choices`."""
+def options(load, choices: list[int], longest: int):
+    """(SpeculationConfig, EngineConfig) of the load's sizes, for every k of `choices`.
+
+    longest: tokens that every slot may be made to hold.
+    """
     speculation = dataclasses.replace(
         load.speculation(),
         num_draft_tokens=max(choices),
@@ -20,7 +23,12 @@ def make_engine(model, load, choices: list[int], longest: int) -> Engine:
         forced_acceptance=None,
     )
     longest += calibrate.room_for(max(choices))
-    config = dataclasses.replace(load.engine(1, None), max_length=longest)
+    return speculation, dataclasses.replace(load.engine(1, None), max_length=longest)
+
+
+def make_engine(model, load, choices: list[int], longest: int) -> Engine:
+    """An engine of these `options`."""
+    speculation, config = options(load, choices, longest)
     return Engine(model, speculation=speculation, engine=config)
 
 

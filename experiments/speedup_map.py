@@ -2,12 +2,12 @@
 
     python -m experiments.speedup_map --output experiments/results/speedup_map_h100.json
 
-Times the compiled step of every k on made-up caches (random weights of a preset), for
-each number of slots and context length, and turns them into tokens per second with an
-assumed acceptance: --acceptance is the chance of a draft given those before it, 0.93
-makes 6.1 of 8. The cost model sees two of the lengths only; its choice stands beside
-the best fixed k at every length. Lengths that the pool cannot hold in every slot are
-left out. About 3 minutes on an H100 for qwen3-8b.
+Times the compiled step of every k on made-up caches (random weights, options of a
+load), for each number of slots and context length, and turns them into tokens per
+second with an assumed acceptance: --acceptance is the chance of a draft given those
+before it, 0.93 makes 6.1 of 8. The cost model sees two of the lengths only; its choice
+stands beside the best fixed k at every length. Lengths that a pool of --kv_gib cannot hold in every
+slot are left out. About 4 minutes on an H100 for qwen3-8b.
 """
 
 from __future__ import annotations
@@ -18,43 +18,67 @@ import sys
 
 from absl import app, flags
 
-from experiments import launch, record
+from experiments import launch, made_up, record
+from experiments.loads import LOADS
 from experiments.models import random_model
-from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, calibrate
+from pallas_kernels.common import default_impl
+from sparsespec_jax import calibrate, sizes
 from sparsespec_jax.cost_model import CostModel
 from sparsespec_jax.model_config import PRESETS
 from sparsespec_jax.state import pool_bytes_per_page
 
-_MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes to time.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type.")
+_LOAD = flags.DEFINE_enum(
+    "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose options are timed."
+)
+_MODEL = flags.DEFINE_enum("model", None, sorted(PRESETS), "Another model's shapes.")
 _SLOTS = flags.DEFINE_list("slots", ["8", "32", "128"], "Numbers of slots.")
 _LENGTHS = flags.DEFINE_list(
     "lengths", ["256", "1024", "2048", "4096", "10000", "32000"], "Context lengths."
 )
-_CHOICES = flags.DEFINE_list("choices", ["0", "2", "4", "8"], "Numbers of drafts, k.")
+_CHOICES = flags.DEFINE_list("choices", ["0", "4", "8"], "Numbers of drafts, k.")
 _ACCEPTANCE = flags.DEFINE_float(
     "acceptance", 0.93, "Assumed, given those before.", lower_bound=0, upper_bound=1
 )
 _KV_GIB = flags.DEFINE_float("kv_gib", 50.0, "Size of the KV pool.", lower_bound=0.01)
-_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per KV page.", lower_bound=1)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
-def make_engine(model, slots: int, choices: list[int], wanted: int) -> Engine:
-    """An engine of `slots` whose pool may hold contexts of `wanted` tokens."""
-    per_page = pool_bytes_per_page(model.config, _PAGE.value, _DTYPE.value)
-    config = EngineConfig(
-        num_slots=slots,
-        page_size=_PAGE.value,
-        num_pages=int(_KV_GIB.value * 2**30) // per_page,
-        max_length=min(model.config.max_length, wanted),
-        kv_policy="reserve",  # no host pages: made-up caches never outgrow the pool
+def options_from_flags():
+    """(load, numbers of drafts, lengths by slots); ValueError if something is off."""
+    slots, lengths, choices = (
+        sorted({int(x) for x in flag.value}) for flag in (_SLOTS, _LENGTHS, _CHOICES)
     )
-    speculation = SpeculationConfig(
-        num_draft_tokens=max(choices), draft_token_choices=tuple(choices)
-    )
-    return Engine(model, speculation=speculation, engine=config)
+    if 0 not in choices:
+        raise ValueError("choices must hold 0, which the speed-up is against")
+    if slots[0] < 1 or lengths[0] < 2:
+        raise ValueError("slots must be at least 1 and lengths at least 2")
+    load = LOADS[_LOAD.value]
+    load = dataclasses.replace(load, model=_MODEL.value or load.model)
+    if load.model not in PRESETS:
+        raise ValueError(f"the load's model {load.model!r} has no preset: name --model")
+    fitting, most = {}, _KV_GIB.value * 2**30
+    for count in slots:
+        of_slots = dataclasses.replace(load, num_slots=count, num_requests=count)
+        fitting[count] = [n for n in lengths if fits(of_slots, choices, n, most)]
+        if len(fitting[count]) < 2:
+            raise ValueError(
+                f"{count} slots can hold only {fitting[count]} of the lengths "
+                f"{lengths} in {_KV_GIB.value} GiB: name two that fit, or fewer slots, "
+                "or raise kv_gib"
+            )
+    return load, choices, fitting
+
+
+def fits(load, choices, length, most_bytes) -> bool:
+    """Whether a pool of so many bytes holds `length` tokens in every slot."""
+    model = PRESETS[load.model]
+    speculation, config = made_up.options(load, choices, length)
+    if config.max_length > model.max_length:
+        return False
+    shape = sizes.make_shape(speculation, config, config.max_length, default_impl())
+    per_page = pool_bytes_per_page(model, load.page_size, load.dtype)
+    return shape.num_pages * per_page <= most_bytes
 
 
 def rows_of(slots: int, lengths, steps, acceptance) -> list[dict]:
@@ -89,31 +113,20 @@ def rows_of(slots: int, lengths, steps, acceptance) -> list[dict]:
 def main():
     """Measure every number of slots and write the map."""
     try:
-        slots, lengths, choices = (
-            sorted({int(x) for x in flag.value})
-            for flag in (_SLOTS, _LENGTHS, _CHOICES)
-        )
-        if 0 not in choices:
-            raise ValueError("choices must hold 0, which the speed-up is against")
-        if len(lengths) < 2:
-            raise ValueError("give at least two lengths")
+        load, choices, lengths = options_from_flags()
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    model = random_model(_MODEL.value, _DTYPE.value)
+    model = random_model(load.model, load.dtype)
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    header = record.results_header(own_flags, commit=_COMMIT.value)
-    header["model"] = dataclasses.asdict(model.config)
+    header = record.results_header(own_flags, commit=_COMMIT.value) | {
+        "load": dataclasses.asdict(load),
+        "model": dataclasses.asdict(model.config),
+    }
     acceptance = tuple(_ACCEPTANCE.value**i for i in range(1, max(choices) + 1))
     rows = []
-    for count in slots:
-        engine = make_engine(model, count, choices, lengths[-1] + 2048)
-        longest = calibrate.longest_context(engine)
-        fitting = [n for n in lengths if n <= longest]
-        if len(fitting) < 2:
-            raise ValueError(
-                f"{count} slots hold contexts of at most {longest} tokens: name two "
-                "lengths within that, or fewer slots, or raise kv_gib"
-            )
+    for count, fitting in lengths.items():
+        of_slots = dataclasses.replace(load, num_slots=count, num_requests=count)
+        engine = made_up.make_engine(model, of_slots, choices, fitting[-1])
         steps = calibrate.measure(engine, fitting)
         del engine
         gc.collect()  # the pool must go before the next one comes

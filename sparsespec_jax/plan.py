@@ -68,15 +68,15 @@ class StepShape:
     def draft_lanes(self):
         """Draft lanes per step, A: all slots less those that verify in every step.
 
-        More, up to a quarter beyond the slots, where that makes the step's tokens a
-        multiple of 8. None where no step drafts a token. Verifications are spread
-        evenly; while they are not, a slot too many misses a draft.
+        More, up to the slots, where that makes the step's tokens a multiple of 8. None
+        where no step drafts a token. Verifications are spread evenly; while they are
+        not, a slot too many misses a draft.
         """
         if self.cycle == 1:
             return 0
         least = self.num_slots - self.num_slots // self.cycle
         verified = self.verify_lanes * self.num_queries
-        for lanes in range(least, self.num_slots + self.num_slots // 4 + 1):
+        for lanes in range(least, self.num_slots + 1):
             if (lanes * self.draft_queries + verified) % _TOKENS == 0:
                 return lanes
         return least

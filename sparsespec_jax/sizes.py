@@ -15,7 +15,8 @@ from sparsespec_jax.scheduler import RESTORE_CHUNKS
 from sparsespec_jax.selection import resolve_policy
 from sparsespec_jax.state import pool_bytes_per_page
 
-_GPU_MASS_KEYS = 2048  # keys of a table that the GPU kernels take without padding
+# Multiples of keys that the GPU kernels take without padding, and up to how many keys.
+_GPU_MASS_KEYS = {32768: 2048, math.inf: 4096}
 _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
 
 
@@ -114,8 +115,11 @@ def make_shape(speculation, config, max_length, impl):
     draft_table = pages_for(cap + 2 * drafts + 1, page_size) if copies else 0
     if impl.startswith("gpu"):
         # Columns of a table cost nothing, masses that need padding do.
-        block = math.lcm(_GPU_MASS_KEYS, page_size) // page_size
-        table_width = -(-max(table, draft_table) // block) * block
+        for most, multiple in _GPU_MASS_KEYS.items():
+            block = math.lcm(multiple, page_size) // page_size
+            table_width = -(-max(table, draft_table) // block) * block
+            if table_width * page_size <= most:
+                break
     else:
         table_width = table
     return StepShape(

@@ -273,11 +273,13 @@ def test_selection_equals_the_reference_and_shows_faults(case, interpret):
         assert_faults_are_seen(run, check, inputs, expected, faults, 0)
 
 
-@pytest.mark.parametrize("config", [(2, 4), (1, 8)], ids=str)
-def test_selection_of_rows_longer_than_the_registers(config):
-    # 2048 candidates in two slabs of 1024, held by two warpgroups or by one.
-    config = select_gpu.SelectConfig(num_warpgroups=config[0], per_thread=config[1])
-    case = by_name(SELECT, "select_2k")
+@pytest.mark.parametrize("sizes", [(2, 4, 4), (1, 8, 4), (1, 4, 8)], ids=str)
+@pytest.mark.parametrize("lengths", [(2048, 1999), (1300, 900), (512, 3)], ids=str)
+def test_selection_of_rows_longer_than_the_registers(sizes, lengths):
+    """2048 candidates; the first 1024 or 512 are kept, the others read again."""
+    names = "num_warpgroups", "per_thread", "again"
+    config = select_gpu.SelectConfig(**dict(zip(names, sizes, strict=True)))
+    case = dataclasses.replace(by_name(SELECT, "select_2k"), lengths=lengths)
     assert config.slab < case.num_candidates
     run, inputs, expected = select_setup(case, RACES, config)
     ki.assert_same_selection(run(inputs), expected)
@@ -295,6 +297,9 @@ def test_every_tuned_selection_entry_is_used():
 def test_selection_of_a_multiple_of_2048_needs_no_padding():
     for size in range(2048, 32768 + 1, 2048):
         assert select_gpu.choose_config(size).slab == size
+    for size in range(32768, 131072 + 1, 4096):
+        config = select_gpu.choose_config(size)
+        assert config.slab + config.pieces(size) * config.piece == size
     case = dataclasses.replace(by_name(SELECT, "select_2k"), num_candidates=6144)
     run, inputs, expected = select_setup(case, True)
     ki.assert_same_selection(run(inputs), expected)

@@ -1,11 +1,12 @@
 """Exact top-k selection for Hopper GPUs, in Pallas Mosaic GPU.
 
 One CTA per (lane, KV head). Its warpgroups hold the row in registers and find the
-smallest chosen score by bisection over the bits of ordered 32-bit keys. Scores are
-compared and counted as floats, for which the chip has twice the units. Every thread
-owns consecutive positions, so prefix sums over threads give the rank of its first
-chosen position and the number of equal scores before it (of which the lowest positions
-are chosen).
+smallest chosen score by bisection over the bits of ordered 32-bit keys. What the
+registers cannot hold is read again for every bit, as far as the row has candidates.
+Scores are compared and counted as floats, for which the chip has twice the units.
+Every thread owns consecutive positions, so prefix sums over threads give the rank of
+its first chosen position and the number of equal scores before it (of which the lowest
+positions are chosen).
 """
 
 import dataclasses
@@ -34,11 +35,21 @@ class SelectConfig:
 
     num_warpgroups: int = 4
     per_thread: int = 16  # consecutive candidates of one thread, a multiple of 4
+    again: int = 8  # of those read again, at a time; a multiple of 4
 
     @property
     def slab(self) -> int:
-        """Candidates that the registers of a CTA hold at once, at most 32768."""
+        """Candidates that the registers of a CTA hold, at most 32768."""
         return self.num_warpgroups * _THREADS * self.per_thread
+
+    @property
+    def piece(self) -> int:
+        """Candidates that a CTA reads again at a time."""
+        return self.num_warpgroups * _THREADS * self.again
+
+    def pieces(self, num_candidates):
+        """Returns how many pieces lie behind the slab."""
+        return -(-(num_candidates - self.slab) // self.piece)
 
 
 # Measured on one H100, see docs/kernels.md. Keys: the most candidates they serve.
@@ -50,10 +61,10 @@ _MOST_PER_THREAD = 64  # candidates that fit the registers
 
 
 def choose_config(num_candidates: int) -> SelectConfig:
-    """Returns the tuned configuration; longer rows are read again for every bit.
+    """Returns the tuned configuration.
 
     Beyond 2048 candidates the row of a thread grows by 4, so that multiples of 2048
-    need no padding.
+    need no padding; beyond 32768, multiples of 4096 need none.
     """
     for size, config in TUNED.items():
         if num_candidates <= size:
@@ -83,10 +94,10 @@ def select_tokens_gpu(
     if per_layer:
         scores = functools.reduce(jnp.add, jnp.unstack(scores, axis=1))[:, None]
     config = config or choose_config(num_candidates)
-    padded = -(-num_candidates // config.slab) * config.slab
+    pieces = max(0, config.pieces(num_candidates))
+    padded = config.slab + pieces * config.piece
     if padded != num_candidates:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padded - num_candidates)))
-    scores = scores.reshape(*scores.shape[:2], -1, config.per_thread)
     select = functools.partial(_select, cap=cap, num_recent=num_recent, config=config)
     indices, counts = select(scores, lengths, budgets, interpret=interpret)
     return SelectedTokens(
@@ -97,10 +108,10 @@ def select_tokens_gpu(
 
 def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
     """Returns indices [lanes, rows, cap] and counts [lanes, rows]."""
-    lanes, rows, _, per_thread = scores.shape
+    lanes, rows, num_candidates = scores.shape
     W = config.num_warpgroups
-    num_slabs = scores.shape[2] // (W * _THREADS)
-    # One row of the array per thread.
+    pieces = config.pieces(num_candidates)
+    # One row of the arrays per thread.
     layout = plgpu.Layout.TILED(
         plgpu.Tiling(((_THREADS, 4), (32, 4))),
         warp_dims=(-4,),
@@ -108,11 +119,13 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         vector_dim=-1,
     )
     by_thread = layout.reduce(1)
-    shape = (_THREADS, per_thread)
+    widths = (config.per_thread, config.again) if pieces else (config.per_thread,)
+    slab_rows = config.slab // config.again
+    views = [scores.reshape(lanes, rows, -1, width) for width in widths]
 
-    def body(
-        score_ref, length_ref, budget_ref, out_ref, count_ref, sums_s, scan_s, bar
-    ):
+    def body(*refs):
+        view_refs, refs = refs[: len(views)], refs[len(views) :]
+        length_ref, budget_ref, out_ref, count_ref, sums_s, scan_s, bar = refs
         lane, row = lax.axis_index("lane"), lax.axis_index("row")
         wg = lax.axis_index("wg")
         length = length_ref[lane]
@@ -124,37 +137,42 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
 
         recent = length - jnp.minimum(num_recent, wanted)
 
-        def positions(slab):
-            thread = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-            element = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-            first = (slab * W + wg) * (_THREADS * per_thread)
-            return first + thread * per_thread + element
-
-        def load_scores(slab):
-            first = pl.multiple_of((slab * W + wg) * _THREADS, _THREADS)
+        def load_scores(ref, first_row):
+            """Returns the scores of a row of candidates for every thread."""
+            per_thread = ref.shape[3]
+            shape = (_THREADS, per_thread)
+            first_row = pl.multiple_of(first_row + wg * _THREADS, _THREADS)
             x = plgpu.load(
-                score_ref.at[lane, row, pl.ds(first, _THREADS)],
+                ref.at[lane, row, pl.ds(first_row, _THREADS)],
                 layout=layout,
                 optimized=False,
             )
-            position = positions(slab)
+            thread = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+            element = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+            position = first_row * per_thread + thread * per_thread + element
             x = jnp.where(position >= recent, jnp.inf, x)
             return jnp.where(position < length, x, -jnp.inf)
 
-        kept = load_scores(jnp.int32(0)) if num_slabs == 1 else None
+        def load_piece(piece):
+            return load_scores(view_refs[1], slab_rows + piece * (W * _THREADS))
+
+        kept = load_scores(view_refs[0], 0)
+        # No candidates lie behind the length.
+        left = jnp.maximum(length - config.slab, 0)
+        used = lax.div(left + (config.piece - 1), config.piece)
 
         def count(turn, is_counted):
             """Returns for how many candidates of the row a condition holds."""
 
-            def count_slab(slab, total):
-                x = load_scores(slab) if kept is None else kept
+            def add(total, x):
                 return total + jnp.where(is_counted(x), 1.0, 0.0).sum(axis=1)
 
             total = plgpu.layout_cast(jnp.zeros((_THREADS,), jnp.float32), by_thread)
-            if kept is None:
-                total = lax.fori_loop(0, num_slabs, count_slab, total)
-            else:
-                total = count_slab(jnp.int32(0), total)
+            if pieces:
+                total = lax.fori_loop(
+                    0, used, lambda i, t: add(t, load_piece(i)), total
+                )
+            total = add(total, kept)
             total = total.astype(jnp.int32)
             # Two sets in turn: a slow warp may still read the last one.
             sums = sums_s.at[lax.rem(turn, 2)]
@@ -165,8 +183,8 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         def halve(carry):
             bit, low, at_low = carry
             middle = low + lax.shift_left(jnp.int32(1), 31 - bit)
-            smallest = _score_of(middle, shape, by_thread)
-            hits = count(bit, lambda x: x >= smallest)
+            smallest = _score_of(middle, by_thread)
+            hits = count(bit, lambda x: x >= _repeat(smallest, x))
             enough = hits >= wanted
             low = jnp.where(enough, middle, low)
             return bit + 1, low, jnp.where(enough, hits, at_low)
@@ -177,7 +195,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             halve,
             (jnp.int32(0), jnp.int32(_SMALLEST), jnp.int32(_LARGEST)),
         )
-        threshold = _score_of(low, shape, by_thread)
+        threshold = _score_of(low, by_thread)
 
         def before_thread(scan):
             """Returns sums over earlier threads of the CTA, and over all of them."""
@@ -195,28 +213,34 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
                     scan += warp_total * (is_later * is_same + jnp.where(wg > w, 1, 0))
             return scan, total
 
-        def write_slab(slab, carry):
-            larger, equal = carry  # candidates of the slabs before
-            x = load_scores(slab) if kept is None else kept
-            is_larger = jnp.where(x > threshold, 1 << 16, 0)
-            kind = is_larger + jnp.where(x == threshold, 1, 0)
-            # Both counts in one word: a slab has at most 2**15 candidates.
+        def write(x, first, carry):
+            """Writes the chosen ones of consecutive candidates from `first` on."""
+            larger, equal = carry  # candidates before them
+            is_larger = jnp.where(x > _repeat(threshold, x), 1 << 16, 0)
+            kind = is_larger + jnp.where(x == _repeat(threshold, x), 1, 0)
+            # Both counts in one word: they are at most 2**15 candidates.
             both = kind.sum(axis=1)
             scan, total = before_thread(_warp_scan(both, by_thread, interpret))
             scan -= both
             larger_before = larger + lax.shift_right_logical(scan, 16)
             equal_before = equal + (scan & 0xFFFF)
             thread = plgpu.broadcasted_iota(jnp.int32, (_THREADS,), 0, layout=by_thread)
-            first = ((slab * W + wg) * _THREADS + thread) * per_thread
+            first = first + (wg * _THREADS + thread) * x.shape[1]
             row_ref = out_ref.at[lane, row]
             refs = (row_ref, larger_before, equal_before, first, kind)
             _append(*refs, wanted - num_larger, layout, by_thread, interpret)
             total_larger = lax.shift_right_logical(total, 16)
             return larger + total_larger, equal + (total & 0xFFFF)
 
+        def write_piece(piece, carry):
+            first = config.slab + piece * config.piece
+            return write(load_piece(piece), first, carry)
+
         # Rank of a chosen position: larger scores before it and chosen equal ones.
-        num_larger = count(bit, lambda x: x > threshold)
-        lax.fori_loop(0, num_slabs, write_slab, (jnp.int32(0), jnp.int32(0)))
+        num_larger = count(bit, lambda x: x > _repeat(threshold, x))
+        carry = write(kept, 0, (jnp.int32(0), jnp.int32(0)))
+        if pieces:
+            lax.fori_loop(0, used, write_piece, carry)
 
     return plgpu.kernel(
         body,
@@ -235,18 +259,22 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             plgpu.Barrier(num_arrivals=W),
         ],
         interpret=interpreter_of(interpret),
-    )(scores, lengths, budgets)
+    )(*views, lengths, budgets)
 
 
-def _score_of(key, shape, by_thread):
+def _score_of(key, by_thread):
     """Returns the float whose place among all floats is `key`, NaN past infinity.
 
-    It is repeated to a shape whose rows lie in the layout `by_thread`.
+    It is repeated, one for each thread.
     """
     bits = jnp.where(key < 0, key ^ jnp.int32(_LARGEST), key)
-    bits = plgpu.layout_cast(jnp.full(shape[:1], bits), by_thread)
-    score = lax.bitcast_convert_type(bits, jnp.float32)
-    return lax.broadcast_in_dim(score, shape, [0])
+    bits = plgpu.layout_cast(jnp.full((_THREADS,), bits), by_thread)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _repeat(score, x):
+    """Returns one score per thread in the shape of x [threads, candidates]."""
+    return lax.broadcast_in_dim(score, x.shape, [0])
 
 
 # What follows has no Pallas form: it names single threads. The interpreter runs the
