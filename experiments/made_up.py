@@ -1,4 +1,4 @@
-"""Engines for steps on made-up caches, and traces of such steps."""
+"""Engines for steps on made-up caches, their traces, and what their times say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import tempfile
 
 from experiments import time_split
 from pallas_kernels import device_trace
-from sparsespec_jax import Engine, calibrate
+from pallas_kernels.common import default_impl
+from sparsespec_jax import Engine, calibrate, sizes
+from sparsespec_jax.cost_model import CostModel
+from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax.state import pool_bytes_per_page
 
 
 def options(load, choices: list[int], longest: int):
@@ -30,6 +34,46 @@ def make_engine(model, load, choices: list[int], longest: int) -> Engine:
     """An engine of these `options`."""
     speculation, config = options(load, choices, longest)
     return Engine(model, speculation=speculation, engine=config)
+
+
+def fits(load, choices, length, most_bytes) -> bool:
+    """Whether a pool of so many bytes holds `length` tokens in every slot."""
+    model = PRESETS[load.model]
+    speculation, config = options(load, choices, length)
+    if config.max_length > model.max_length:
+        return False
+    shape = sizes.make_shape(speculation, config, config.max_length, default_impl())
+    per_page = pool_bytes_per_page(model, load.page_size, load.dtype)
+    return shape.num_pages * per_page <= most_bytes
+
+
+def speedup_rows(slots: int, lengths, steps, acceptance) -> list[dict]:
+    """One row per context length from the measured `steps` (see CostModel)."""
+    coarse = CostModel({k: (points[0], points[-1]) for k, points in steps.items()})
+    measured = CostModel(steps)
+    rows = []
+    for length in lengths:
+        load = dict(
+            num_running=slots, context_tokens=slots * length, acceptance=acceptance
+        )
+        rates = {k: measured.tokens_per_s(k, **load) for k in steps}
+        guesses = {k: coarse.tokens_per_s(k, **load) for k in steps}
+        chosen, best = max(guesses, key=guesses.get), max(rates, key=rates.get)
+        rows.append(
+            {
+                "slots": slots,
+                "context_length": length,
+                "seconds_per_step": {
+                    k: measured.seconds(k, slots * length) for k in steps
+                },
+                "speedup": {k: rate / rates[0] for k, rate in rates.items()},
+                "best_k": best,
+                "chosen_k": chosen,
+                "chosen_speedup": rates[chosen] / rates[0],
+                "chosen_of_best": rates[chosen] / rates[best],
+            }
+        )
+    return rows
 
 
 def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:

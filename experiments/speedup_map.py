@@ -6,8 +6,8 @@ Times the compiled step of every k on made-up caches (random weights, options of
 load), for each number of slots and context length, and turns them into tokens per
 second with an assumed acceptance: --acceptance is the chance of a draft given those
 before it, 0.93 makes 6.1 of 8. The cost model sees two of the lengths only; its choice
-stands beside the best fixed k at every length. Lengths that a pool of --kv_gib cannot hold in every
-slot are left out. About 4 minutes on an H100 for qwen3-8b.
+stands beside the best fixed k at every length. Lengths that a pool of --kv_gib cannot
+hold in every slot are left out. About 4 minutes on an H100 for qwen3-8b.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ from absl import app, flags
 from experiments import launch, made_up, record
 from experiments.loads import LOADS
 from experiments.models import random_model
-from pallas_kernels.common import default_impl
-from sparsespec_jax import calibrate, sizes
-from sparsespec_jax.cost_model import CostModel
+from sparsespec_jax import calibrate
 from sparsespec_jax.model_config import PRESETS
-from sparsespec_jax.state import pool_bytes_per_page
 
 _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose options are timed."
@@ -60,7 +57,9 @@ def options_from_flags():
     fitting, most = {}, _KV_GIB.value * 2**30
     for count in slots:
         of_slots = dataclasses.replace(load, num_slots=count, num_requests=count)
-        fitting[count] = [n for n in lengths if fits(of_slots, choices, n, most)]
+        fitting[count] = [
+            n for n in lengths if made_up.fits(of_slots, choices, n, most)
+        ]
         if len(fitting[count]) < 2:
             raise ValueError(
                 f"{count} slots can hold only {fitting[count]} of the lengths "
@@ -68,46 +67,6 @@ def options_from_flags():
                 "or raise kv_gib"
             )
     return load, choices, fitting
-
-
-def fits(load, choices, length, most_bytes) -> bool:
-    """Whether a pool of so many bytes holds `length` tokens in every slot."""
-    model = PRESETS[load.model]
-    speculation, config = made_up.options(load, choices, length)
-    if config.max_length > model.max_length:
-        return False
-    shape = sizes.make_shape(speculation, config, config.max_length, default_impl())
-    per_page = pool_bytes_per_page(model, load.page_size, load.dtype)
-    return shape.num_pages * per_page <= most_bytes
-
-
-def rows_of(slots: int, lengths, steps, acceptance) -> list[dict]:
-    """One row per context length from the measured `steps` (see CostModel)."""
-    coarse = CostModel({k: (points[0], points[-1]) for k, points in steps.items()})
-    measured = CostModel(steps)
-    rows = []
-    for length in lengths:
-        load = dict(
-            num_running=slots, context_tokens=slots * length, acceptance=acceptance
-        )
-        rates = {k: measured.tokens_per_s(k, **load) for k in steps}
-        guesses = {k: coarse.tokens_per_s(k, **load) for k in steps}
-        chosen, best = max(guesses, key=guesses.get), max(rates, key=rates.get)
-        rows.append(
-            {
-                "slots": slots,
-                "context_length": length,
-                "seconds_per_step": {
-                    k: measured.seconds(k, slots * length) for k in steps
-                },
-                "speedup": {k: rate / rates[0] for k, rate in rates.items()},
-                "best_k": best,
-                "chosen_k": chosen,
-                "chosen_speedup": rates[chosen] / rates[0],
-                "chosen_of_best": rates[chosen] / rates[best],
-            }
-        )
-    return rows
 
 
 def main():
@@ -130,7 +89,7 @@ def main():
         steps = calibrate.measure(engine, fitting)
         del engine
         gc.collect()  # the pool must go before the next one comes
-        rows += rows_of(count, fitting, steps, acceptance)
+        rows += made_up.speedup_rows(count, fitting, steps, acceptance)
         record.write_results(_OUTPUT.value, header | {"rows": rows})
         for row in rows[-len(fitting) :]:
             speedups = ", ".join(f"k={k} {v:.2f}" for k, v in row["speedup"].items())

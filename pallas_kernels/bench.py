@@ -28,7 +28,6 @@ from pallas_kernels.cases import (
     GATHER_CASES,
     NORM_CASES,
     ROTATE_CASES,
-    SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
     by_name,
@@ -38,6 +37,7 @@ from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.prefill_cases import PREFILL_CASES, num_flops
 from pallas_kernels.rotate_heads import rotate_heads
+from pallas_kernels.select_cases import SELECT_CASES
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.timing import (
     SECONDS,
@@ -73,7 +73,7 @@ def _attention_cases() -> dict[str, AttentionCase]:
 
 
 ATTENTION = _attention_cases()
-SELECT = ("select_8k", "select_32k")
+SELECT = ("select_8k", "select_32k", "select_40k", "select_40k_full")
 GATHER = ("gather_512b",)
 WRITE = ("write_plain", "write_136")
 ROTATE = ("rotate_136", "rotate_d64", "rotate_2184")

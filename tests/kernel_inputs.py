@@ -16,10 +16,10 @@ from pallas_kernels.cases import (
     GatherCase,
     NormCase,
     RotateCase,
-    SelectCase,
     WriteCase,
 )
 from pallas_kernels.paged_attention import AttentionOutput, LaneGroup
+from pallas_kernels.select_cases import SelectCase
 
 NO_PAGE = -1
 OUT_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}

@@ -9,10 +9,11 @@ import kernel_inputs as ki
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import ATTENTION_CASES, GATHER_CASES, SELECT_CASES, tagged
+from pallas_kernels.cases import ATTENTION_CASES, GATHER_CASES, tagged
 from pallas_kernels.common import default_impl, load_implementation
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.select_cases import SELECT_CASES
 from pallas_kernels.select_tokens import select_tokens
 
 NAN = float("nan")

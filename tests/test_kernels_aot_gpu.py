@@ -20,19 +20,18 @@ from pallas_kernels.cases import (
     GATHER_CASES,
     NORM_CASES,
     ROTATE_CASES,
-    SELECT_CASES,
     WRITE_CASES,
     AttentionCase,
     GatherCase,
     NormCase,
     RotateCase,
-    SelectCase,
     by_name,
 )
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.prefill_cases import PREFILL_CASES
 from pallas_kernels.rotate_heads import rotate_heads
+from pallas_kernels.select_cases import SELECT_CASES, SelectCase
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.write_rows import write_rows
 
@@ -62,7 +61,7 @@ ATTENTION = (
     "prefill_d64",
     "prefill_g5",
 )
-SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_131k")
+SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_40k", "select_131k")
 WRITE = ("write_plain", "write_136", "write_d64")
 ROTATE = ("rotate_ragged", "rotate_136", "rotate_d64", "rotate_2184")
 GATHER = ("gather_512b", "gather_410", "gather_d64")

@@ -15,7 +15,6 @@ from pallas_kernels.aot import TPU_TARGETS, compile_for
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
-    SELECT_CASES,
     AttentionCase,
     by_name,
     tagged,
@@ -23,6 +22,7 @@ from pallas_kernels.cases import (
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.paged_attention import LaneGroup, paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
+from pallas_kernels.select_cases import SELECT_CASES
 from pallas_kernels.select_tokens import select_tokens
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the wheel libtpu")

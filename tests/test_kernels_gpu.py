@@ -21,7 +21,6 @@ from pallas_kernels import bench, timing
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
-    SELECT_CASES,
     by_name,
     tagged,
 )
@@ -36,6 +35,7 @@ from pallas_kernels.paged_attention.gpu_layout import (
     AttentionConfig,
 )
 from pallas_kernels.paged_attention.gpu_mass import pack, unpack
+from pallas_kernels.select_cases import SELECT_CASES
 from pallas_kernels.select_tokens import gpu as select_gpu
 from pallas_kernels.select_tokens import select_tokens
 

@@ -19,7 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.cases import (
     ATTENTION_CASES,
     GATHER_CASES,
-    SELECT_CASES,
     AttentionCase,
     by_name,
     tagged,
@@ -28,6 +27,7 @@ from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv import tpu as gather_tpu
 from pallas_kernels.paged_attention import paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
+from pallas_kernels.select_cases import SELECT_CASES
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.select_tokens import tpu as select_tpu
 

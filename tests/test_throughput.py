@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import made_up, pressure, speedup_map, time_split
+from experiments import made_up, pressure, time_split
 from experiments.loads import LOADS
 from pallas_kernels import device_trace
 from pallas_kernels.device_trace import Kernel
@@ -195,16 +195,16 @@ def test_the_map_takes_lengths_that_the_pool_holds_and_the_cost_models_choice():
     load = dataclasses.replace(LOADS["qwen3_8b_64x512x4096"], num_slots=32)
     bytes_per_token = 147_456
     needed = 32 * 4096 * bytes_per_token
-    assert not speedup_map.fits(load, [0, 8], 4096, needed)
-    assert speedup_map.fits(load, [0, 8], 4096, 1.2 * needed)
+    assert not made_up.fits(load, [0, 8], 4096, needed)
+    assert made_up.fits(load, [0, 8], 4096, 1.2 * needed)
     # Beyond what the model was made for.
-    assert not speedup_map.fits(load, [0, 8], 40_960, 100 * needed)
+    assert not made_up.fits(load, [0, 8], 40_960, 100 * needed)
 
     steps = {  # k = 8 pays from 2,000 tokens on
         0: ((32e3, 6e-3), (64e3, 9e-3), (128e3, 15e-3)),
         8: ((32e3, 8e-3), (64e3, 8e-3), (128e3, 9e-3)),
     }
-    rows = speedup_map.rows_of(32, [1000, 2000, 4000], steps, (0.9,) * 8)
+    rows = made_up.speedup_rows(32, [1000, 2000, 4000], steps, (0.9,) * 8)
     for row, (plain, drafting) in zip(
         rows, zip((6, 9, 15), (8, 8, 9), strict=True), strict=True
     ):
