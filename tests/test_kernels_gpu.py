@@ -285,6 +285,20 @@ def test_selection_of_rows_longer_than_the_registers(sizes, lengths):
     ki.assert_same_selection(run(inputs), expected)
 
 
+def test_selection_of_rows_wider_than_32768():
+    """As tuned: lanes whose candidates fill all pieces, one piece and none."""
+    case = dataclasses.replace(
+        by_name(SELECT, "select_2k"),
+        num_candidates=36864,
+        cap=2048,
+        num_heads=1,
+        lengths=(36864, 33000, 100),
+        budgets=(1800, 500, 64),
+    )
+    run, inputs, expected = select_setup(case, True)
+    ki.assert_same_selection(run(inputs), expected)
+
+
 def test_every_tuned_selection_entry_is_used():
     sizes = [case.num_candidates for case in SELECT_CASES]
     used = {select_gpu.choose_config(size) for size in sizes}
