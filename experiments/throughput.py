@@ -30,7 +30,7 @@ from pallas_kernels import device_trace
 from pallas_kernels.timing import measure_flop_rate, measure_rates
 from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
 from sparsespec_jax.calibrate import load_or_measure
-from sparsespec_jax.cost_model import Chooser
+from sparsespec_jax.cost_model import Chooser, accepted_drafts
 from sparsespec_jax.state import pool_bytes_per_page
 from sparsespec_jax.text import encode_prompt
 
@@ -90,8 +90,34 @@ def make_prompts(load: Load, model: Model) -> list[list[int]]:
     return [encoded[i % len(encoded)] for i in range(load.num_requests)]
 
 
-def make_engine(load: Load, model: Model, prompts, speculation) -> Engine:
-    """An engine of the load's sizes, compiled."""
+class RecordedChooser(Chooser):
+    """A Chooser that keeps what it was asked and what it picked."""
+
+    def __init__(self, cost_model):
+        super().__init__(cost_model)
+        self.asked = []
+
+    def __call__(self, **load) -> int:
+        """The k to go on with."""
+        k = super().__call__(**load)
+        drafts = max(self.cost_model.steps)
+        self.asked.append(
+            {
+                "num_running": load["num_running"],
+                "context_tokens": load["context_tokens"],
+                "accepted_drafts": accepted_drafts(load["acceptance"], drafts),
+                "num_draft_tokens": k,
+            }
+        )
+        return k
+
+    def to_dict(self) -> dict:
+        """The step times that it goes by, and every choice, in order."""
+        return {"steps": self.cost_model.steps, "asked": self.asked}
+
+
+def make_engine(load: Load, model: Model, prompts, speculation):
+    """(engine of the load's sizes, compiled; its RecordedChooser or None)."""
     num_pages = None
     if load.kv_gib:
         per_page = pool_bytes_per_page(model.config, load.page_size, load.dtype)
@@ -99,9 +125,11 @@ def make_engine(load: Load, model: Model, prompts, speculation) -> Engine:
     config = load.engine(max(map(len, prompts)), num_pages)
     engine = Engine(model, speculation=speculation, engine=config)
     engine.warm_up()
-    if speculation.draft_token_choices:
-        engine.choose_with(Chooser(load_or_measure(engine)))
-    return engine
+    if not speculation.draft_token_choices:
+        return engine, None
+    chooser = RecordedChooser(load_or_measure(engine))
+    engine.choose_with(chooser)
+    return engine, chooser
 
 
 class Clock:
@@ -144,7 +172,7 @@ def run_mode(
     balance_tokens: of the device, see `metrics.speed_of_light`.
     """
     start = time.perf_counter()
-    engine = make_engine(load, model, prompts, speculation)
+    engine, chooser = make_engine(load, model, prompts, speculation)
     set_up_s = time.perf_counter() - start
     for index, prompt in enumerate(prompts):
         engine.add_request(prompt, load.sampling(index), prompt_index=index)
@@ -169,6 +197,7 @@ def run_mode(
         * pool_bytes_per_page(model.config, load.page_size, load.dtype)
         / 2**30,
         "stats": stats.to_dict(),
+        "chooser": chooser and chooser.to_dict(),
         "speed_of_light_with_arithmetic": stats.speed_of_light_at(balance_tokens),
     }
 

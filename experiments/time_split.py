@@ -11,6 +11,7 @@ import bisect
 import re
 
 import jax
+import numpy as np
 
 from pallas_kernels.device_trace import Kernel, load_kernels
 
@@ -72,7 +73,8 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
     """Milliseconds per step by category, the idle share, and kernels per step.
 
     Idle is the part of the time from the first kernel to the last one's end in which
-    nothing runs; between steps, its num_steps - 1 longest gaps.
+    nothing runs; between steps, its num_steps - 1 longest gaps, of which the median, the
+    99th percentile and the longest show whether all steps wait or few of them.
     """
     total = dict.fromkeys(CATEGORIES, 0.0)
     categories = {name: category(name, scopes) for name in {k.name for k in kernels}}
@@ -83,7 +85,7 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
         gaps.append(max(0.0, kernel.start - end))
         busy += max(0.0, last - max(end, kernel.start))
         end = max(end, last)
-    between = sum(sorted(gaps)[-(num_steps - 1) :]) if num_steps > 1 else 0.0
+    between = sorted(gaps)[-(num_steps - 1) :] if num_steps > 1 else [0.0]
     window = end - kernels[0].start
     per_step = 1e-6 / num_steps
     return {
@@ -91,7 +93,10 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
         "window_ms_per_step": window * per_step,
         "idle_ms_per_step": (window - busy) * per_step,
         "idle_share": (window - busy) / window,
-        "idle_between_steps_share": between / window,
+        "idle_between_steps_share": sum(between) / window,
+        "idle_between_steps_us": {
+            f"p{q}": 1e-3 * float(np.percentile(between, q)) for q in (50, 99, 100)
+        },
         "kernels_per_step": len(kernels) / num_steps,
         "num_steps": num_steps,
         "window_s": window * 1e-9,

@@ -66,6 +66,9 @@ def test_gaps_between_steps_are_the_longest_ones():
     got = time_split.split(kernels, {}, num_steps=3)
     assert got["idle_share"] == pytest.approx(23 / 83)
     assert got["idle_between_steps_share"] == pytest.approx((9 + 11) / 83)
+    assert got["idle_between_steps_us"] == pytest.approx(
+        {"p50": 0.010, "p99": 0.01098, "p100": 0.011}
+    )
 
 
 def test_the_step_in_which_the_profiler_starts_is_left_out():
