@@ -73,8 +73,8 @@ def split(kernels: list[Kernel], scopes: dict[str, str], num_steps: int) -> dict
     """Milliseconds per step by category, the idle share, and kernels per step.
 
     Idle is the part of the time from the first kernel to the last one's end in which
-    nothing runs; between steps, its num_steps - 1 longest gaps, of which the median, the
-    99th percentile and the longest show whether all steps wait or few of them.
+    nothing runs; between steps, its num_steps - 1 longest gaps. Their median, 99th
+    percentile and longest show whether all steps wait or few of them.
     """
     total = dict.fromkeys(CATEGORIES, 0.0)
     categories = {name: category(name, scopes) for name in {k.name for k in kernels}}
