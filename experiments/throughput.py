@@ -106,6 +106,7 @@ class RecordedChooser(Chooser):
                 "num_running": load["num_running"],
                 "context_tokens": load["context_tokens"],
                 "accepted_drafts": accepted_drafts(load["acceptance"], drafts),
+                "host_seconds": load["host_seconds"],
                 "num_draft_tokens": k,
             }
         )

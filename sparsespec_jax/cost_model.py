@@ -2,7 +2,8 @@
 
 A step of every k is timed once per device at a few context lengths. In between, its
 time is taken as linear in the context tokens over all slots: weights, launches and
-sampling do not depend on them, the KV cache read does. Tokens per second then follow
+sampling do not depend on them, the KV cache read does. No step is shorter than what the
+host does for it, which the engine measures as it runs. Tokens per second then follow
 from the acceptance seen so far, and k = 0 is one of the choices. Host only, no jax.
 """
 
@@ -45,14 +46,17 @@ class CostModel:
             return float(times[-1] + slope * (context_tokens - tokens[-1]))
         return float(np.interp(context_tokens, tokens, times))
 
-    def tokens_per_s(self, k, *, num_running, context_tokens, acceptance) -> float:
+    def tokens_per_s(
+        self, k, *, num_running, context_tokens, acceptance, host_seconds=0.0
+    ) -> float:
         """Expected rate with k drafts.
 
-        `acceptance` holds the share of drafts accepted by position, NaN where unknown.
+        `acceptance` holds the share of drafts accepted by position, NaN where unknown;
+        `host_seconds` is what the host needs for a step.
         """
         committed = 1.0 + accepted_drafts(acceptance, k)
-        steps = (k + 1) * self.seconds(k, context_tokens)
-        return num_running * committed / steps
+        step = max(self.seconds(k, context_tokens), host_seconds)
+        return num_running * committed / ((k + 1) * step)
 
 
 def accepted_drafts(acceptance, k: int) -> float:
@@ -84,14 +88,20 @@ class Chooser:
         self.cost_model = cost_model
         self.margin = margin
         self.current = max(cost_model.steps)
+        self._host_seconds = 0.0  # of a step, the least seen: others had more to do
 
-    def __call__(self, *, num_running, context_tokens, acceptance) -> int:
+    def __call__(
+        self, *, num_running, context_tokens, acceptance, host_seconds=0.0
+    ) -> int:
         """The k to go on with."""
+        seen = [s for s in (self._host_seconds, host_seconds) if s > 0.0]
+        self._host_seconds = min(seen, default=0.0)
         if num_running:
             load = dict(
                 num_running=num_running,
                 context_tokens=context_tokens,
                 acceptance=acceptance,
+                host_seconds=self._host_seconds,
             )
             rates = {
                 k: self.cost_model.tokens_per_s(k, **load)

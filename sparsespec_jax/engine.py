@@ -5,6 +5,7 @@ This file alone holds both the device state and the request records.
 
 import dataclasses
 import itertools
+import time
 from collections import deque
 
 import jax
@@ -35,9 +36,10 @@ class Engine:
       speculation: SpeculationConfig; its `num_draft_tokens` is the largest k.
       engine: EngineConfig.
       choose_num_draft_tokens: None, or a function called every 64 steps as
-        `f(num_running=, context_tokens=, acceptance=)` (requests in slots, their
-        tokens, share of recent drafts accepted by position: a tuple of k floats, NaN
-        where unknown) that returns one of `draft_token_choices`.
+        `f(num_running=, context_tokens=, acceptance=, host_seconds=)` (requests in
+        slots, their tokens, share of recent drafts accepted by position: a tuple of k
+        floats, NaN where unknown; processor time of this thread per step since the
+        last call) that returns one of `draft_token_choices`.
 
     Raises (on construction):
       ValueError: options that do not fit together, the model or the memory.
@@ -78,6 +80,7 @@ class Engine:
         if num_chunks:
             self._host_pages = HostPages(self._state, num_chunks, chunk_pages)
         self._choose, self._next_choice = choose_num_draft_tokens, 0
+        self._choice_clock = (0, 0.0)  # steps and thread time at the last choice
         self._outputs = Outputs(
             self._scheduler,
             max_budget=self.shape.max_budget if self.shape.draft_lanes else 0,
@@ -339,11 +342,16 @@ class Engine:
 
     def _choose_num_draft_tokens(self):
         self._next_choice = self.num_steps + _CHOOSE_EVERY
+        steps, seconds = self._choice_clock
+        self._choice_clock = self.num_steps, time.thread_time()
+        steps = self.num_steps - steps
+        host_seconds = (self._choice_clock[1] - seconds) / steps if steps else 0.0
         self.set_num_draft_tokens(
             self._choose(
                 num_running=self._scheduler.num_running,
                 context_tokens=self._scheduler.context_tokens,
                 acceptance=self._outputs.acceptance,
+                host_seconds=max(0.0, host_seconds),
             )
         )
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from sparsespec_jax import Engine, calibrate
@@ -55,6 +56,64 @@ def test_the_chooser_stays_for_less_than_the_margin():
     assert choose(acceptance=(0.5,), **load) == 0
     assert choose(acceptance=(0.99,), **load) == 0  # 2 % of an equal rate less
     assert choose(num_running=0, context_tokens=0, acceptance=(1.0,)) == 0
+
+
+def test_a_step_takes_no_less_than_the_host():
+    load = dict(num_running=10, context_tokens=1000, acceptance=(0.9,) * 4)
+    slow = 1.6
+    assert MODEL.tokens_per_s(0, **load, host_seconds=slow) == pytest.approx(10 / 2.0)
+    rate = MODEL.tokens_per_s(4, **load, host_seconds=slow)
+    assert rate == pytest.approx(10 * 4.6 / (5 * slow))
+    # 0.44 tokens a second of k = 4 against 0.5 of none, and 0.54 without a host.
+    load["acceptance"] = (0.9, 0.8, 0.5, 0.3)
+    choose = Chooser(MODEL)
+    assert choose(**load) == 4
+    assert choose(**load, host_seconds=slow) == 0
+    assert choose(**load, host_seconds=1.0) == 4  # steps of 1.6 s had more to do
+    assert choose(**load, host_seconds=slow) == 4
+
+
+# As SmolLM2 with 256 slots on an H100 (seconds): the device's time of a step, and what
+# the loop around it takes.
+DEVICE = CostModel(
+    {0: ((0, 1.4e-3), (1080e3, 10.8e-3)), 8: ((0, 1.9e-3), (1080e3, 4.0e-3))}
+)
+HOST = 3.8e-3
+
+
+def seconds_to_end(new_tokens, shares, choose, host_seconds):
+    """Time until 256 requests have ended, 64 steps at a time."""
+    shares, total = np.asarray(shares, float), 0.0
+    contexts, remaining = (np.full(shares.size, x, float) for x in (128, new_tokens))
+    while remaining.size:
+        k = choose(
+            num_running=remaining.size,
+            context_tokens=contexts.sum(),
+            acceptance=tuple(np.mean(shares**i) for i in range(1, 9)),
+            host_seconds=host_seconds,
+        )
+        rate = (1 + sum(shares**i for i in range(1, k + 1))) / (k + 1)
+        steps = min(64.0, np.max(remaining / rate))
+        total += steps * max(HOST, DEVICE.seconds(k, contexts.sum()))
+        made = np.minimum(steps * rate, remaining)
+        contexts, remaining = contexts + made, remaining - made
+        left = remaining > 1e-6
+        contexts, remaining, shares = contexts[left], remaining[left], shares[left]
+    return total
+
+
+@pytest.mark.parametrize("new_tokens", [4000, 7600])
+@pytest.mark.parametrize(
+    ("num_fast", "slow"), [(100, 0.6), (118, 0.7), (100, 0.75), (50, 0.85), (0, 0.86)]
+)
+def test_a_small_model_is_not_slowed_by_speculation(new_tokens, num_fast, slow):
+    """Some requests accept nearly everything, the others a draft with `slow`."""
+    shares = [0.999] * num_fast + [slow] * (256 - num_fast)
+    plain = seconds_to_end(new_tokens, shares, lambda **load: 0, HOST)
+    chosen = seconds_to_end(new_tokens, shares, Chooser(DEVICE), HOST)
+    blind = seconds_to_end(new_tokens, shares, Chooser(DEVICE), 0.0)
+    assert chosen < plain
+    assert chosen < 0.99 * blind
 
 
 @pytest.mark.parametrize("points", [(), ((0, 1.0),), ((5, 1.0), (5, 2.0))])

@@ -113,6 +113,8 @@ def test_a_chooser_sees_the_load_and_sets_k(tiny_model, prompts, plain):
     assert len(calls[1]["acceptance"]) == 3
     known = [a for a in calls[-1]["acceptance"] if not np.isnan(a)]
     assert known and all(0 <= a <= 1 for a in known)
+    assert calls[0]["host_seconds"] == 0
+    assert all(0 < call["host_seconds"] < 60 for call in calls[1:])
 
 
 def test_other_values_of_k_are_refused(tiny_model):
