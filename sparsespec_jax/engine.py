@@ -250,6 +250,7 @@ class Engine:
     def choose_with(self, chooser):
         """Let `chooser` (see the constructor) pick k every few steps from now on."""
         self._choose = chooser
+        self._choice_clock = self.num_steps, time.thread_time()
         self._outputs.with_acceptance = True
 
     # -- the loop ---------------------------------------------------------------
