@@ -42,7 +42,10 @@ _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
 def options_from_flags():
-    """(load, numbers of drafts, lengths by slots); ValueError if something is off."""
+    """(load, numbers of drafts, [(load of some slots, lengths that fit)]).
+
+    Raises ValueError if something is off.
+    """
     slots, lengths, choices = (
         sorted({int(x) for x in flag.value}) for flag in (_SLOTS, _LENGTHS, _CHOICES)
     )
@@ -54,25 +57,24 @@ def options_from_flags():
     load = dataclasses.replace(load, model=_MODEL.value or load.model)
     if load.model not in PRESETS:
         raise ValueError(f"the load's model {load.model!r} has no preset: name --model")
-    fitting, most = {}, _KV_GIB.value * 2**30
+    fitting, most = [], _KV_GIB.value * 2**30
     for count in slots:
         of_slots = dataclasses.replace(load, num_slots=count, num_requests=count)
-        fitting[count] = [
-            n for n in lengths if made_up.fits(of_slots, choices, n, most)
-        ]
-        if len(fitting[count]) < 2:
+        held = [n for n in lengths if made_up.fits(of_slots, choices, n, most)]
+        if len(held) < 2:
             raise ValueError(
-                f"{count} slots can hold only {fitting[count]} of the lengths "
+                f"{count} slots can hold only {held} of the lengths "
                 f"{lengths} in {_KV_GIB.value} GiB: name two that fit, or fewer slots, "
                 "or raise kv_gib"
             )
+        fitting.append((of_slots, held))
     return load, choices, fitting
 
 
 def main():
     """Measure every number of slots and write the map."""
     try:
-        load, choices, lengths = options_from_flags()
+        load, choices, fitting = options_from_flags()
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     model = random_model(load.model, load.dtype)
@@ -83,15 +85,14 @@ def main():
     }
     acceptance = tuple(_ACCEPTANCE.value**i for i in range(1, max(choices) + 1))
     rows = []
-    for count, fitting in lengths.items():
-        of_slots = dataclasses.replace(load, num_slots=count, num_requests=count)
-        engine = made_up.make_engine(model, of_slots, choices, fitting[-1])
-        steps = calibrate.measure(engine, fitting)
+    for of_slots, lengths in fitting:
+        engine = made_up.make_engine(model, of_slots, choices, lengths[-1])
+        steps = calibrate.measure(engine, lengths)
         del engine
         gc.collect()  # the pool must go before the next one comes
-        rows += made_up.speedup_rows(count, fitting, steps, acceptance)
+        rows += made_up.speedup_rows(of_slots.num_slots, lengths, steps, acceptance)
         record.write_results(_OUTPUT.value, header | {"rows": rows})
-        for row in rows[-len(fitting) :]:
+        for row in rows[-len(lengths) :]:
             speedups = ", ".join(f"k={k} {v:.2f}" for k, v in row["speedup"].items())
             print(
                 f"{row['slots']:4d} slots x {row['context_length']:6d}: {speedups}; "

@@ -14,6 +14,7 @@ import numpy as np
 
 SMALL = frozenset({"small"})
 LARGE = frozenset({"h100", "tpu"})
+H100 = frozenset({"h100"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,9 @@ CHUNK_CASES run in an interpreter within seconds, PREFILL_CASES are for a device
 
 import numpy as np
 
-from pallas_kernels.cases import AttentionCase
+from pallas_kernels.cases import H100, AttentionCase
 
 CHUNK = frozenset({"chunk"})
-H100 = frozenset({"h100"})
 _SMOLLM2 = dict(num_heads=3, group_size=3, head_size=64)
 
 CHUNK_CASES = (

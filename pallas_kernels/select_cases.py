@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.cases import LARGE, SMALL
-
-H100 = frozenset({"h100"})
+from pallas_kernels.cases import H100, LARGE, SMALL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -343,16 +343,17 @@ class Engine:
 
     def _choose_num_draft_tokens(self):
         self._next_choice = self.num_steps + _CHOOSE_EVERY
-        steps, seconds = self._choice_clock
-        self._choice_clock = self.num_steps, time.thread_time()
-        steps = self.num_steps - steps
-        host_seconds = (self._choice_clock[1] - seconds) / steps if steps else 0.0
+        (before, since), now = self._choice_clock, time.thread_time()
+        self._choice_clock = self.num_steps, now
+        steps = self.num_steps - before
+        # Another thread's clock may be behind.
+        host_seconds = max(0.0, now - since) / steps if steps else 0.0
         self.set_num_draft_tokens(
             self._choose(
                 num_running=self._scheduler.num_running,
                 context_tokens=self._scheduler.context_tokens,
                 acceptance=self._outputs.acceptance,
-                host_seconds=max(0.0, host_seconds),
+                host_seconds=host_seconds,
             )
         )
 

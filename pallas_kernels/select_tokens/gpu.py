@@ -49,7 +49,7 @@ class SelectConfig:
 
     def pieces(self, num_candidates):
         """Returns how many pieces lie behind the slab."""
-        return -(-(num_candidates - self.slab) // self.piece)
+        return max(0, -(-(num_candidates - self.slab) // self.piece))
 
 
 # Measured on one H100, see docs/kernels.md. Keys: the most candidates they serve.
@@ -94,8 +94,7 @@ def select_tokens_gpu(
     if per_layer:
         scores = functools.reduce(jnp.add, jnp.unstack(scores, axis=1))[:, None]
     config = config or choose_config(num_candidates)
-    pieces = max(0, config.pieces(num_candidates))
-    padded = config.slab + pieces * config.piece
+    padded = config.slab + config.pieces(num_candidates) * config.piece
     if padded != num_candidates:
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, padded - num_candidates)))
     select = functools.partial(_select, cap=cap, num_recent=num_recent, config=config)
