@@ -6,7 +6,8 @@ Re-measures the paper's end-to-end claim (arXiv 2512.01278, section 6: up to 2.1
 plain decoding on an H100) against this engine's own plain decoding: same process, same
 weights, slots, prompts and type. Decode-phase rates count from the moment every request
 has its first token to the moment one finishes, so that all slots are busy. Steps in the
-middle of that phase are traced for the time split and counted in no rate. With
+middle of that phase are traced for the time split and counted in no rate. With --clock
+the steps of its first half say when they began and ended on the device. With
 --forced_acceptance the tokens are not the model's: a tool for random weights only, and
 `forced_acceptance` stands in the results.
 """
@@ -26,7 +27,8 @@ from experiments import launch, record, time_split
 from experiments.loads import LOADS, Load
 from experiments.models import random_model
 from experiments.prompts import load_prompts
-from pallas_kernels import device_trace
+from experiments.step_clock import ClockedEngine, idle_between
+from pallas_kernels import default_impl, device_trace
 from pallas_kernels.timing import measure_flop_rate, measure_rates
 from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
 from sparsespec_jax.calibrate import load_or_measure
@@ -40,6 +42,9 @@ _LOAD = flags.DEFINE_enum(
 _PROMPTS = flags.DEFINE_string("prompts", "", "A .txt or .jsonl file of prompts.")
 _TRACE_STEPS = flags.DEFINE_integer(
     "trace_steps", 40, "Steps to trace; 0: none.", lower_bound=0
+)
+_CLOCK = flags.DEFINE_bool(
+    "clock", False, "Steps read the GPU's clock: idle time between them, untraced."
 )
 _TRACE_DIR = flags.DEFINE_string("trace_dir", None, "Keep the traces here.")
 _REPEATS = flags.DEFINE_integer(
@@ -124,7 +129,8 @@ def make_engine(load: Load, model: Model, prompts, speculation):
         per_page = pool_bytes_per_page(model.config, load.page_size, load.dtype)
         num_pages = int(load.kv_gib * 2**30) // per_page
     config = load.engine(max(map(len, prompts)), num_pages)
-    engine = Engine(model, speculation=speculation, engine=config)
+    make = ClockedEngine if _CLOCK.value else Engine
+    engine = make(model, speculation=speculation, engine=config)
     engine.warm_up()
     if not speculation.draft_token_choices:
         return engine, None
@@ -180,7 +186,10 @@ def run_mode(
     prefill, decode, traced, tail = (Clock(engine) for _ in range(4))
     prefill.run(lambda finished: not engine.is_prefilling)
     half = engine.max_new_tokens // 2
+    if _CLOCK.value:
+        engine.take_times()  # of prompts
     decode.run(lambda finished: finished or engine.max_new_tokens <= half)
+    clock = idle_between(engine.take_times()) if _CLOCK.value else None
     split = _trace(engine, traced, trace_dir) if _TRACE_STEPS.value else None
     decode.run(lambda finished: finished)
     tail.run(lambda finished: False)
@@ -194,6 +203,7 @@ def run_mode(
         "decode": decode.to_dict(),
         "tail": {"seconds": tail.seconds, "tokens": tail.tokens},
         "time_split": split,
+        "device_clock": clock,
         "kv_gib": engine.shape.num_pages
         * pool_bytes_per_page(model.config, load.page_size, load.dtype)
         / 2**30,
@@ -260,6 +270,8 @@ def main():
     """Run both modes in turn and write the results file."""
     try:
         load = load_from_flags()
+        if _CLOCK.value and default_impl() != "gpu":
+            raise ValueError("--clock reads the clock of a GPU, this process has none")
         model = make_model(load)
         prompts = make_prompts(load, model)
     except ValueError as error:

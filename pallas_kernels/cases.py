@@ -145,6 +145,7 @@ class RotateCase:
     group_size: int = 4
     head_size: int = 128
     is_normed: bool = True
+    num_parts: int = 0  # of the projection; 0: it comes as one array of `dtype`
     dtype: str = "bfloat16"
     tags: frozenset[str] = LARGE
 
@@ -469,8 +470,18 @@ ROTATE_CASES = (
         name="rotate_ragged", num_tokens=11, is_normed=False, tags=SMALL, **_SMOLLM2
     ),
     RotateCase(name="rotate_bf16", num_tokens=9, num_heads=2, tags=SMALL),
+    RotateCase(name="rotate_parts", num_tokens=9, num_heads=2, num_parts=3, tags=SMALL),
+    RotateCase(
+        name="rotate_parts_d64",
+        num_tokens=5,
+        is_normed=False,
+        num_parts=2,
+        tags=SMALL,
+        **_SMOLLM2,
+    ),
     # Steps of an engine: a large model, a small one, a prompt chunk beside the first.
     RotateCase(name="rotate_136", num_tokens=136),
+    RotateCase(name="rotate_136_parts", num_tokens=136, num_parts=2),
     RotateCase(name="rotate_d64", num_tokens=512, is_normed=False, **_SMOLLM2),
     RotateCase(name="rotate_2184", num_tokens=2184),
 )

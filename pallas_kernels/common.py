@@ -75,9 +75,12 @@ def as_rounded(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x.astype(jnp.float32), dtype.nexp, dtype.nmant)
 
 
-def sum_of_parts(y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the sum over P of parts [P, T, N], in their order; [T, N] as it is."""
-    if y.ndim == 2:
+def sum_of_parts(y: jax.Array, dtype: jnp.dtype, ndim: int = 2) -> jax.Array:
+    """Returns the sum over P of parts [P, T, N], in their order; [T, N] as it is.
+
+    `ndim` is the number of axes of the sum, if they are not T and N.
+    """
+    if y.ndim == ndim:
         return y
     return as_rounded(functools.reduce(jnp.add, y).astype(dtype)).astype(dtype)
 

@@ -44,7 +44,11 @@ Params = dict[str, Any]
 Attend = Callable[[int, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
-_PART_ELEMENTS = 2**21  # of the parts of a product, so that they stay in L2
+# Parts of a product on a GPU, by the most elements of the result: what is fastest on an
+# H100 together with the kernel that sums them (docs/performance.md).
+_HEADS_PARTS = ((2**20, 2),)
+_OUT_PARTS = ((9 * 2**16, 4), (2**20, 2))
+_DOWN_PARTS = ((2**17, 4), (2**18, 8), (2**19, 4), (2**20, 2))
 
 
 def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Array:
@@ -64,8 +68,8 @@ def _contract_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> jax.Array
     """x [T, in] times kernel [in, N] over `parts` cuts of `in`: float32 [parts, T, N].
 
     The sum over the parts is the product. XLA cuts products of few tokens like this by
-    itself on GPUs, but sums them in a launch of its own; `add_norm` takes them as they
-    are.
+    itself on GPUs, but sums them in a launch of its own; `add_norm` and `rotate_heads`
+    take them as they are.
     """
     return jax.lax.dot_general(
         x.reshape(x.shape[0], parts, -1),
@@ -75,14 +79,11 @@ def _contract_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> jax.Array
     )
 
 
-def _num_parts(num_tokens: int, size_in: int, size_out: int) -> int:
-    """Cuts of a product of so many tokens on a GPU: a power of 2 up to 8."""
-    parts = 8
-    while parts > 1 and (
-        parts * num_tokens * size_out > _PART_ELEMENTS
-        or size_in % parts
-        or size_in < 128 * parts
-    ):
+def _num_parts(cuts, num_tokens: int, size_in: int, size_out: int, shortest) -> int:
+    """Parts of a product, by `cuts`; none of them has fewer than `shortest` of `in`."""
+    fits = (n for most, n in cuts if num_tokens * size_out <= most)
+    parts = next(fits, 1)
+    while parts > 1 and (size_in % parts or size_in < shortest * parts):
         parts //= 2
     return parts
 
@@ -94,18 +95,23 @@ class Projection(nn.Module):
     dtype: Any
     use_bias: bool = False
     out_dtype: Any = None  # None: dtype
-    may_split: bool = False  # the result may be parts, see _contract_in_parts
+    cuts: tuple[tuple[int, int], ...] = ()  # the result may be parts, see _num_parts
+    shortest_part: int = 128
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the projected x, in out_dtype; or float32 parts of it."""
+        """Return the projected x, in out_dtype; or float32 parts [P, T, *features]."""
         init = nn.initializers.lecun_normal()
         shape = (x.shape[-1], *self.features)
         kernel = self.param("kernel", init, shape, self.dtype)
-        if self.may_split and not self.use_bias:
-            parts = _num_parts(x.shape[0], *shape)
+        if self.cuts and not self.use_bias:
+            size_out = math.prod(self.features)
+            sizes = x.shape[0], shape[0], size_out
+            parts = _num_parts(self.cuts, *sizes, self.shortest_part)
             if parts > 1:
-                return _contract_in_parts(x, kernel.astype(self.dtype), parts)
+                flat = kernel.astype(self.dtype).reshape(-1, size_out)
+                y = _contract_in_parts(x, flat, parts)
+                return y.reshape(parts, x.shape[0], *self.features)
         y = _contract(x, kernel.astype(self.dtype), self.out_dtype or self.dtype)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
@@ -160,7 +166,6 @@ class Layer(nn.Module):
         addend may be the parts of a product.
         """
         c = self.config
-        splits = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
         scale = functools.partial(Scale, c.hidden_size, self.dtype)
         norm = functools.partial(add_norm, eps=c.norm_eps, impl=self.impl)
         if y is None:
@@ -170,26 +175,36 @@ class Layer(nn.Module):
         q, rows = self._queries_and_rows(normed, cos, sin)
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
-        project = functools.partial(
-            Projection, (c.hidden_size,), self.dtype, may_split=splits
-        )
-        y = project(use_bias=c.attention_out_bias, name="out")(mixed)
+        project = functools.partial(Projection, (c.hidden_size,), self.dtype)
+        cuts = self._cuts(_OUT_PARTS)
+        y = project(c.attention_out_bias, cuts=cuts, name="out")(mixed)
         x, normed = norm(x, y, scale(name="mlp_norm")())
         inner = Projection(
             (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
         )(normed)
         gated = nn.silu(inner[:, 0]) * inner[:, 1]
-        y = project(use_bias=c.mlp_bias, name="down")(gated)
+        y = project(c.mlp_bias, cuts=self._cuts(_DOWN_PARTS), name="down")(gated)
         return x, y, cache
+
+    @nn.nowrap
+    def _cuts(self, parts):
+        """The parts of a product, none where no kernel would sum them."""
+        splits = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
+        return parts if splits else ()
 
     def _queries_and_rows(self, x, cos, sin):
         c, scales = self.config, ()
         features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
-        qkv = Projection(features, self.dtype, c.attention_bias, name="qkv")(x)
+        qkv = Projection(
+            features, self.dtype, c.attention_bias,
+            cuts=self._cuts(_HEADS_PARTS), shortest_part=1024, name="qkv",
+        )(x)  # fmt: skip
         if c.qk_norm:
             names = "q_norm", "k_norm"
             scales = (Scale(c.head_dim, self.dtype, name=name)() for name in names)
-        return rotate_heads(qkv, cos, sin, *scales, eps=c.norm_eps, impl=self.impl)
+        return rotate_heads(
+            qkv, cos, sin, *scales, eps=c.norm_eps, dtype=self.dtype, impl=self.impl
+        )
 
 
 class Embedding(nn.Module):

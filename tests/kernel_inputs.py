@@ -435,7 +435,15 @@ def rotate_inputs(case: RotateCase, seed: int = 0) -> RotateInputs:
     if case.is_normed:
         scales = rng.uniform(0.5, 2.0, (2, case.head_size)).astype(dtype)
     tables = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
+    if case.num_parts:
+        parts = size * rng.standard_normal((case.num_parts, *case.shape))
+        qkv = parts.astype(np.float32)
     return RotateInputs(qkv, *tables, *scales)
+
+
+def rotate_options(case: RotateCase) -> dict:
+    """Returns the keyword arguments of `rotate_heads` for `case`."""
+    return dict(dtype=jnp.dtype(case.dtype))
 
 
 def assert_rotations_agree(actual, expected) -> None:

@@ -63,7 +63,13 @@ ATTENTION = (
 )
 SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_40k", "select_131k")
 WRITE = ("write_plain", "write_136", "write_d64")
-ROTATE = ("rotate_ragged", "rotate_136", "rotate_d64", "rotate_2184")
+ROTATE = (
+    "rotate_ragged",
+    "rotate_136",
+    "rotate_136_parts",
+    "rotate_d64",
+    "rotate_2184",
+)
 GATHER = ("gather_512b", "gather_410", "gather_d64")
 
 
@@ -238,8 +244,11 @@ def test_rotation_compiles(compile_h100, name):
     table = Array((case.num_tokens, case.head_size // 2), jnp.float32)
     dtype = jnp.dtype(case.dtype)
     scales = [Array((case.head_size,), dtype)] * 2 if case.is_normed else []
-    args = (Array(case.shape, dtype), table, table, *scales)
-    rotate = functools.partial(rotate_heads, eps=1e-6, impl="gpu")
+    qkv = Array(case.shape, dtype)
+    if case.num_parts:
+        qkv = Array((case.num_parts, *case.shape), jnp.float32)
+    args = (qkv, table, table, *scales)
+    rotate = functools.partial(rotate_heads, eps=1e-6, dtype=dtype, impl="gpu")
     result, kernels = compile_h100(rotate, args)
     assert_fits(kernels["rotate_heads"], blocks=4)
     assert result.temp_bytes <= 64  # the addresses of two results

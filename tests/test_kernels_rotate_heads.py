@@ -67,6 +67,28 @@ def test_norm_is_rounded_before_the_rotation():
     assert same_if_rounded > 0.99 > 0.9 > same_if_not
 
 
+def test_parts_are_summed_in_order_and_rounded_before_anything_else():
+    # In order, the first sum loses its 1; 257 + 0.5 rounds to 258 in bfloat16.
+    heads = jnp.asarray([[2.0**25, 257.0], [1.0, 0.5], [-(2.0**25), 0.0]])
+    qkv = jnp.zeros((3, 1, 1, 3, 16)).at[..., :2].set(heads[:, None, None, None])
+    turn = jnp.ones((1, 8)), jnp.zeros((1, 8))
+    for impl in ("reference", "gpu_interpret"):
+        q, rows = rotate_heads(qkv, *turn, dtype=jnp.bfloat16, impl=impl)
+        assert q.dtype == rows.dtype == jnp.bfloat16
+        for row in (q[0, 0], rows[0, 0, :16], rows[0, 0, 16:]):
+            assert row[:2].tolist() == [0.0, 258.0]
+
+
+def test_parts_give_what_their_rounded_sum_gives():
+    case = by_name(ROTATE_CASES, "rotate_parts")
+    inputs = ki.rotate_inputs(case)
+    whole = (inputs.qkv[0] + inputs.qkv[1] + inputs.qkv[2]).astype(jnp.bfloat16)
+    actual = rotate(*inputs, **ki.rotate_options(case))
+    expected = rotate(*inputs._replace(qkv=whole))
+    for got, wanted in zip(actual, expected, strict=True):
+        ki.assert_same_bits(got, wanted)
+
+
 def test_a_rotation_keeps_the_product_of_two_tokens_equally_far_apart():
     case = by_name(ROTATE_CASES, "rotate_ragged")
     x = ki.rotate_inputs(case).qkv[:1].astype(np.float32)
@@ -87,19 +109,24 @@ def test_a_rotation_keeps_the_product_of_two_tokens_equally_far_apart():
 def test_rotation_on_a_gpu_agrees_with_the_reference(case):
     inputs = ki.rotate_inputs(case)
     races = plgpu.InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(rotate_heads_gpu, eps=EPS, interpret=races)
+    options = ki.rotate_options(case)
+    kernel = functools.partial(rotate_heads_gpu, eps=EPS, interpret=races, **options)
     actual = jax.block_until_ready(jax.jit(kernel)(*inputs))
     assert not gpu_callbacks.get_races().races_found, "race in shared memory"
-    ki.assert_rotations_agree(actual, rotate(*inputs))
+    ki.assert_rotations_agree(actual, rotate(*inputs, **options))
 
 
+@pytest.mark.parametrize("name", ["rotate_bf16", "rotate_parts"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9])
-def test_a_token_does_not_depend_on_its_neighbours(num_tokens):
-    case = by_name(ROTATE_CASES, "rotate_bf16")
-    inputs = ki.rotate_inputs(case)
-    kernel = functools.partial(rotate_heads, eps=EPS, impl="gpu_interpret")
-    every = kernel(*inputs)
-    some = kernel(*(x[-num_tokens:] for x in inputs[:3]), *inputs[3:])
+def test_a_token_does_not_depend_on_its_neighbours(num_tokens, name):
+    case = by_name(ROTATE_CASES, name)
+    qkv, *tables = ki.rotate_inputs(case)
+    kernel = functools.partial(
+        rotate_heads, eps=EPS, impl="gpu_interpret", **ki.rotate_options(case)
+    )
+    every = kernel(qkv, *tables)
+    last = [x[-num_tokens:] for x in tables[:2]]
+    some = kernel(qkv[..., -num_tokens:, :, :, :], *last, *tables[2:])
     for few, all_of_them in zip(some, every, strict=True):
         ki.assert_same_bits(few, all_of_them[-num_tokens:])
 
@@ -146,6 +173,17 @@ def test_rotation_on_a_gpu_shows_faults(fault):
         ki.assert_rotations_agree(actual, rotate(*inputs))
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in SMALL if c.num_parts], ids=lambda c: c.name
+)
+def test_rotation_on_a_gpu_shows_a_lost_part(case):
+    inputs, options = ki.rotate_inputs(case), ki.rotate_options(case)
+    fewer = inputs._replace(qkv=inputs.qkv[:-1])
+    actual = rotate_heads(*fewer, eps=EPS, impl="gpu_interpret", **options)
+    with pytest.raises(AssertionError):
+        ki.assert_rotations_agree(actual, rotate(*inputs, **options))
+
+
 def test_rotation_on_a_gpu_shows_a_lost_eps():
     inputs = ki.rotate_inputs(by_name(ROTATE_CASES, "rotate_bf16"))
     actual = rotate_heads(*inputs, eps=0.0, impl="gpu_interpret")
@@ -158,15 +196,19 @@ def rotate_shapes(case):
     array, dtype = jax.ShapeDtypeStruct, jnp.dtype(case.dtype)
     table = array((case.num_tokens, case.head_size // 2), jnp.float32)
     scale = array((case.head_size,), dtype) if case.is_normed else None
-    return array(case.shape, dtype), table, table, scale, scale
+    qkv = array(case.shape, dtype)
+    if case.num_parts:
+        qkv = array((case.num_parts, *case.shape), jnp.float32)
+    return qkv, table, table, scale, scale
 
 
 @pytest.mark.parametrize("target", ["v5e", "tpu7x"])
-@pytest.mark.parametrize("name", ["rotate_136", "rotate_d64"])
+@pytest.mark.parametrize("name", ["rotate_136", "rotate_136_parts", "rotate_d64"])
 def test_rotation_compiles_for_a_tpu(target, name):
     pytest.importorskip("libtpu")
-    args = rotate_shapes(by_name(ROTATE_CASES, name))
-    fn = functools.partial(rotate_heads, eps=EPS, impl="tpu")
+    case = by_name(ROTATE_CASES, name)
+    args, options = rotate_shapes(case), ki.rotate_options(case)
+    fn = functools.partial(rotate_heads, eps=EPS, impl="tpu", **options)
     compiled = compile_for(target, fn, *args)
     assert compiled.temp_bytes <= 2 * args[0].size * args[0].dtype.itemsize
 
@@ -189,6 +231,22 @@ def test_rotation_rejects_what_does_not_fit():
             rotate(*args)
 
 
+def test_rotation_rejects_dtypes_that_do_not_fit():
+    qkv, table = jnp.zeros((2, 1, 3, 4)), jnp.zeros((2, 2))
+    scale = jnp.zeros(4)
+    for args, dtype, word in (
+        ((qkv[None], table, table), None, "dtype is None"),
+        ((qkv[None], table, table), jnp.int32, "dtype is int32, expected bfloat16"),
+        ((qkv[None].astype(jnp.bfloat16), table, table), jnp.bfloat16, "qkv has dtype"),
+        ((qkv, table, table), jnp.bfloat16, "expected that of qkv, float32"),
+        ((qkv[None], table, table, scale, scale), jnp.bfloat16, "q_scale has dtype"),
+        ((qkv[:0][None], table, table), jnp.float32, "no axis may be empty"),
+        ((jnp.zeros((0, 2, 1, 3, 4)), table, table), jnp.float32, "may be empty"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            rotate(*args, dtype=dtype)
+
+
 def test_rotation_on_a_gpu_refuses_other_head_sizes():
     qkv, table = jnp.zeros((1, 1, 3, 24)), jnp.zeros((1, 12))
     with pytest.raises(NotImplementedError, match="head size is 24:"):
@@ -203,6 +261,6 @@ def test_config_rejects_other_numbers_of_lanes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ROTATE_CASES, ids=lambda case: case.name)
 def test_rotation_on_the_device(case):
-    inputs = ki.rotate_inputs(case)
-    actual = rotate_heads(*inputs, eps=EPS, impl="gpu")
-    ki.assert_rotations_agree(actual, rotate(*inputs))
+    inputs, options = ki.rotate_inputs(case), ki.rotate_options(case)
+    actual = rotate_heads(*inputs, eps=EPS, impl="gpu", **options)
+    ki.assert_rotations_agree(actual, rotate(*inputs, **options))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from sparsespec_jax import model as model_lib
 from sparsespec_jax.hf_weights import load_hf
 from sparsespec_jax.model import (
     Projection,
@@ -226,24 +227,36 @@ def test_products_on_a_gpu_are_left_in_parts_for_the_next_norm(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "size_in", "size_out", "parts"),
+    ("cuts", "num_tokens", "size_in", "features", "parts"),
     [
-        (49, 4096, 4096, 8),
-        (136, 12288, 4096, 2),
-        (256, 4096, 4096, 2),
-        (264, 4096, 4096, 1),  # more than 8 MiB of parts
-        (256, 576, 576, 4),
-        (5, 192, 64, 1),  # less than 128 of the sum each
-        (5, 514, 64, 2),
+        ("heads", 136, 4096, (8, 6, 128), 2),
+        ("heads", 256, 4096, (8, 6, 128), 1),  # 6 MiB of a part
+        ("heads", 256, 576, (3, 5, 64), 1),  # less than 1024 of the sum each
+        ("out", 136, 4096, (4096,), 4),
+        ("out", 256, 4096, (4096,), 2),
+        ("out", 264, 4096, (4096,), 1),
+        ("out", 5, 192, (64,), 1),  # less than 128 of the sum each
+        ("out", 5, 514, (64,), 2),
+        ("down", 24, 12288, (4096,), 4),
+        ("down", 64, 12288, (4096,), 8),
+        ("down", 136, 12288, (4096,), 2),
+        ("down", 512, 1536, (576,), 4),
+        (None, 64, 4096, (64,), 1),
     ],
 )
-def test_products_are_cut_by_their_sizes(num_tokens, size_in, size_out, parts):
+def test_products_are_cut_by_their_sizes(cuts, num_tokens, size_in, features, parts):
     rng = np.random.default_rng(0)
     x = rng.integers(-3, 4, (num_tokens, size_in)).astype(jnp.bfloat16)
-    kernel = rng.integers(-3, 4, (size_in, size_out)).astype(jnp.bfloat16)
-    project = Projection((size_out,), jnp.bfloat16, may_split=True)
+    kernel = rng.integers(-3, 4, (size_in, *features)).astype(jnp.bfloat16)
+    project = Projection(
+        features,
+        jnp.bfloat16,
+        cuts=getattr(model_lib, f"_{cuts.upper()}_PARTS") if cuts else (),
+        shortest_part=1024 if cuts == "heads" else 128,
+    )
     got = project.apply({"params": {"kernel": kernel}}, x)
-    wanted = x.astype(np.float32) @ kernel.astype(np.float32)
+    flat = kernel.astype(np.float32).reshape(size_in, -1)
+    wanted = (x.astype(np.float32) @ flat).reshape(num_tokens, *features)
     if parts == 1:
         wanted = wanted.astype(jnp.bfloat16)
         assert got.dtype == jnp.bfloat16

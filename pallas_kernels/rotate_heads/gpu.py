@@ -31,7 +31,7 @@ class RotateConfig:
 
 
 # Compiled once for all layers of a model.
-@functools.partial(jax.jit, static_argnames=("eps", "interpret", "config"))
+@functools.partial(jax.jit, static_argnames=("eps", "dtype", "interpret", "config"))
 def rotate_heads_gpu(
     qkv: jax.Array,
     cos: jax.Array,
@@ -40,12 +40,14 @@ def rotate_heads_gpu(
     k_scale: jax.Array | None,
     *,
     eps: float,
+    dtype: jnp.dtype | None = None,
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: RotateConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `api.rotate_heads` documents, computed on a Hopper GPU."""
     config = config or RotateConfig()
-    num_tokens, num_heads, width, head_size = qkv.shape
+    num_tokens, num_heads, width, head_size = qkv.shape[-4:]
+    dtype = dtype or qkv.dtype
     half = head_size // 2
     if half & (half - 1) or half < 8:
         raise NotImplementedError(
@@ -77,8 +79,8 @@ def rotate_heads_gpu(
     q, rows = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct(q_shape, qkv.dtype),
-            jax.ShapeDtypeStruct((num_tokens, num_heads, 2, head_size), qkv.dtype),
+            jax.ShapeDtypeStruct(q_shape, dtype),
+            jax.ShapeDtypeStruct((num_tokens, num_heads, 2, head_size), dtype),
         ),
         grid=(num_tiles + num_left, num_heads),
         grid_names=("tile", "head"),
@@ -94,14 +96,20 @@ def _rotate(refs, first, tokens, layout, eps):
     """Does the work of one KV head for some tokens from `first` on."""
     qkv_ref, cos_ref, sin_ref, *scale_refs, q_ref, row_ref = refs
     head, window = lax.axis_index("head"), pl.ds(first, tokens)
-    half, k_index = cos_ref.shape[1], qkv_ref.shape[2] - 2
+    half, k_index = cos_ref.shape[1], qkv_ref.shape[-2] - 2
     parts_of_row = pl.ds(0, half), pl.ds(half, half)
 
     def load(ref, layout=layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
+    def load_head(*place):
+        if len(qkv_ref.shape) == 4:
+            return load(qkv_ref.at[place])
+        parts = (load(qkv_ref.at[i, *place]) for i in range(qkv_ref.shape[0]))
+        return functools.reduce(jnp.add, parts).astype(q_ref.dtype)
+
     heads = [
-        [load(qkv_ref.at[window, head, i, part]) for part in parts_of_row]
+        [load_head(window, head, i, part) for part in parts_of_row]
         for i in range(k_index + 2)
     ]
     turn = load(cos_ref.at[window]), load(sin_ref.at[window])

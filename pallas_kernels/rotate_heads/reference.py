@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import as_rounded, rms_norm
+from pallas_kernels.common import as_rounded, rms_norm, sum_of_parts
 
 
-@functools.partial(jax.jit, static_argnames="eps")
+@functools.partial(jax.jit, static_argnames=("eps", "dtype"))
 def rotate_heads_reference(
     qkv: jax.Array,
     cos: jax.Array,
@@ -17,8 +17,10 @@ def rotate_heads_reference(
     k_scale: jax.Array | None,
     *,
     eps: float,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `api.rotate_heads` documents; same arguments, no checks."""
+    qkv = sum_of_parts(qkv, dtype, ndim=4)
     num_tokens, _, width, head_size = qkv.shape
     k_index = width - 2
     heads = qkv[:, :, : k_index + 1]

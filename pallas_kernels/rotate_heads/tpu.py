@@ -5,13 +5,17 @@ its own.
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.rotate_heads.reference import rotate_heads_reference
 
 
 def rotate_heads_tpu(
-    *args: jax.Array | None, eps: float, interpret: bool
+    *args: jax.Array | None,
+    eps: float,
+    dtype: jnp.dtype | None = None,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `api.rotate_heads` documents; nothing in it needs interpretation."""
     del interpret
-    return rotate_heads_reference(*args, eps=eps)
+    return rotate_heads_reference(*args, eps=eps, dtype=dtype)

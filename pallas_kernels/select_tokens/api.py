@@ -11,7 +11,7 @@ from pallas_kernels.common import check_dtype, check_shape, load_implementation
 class SelectedTokens(NamedTuple):
     """Result of `select_tokens`."""
 
-    indices: jax.Array  # int32 [lanes, H, cap], ascending; 0 past the count
+    indices: jax.Array  # int32 [lanes, H, cap], ascending; anything past the count
     counts: jax.Array  # int32 [lanes, H]
 
 
@@ -30,7 +30,7 @@ def select_tokens(
     `count = min(budget, length)` positions out of `[0, length)` are chosen: first
     the `min(num_recent, count)` highest positions, then the largest scores among
     the others, equal scores by lowest position (0.0 and -0.0 are equal). The result
-    is exact and ascending. Indices past a count are 0 and mean nothing.
+    is exact and ascending. Indices past a count mean nothing.
 
     Args:
       scores: float32 [lanes, H, C], larger is better; NaN and infinities only at
