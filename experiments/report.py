@@ -46,10 +46,26 @@ def _throughput(data):
     metrics = data["metrics"]
     forced = metrics["forced_acceptance"] is not None
     whole = metrics["spec_tokens_per_s"] / metrics["ar_tokens_per_s"]
+    clock = data["runs"]["speculative"][0].get("device_clock")  # with --clock
     return (
         f"{metrics['speedup']:.2f} times plain decoding while all slots are busy, "
         f"bound {metrics['speed_of_light']:.2f}; {whole:.2f} times in all"
         + ("; acceptance forced, random weights" if forced else "")
+        + (f"; {_idle(clock)}" if clock else "")
+    )
+
+
+def _idle(clock):
+    share, window = clock["idle_between_steps_share"], clock["window_s"]
+    return f"device idle between steps for {100 * share:.2g} % of {window:.1f} s"
+
+
+def _map(data):
+    gains = [row["chosen_speedup"] for row in data["rows"]]
+    worst = min(row["chosen_of_best"] for row in data["rows"])
+    return (
+        f"the chosen k makes {min(gains):.2f} to {max(gains):.2f} times plain decoding "
+        f"at {len(gains)} points, at least {worst:.2f} of the best fixed k"
     )
 
 
@@ -109,6 +125,7 @@ FILES = {
         "up to 2.13 times plain decoding (arXiv 2512.01278, section 6)",
         _throughput,
     ),
+    "speedup_map": ("speculation is not slower than plain decoding", _map),
     "offload": (
         "KV offloading costs next to nothing (arXiv 2512.01278, section 4.4)",
         _offload,

@@ -42,17 +42,17 @@ class ClockedEngine(Engine):
         return nanoseconds(times)
 
 
-def with_clock(step):
-    """The function `step`, with the times of its begin and end behind its results."""
+def with_clock(function):
+    """The step `function`, with the times of begin and end behind its results."""
 
-    def run(params, state, buffer, *, prefill):
+    def step(params, state, buffer, *, prefill):  # so traces call it, see time_split
         begin, buffer = read_clock(before=buffer)
-        state, outcome = step(params, state, buffer, prefill=prefill)
+        state, outcome = function(params, state, buffer, prefill=prefill)
         # Selection and gather of the last layers may be what ends last.
         end = read_clock(outcome, state.layers[-1].kv_pages)
         return state, outcome, jnp.stack([begin, end])
 
-    return run
+    return step
 
 
 @functools.cache

@@ -459,7 +459,23 @@ def test_the_page_says_what_other_results_hold(tmp_path):
                 "forced_acceptance": None,
                 "ar_tokens_per_s": 10.0,
                 "spec_tokens_per_s": 7.5,
-            }  # fmt: skip
+            },
+            "runs": {
+                "speculative": [
+                    {
+                        "device_clock": {
+                            "idle_between_steps_share": 0.00375,
+                            "window_s": 21.56,
+                        }
+                    }
+                ]
+            },
+        },
+        "speedup_map_x.json": {
+            "rows": [
+                {"chosen_speedup": 1.0, "chosen_of_best": 1.0},
+                {"chosen_speedup": 1.5, "chosen_of_best": 0.98},
+            ]
         },
     }
     for name, data in files.items():
@@ -470,7 +486,10 @@ def test_the_page_says_what_other_results_hold(tmp_path):
     for words in (
         "1.25 times recomputing", "2 requests: plan 3 us, commit 6 us",
         "eagle 0.5 +- 0.1 (head of 7 texts)",
-        "while all slots are busy, bound 3.00; 0.75 times in all",
+        "while all slots are busy, bound 3.00; 0.75 times in all; device idle between "
+        "steps for 0.38 % of 21.6 s",
+        "the chosen k makes 1.00 to 1.50 times plain decoding at 2 points, at least "
+        "0.98 of the best",
     ):  # fmt: skip
         assert words in page
 
