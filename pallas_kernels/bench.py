@@ -213,8 +213,7 @@ def bench_select(name: str, impl: str) -> dict:
     """Returns time and exactness of one selection case, and the time of top_k."""
     case = by_name(SELECT_CASES, name)
     shape = (len(case.lengths), case.num_heads, case.num_candidates)
-    lengths = jnp.asarray(case.lengths, jnp.int32)
-    budgets = jnp.asarray(case.budgets, jnp.int32)
+    lengths, budgets = (jnp.asarray(x, jnp.int32) for x in (case.lengths, case.budgets))
     keys = jax.random.split(jax.random.key(0), _LAYERS // 2)
     scores = [jax.nn.softmax(3 * jax.random.normal(key, shape)) for key in keys]
     options = dict(cap=case.cap, num_recent=case.num_recent, per_layer=case.per_layer)
@@ -319,10 +318,7 @@ def bench_rotate(name: str, impl: str) -> dict:
     """Returns time and error of one case of new heads, and the time of XLA."""
     case = by_name(ROTATE_CASES, name)
     keys = jax.random.split(jax.random.key(0), _LAYERS)
-    shape, dtype = case.shape, jnp.bfloat16
-    if case.num_parts:
-        shape, dtype = (case.num_parts, *shape), jnp.float32
-    layers = [(jax.random.normal(key, shape, dtype),) for key in keys]
+    layers = [(jax.random.normal(key, *case.projection),) for key in keys]
     angles = jax.random.uniform(keys[0], (case.num_tokens, case.head_size // 2))
     scale = jnp.linspace(0.5, 2.0, case.head_size, dtype=jnp.bfloat16)
     shared = (jnp.cos(angles), jnp.sin(angles), *[scale, scale] * case.is_normed)

@@ -154,6 +154,13 @@ class RotateCase:
         """[T, H, G + 2, D] of the projection."""
         return self.num_tokens, self.num_heads, self.group_size + 2, self.head_size
 
+    @property
+    def projection(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype in which the projection comes, with its parts."""
+        if self.num_parts:
+            return (self.num_parts, *self.shape), "float32"
+        return self.shape, self.dtype
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormCase:

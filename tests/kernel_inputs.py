@@ -429,15 +429,13 @@ def rotate_inputs(case: RotateCase, seed: int = 0) -> RotateInputs:
     rng = np.random.default_rng(seed)
     dtype = jnp.dtype(case.dtype)
     size = 10.0 ** rng.uniform(-3, 1, (*case.shape[:3], 1))
-    qkv = (size * rng.standard_normal(case.shape)).astype(dtype)
+    shape, projected = case.projection
+    qkv = (size * rng.standard_normal(shape)).astype(jnp.dtype(projected))
     angles = rng.uniform(0, 2 * np.pi, (case.num_tokens, case.head_size // 2))
     scales = [None, None]
     if case.is_normed:
         scales = rng.uniform(0.5, 2.0, (2, case.head_size)).astype(dtype)
     tables = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
-    if case.num_parts:
-        parts = size * rng.standard_normal((case.num_parts, *case.shape))
-        qkv = parts.astype(np.float32)
     return RotateInputs(qkv, *tables, *scales)
 
 

@@ -244,10 +244,7 @@ def test_rotation_compiles(compile_h100, name):
     table = Array((case.num_tokens, case.head_size // 2), jnp.float32)
     dtype = jnp.dtype(case.dtype)
     scales = [Array((case.head_size,), dtype)] * 2 if case.is_normed else []
-    qkv = Array(case.shape, dtype)
-    if case.num_parts:
-        qkv = Array((case.num_parts, *case.shape), jnp.float32)
-    args = (qkv, table, table, *scales)
+    args = (Array(*case.projection), table, table, *scales)
     rotate = functools.partial(rotate_heads, eps=1e-6, dtype=dtype, impl="gpu")
     result, kernels = compile_h100(rotate, args)
     assert_fits(kernels["rotate_heads"], blocks=4)

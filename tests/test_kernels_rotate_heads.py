@@ -196,10 +196,7 @@ def rotate_shapes(case):
     array, dtype = jax.ShapeDtypeStruct, jnp.dtype(case.dtype)
     table = array((case.num_tokens, case.head_size // 2), jnp.float32)
     scale = array((case.head_size,), dtype) if case.is_normed else None
-    qkv = array(case.shape, dtype)
-    if case.num_parts:
-        qkv = array((case.num_parts, *case.shape), jnp.float32)
-    return qkv, table, table, scale, scale
+    return array(*case.projection), table, table, scale, scale
 
 
 @pytest.mark.parametrize("target", ["v5e", "tpu7x"])
