@@ -207,7 +207,9 @@ class EngineConfig:
     max_length: int | None = None  # prompt + output tokens; None: model or prompts
     prefill_chunk: int = 128  # prompt tokens of one prefill lane and step
     prefill_lanes: int = 1  # prompts prefilled in the same step
-    lag: int = 1  # steps between dispatch and reading the outcome, 0..2
+    # Steps between dispatch and reading the outcome, 0..2. With 2 a thread of its own
+    # dispatches beside planning: for models whose steps are as short as their launch.
+    lag: int = 1
     # Where pages run short: spill to host memory, recompute, or never let it happen by
     # reserving the limit or (oracle) the length that add_request is told.
     kv_policy: str = "offload"

@@ -4,14 +4,13 @@ This file alone holds both the device state and the request records.
 """
 
 import dataclasses
-import itertools
-import time
 from collections import deque
 
 import jax
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.dispatcher import Dispatcher, HostClock
 from sparsespec_jax.intake import check_prompt, make_output, make_request
 from sparsespec_jax.metrics import DecodeStats
 from sparsespec_jax.model import params_dtype
@@ -38,8 +37,8 @@ class Engine:
       choose_num_draft_tokens: None, or a function called every 64 steps as
         `f(num_running=, context_tokens=, acceptance=, host_seconds=)` (requests in
         slots, their tokens, share of recent drafts accepted by position: a tuple of k
-        floats, NaN where unknown; processor time of this thread per step since the
-        last call) that returns one of `draft_token_choices`.
+        floats, NaN where unknown; processor time that the host's busiest thread needed
+        per step since the last call) that returns one of `draft_token_choices`.
 
     Raises (on construction):
       ValueError: options that do not fit together, the model or the memory.
@@ -59,16 +58,15 @@ class Engine:
         self.shape, num_chunks = resolved.shape, resolved.num_host_chunks
         self.kv_bytes_per_token = resolved.kv_bytes_per_token
         ratio_test = self.speculation.acceptor == "ratio_test"
-        self._state = committed(
-            new_state(
-                model.config,
-                self.shape,
-                kv_dtype=params_dtype(self.params),
-                draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
-                policy=self.policy,
-                proposer=self.proposer,
-            )
+        state = new_state(
+            model.config,
+            self.shape,
+            kv_dtype=params_dtype(self.params),
+            draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
+            policy=self.policy,
+            proposer=self.proposer,
         )
+        self._state = committed(state)
         chunk_pages = self.config.host_chunk_pages
         self._scheduler = Scheduler(
             self.shape,
@@ -80,14 +78,15 @@ class Engine:
         if num_chunks:
             self._host_pages = HostPages(self._state, num_chunks, chunk_pages)
         self._choose, self._next_choice = choose_num_draft_tokens, 0
-        self._choice_clock = (0, 0.0)  # steps and thread time at the last choice
+        self._dispatcher = Dispatcher(threaded=self.config.lag == 2)
+        self._host_clock = HostClock(self._dispatcher)
         self._outputs = Outputs(
             self._scheduler,
             max_budget=self.shape.max_budget if self.shape.draft_lanes else 0,
             max_draft_tokens=self.shape.num_draft_tokens,
             with_acceptance=choose_num_draft_tokens is not None,
         )
-        self._in_flight = deque()  # (PlannedVerifies, device outcome, params version)
+        self._in_flight = deque()  # (PlannedVerifies, future outcome, params version)
         self._next_id = 0
         self._filters = False
         self.num_steps = 0
@@ -250,7 +249,7 @@ class Engine:
     def choose_with(self, chooser):
         """Let `chooser` (see the constructor) pick k every few steps from now on."""
         self._choose = chooser
-        self._choice_clock = self.num_steps, time.thread_time()
+        self._host_clock.per_step(self.num_steps)  # from now on
         self._outputs.with_acceptance = True
 
     # -- the loop ---------------------------------------------------------------
@@ -274,19 +273,19 @@ class Engine:
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
         plan, planned, moves = self._scheduler.plan()
-        outcome = self.run_plan(plan, moves)
-        if plan is not None:
-            outcome.copy_to_host_async()
-            self._in_flight.append((planned, outcome, self.params_version))
-            self.num_steps += 1
-        # With nothing left to plan, read what is still in flight.
-        self._read(0 if plan is None else self.config.lag, results, events)
+        outcome = self._dispatch(plan, moves)
+        if plan is None:
+            outcome.result()
+            return self._read(0, results, events)  # what is still in flight
+        self._in_flight.append((planned, outcome, self.params_version))
+        self.num_steps += 1
+        self._read(self.config.lag, results, events)
 
     def _read(self, keep, results, events):
         """Read the outcomes of all steps but the last `keep`."""
         while len(self._in_flight) > keep:
             planned, packed, version = self._in_flight.popleft()
-            outcome = StepOutcome.from_packed(packed, planned.num_queries)
+            outcome = StepOutcome.from_packed(packed.result(), planned.num_queries)
             self._outputs.commit(planned, outcome, version, results, events)
 
     def pause(self):
@@ -343,19 +342,13 @@ class Engine:
 
     def _choose_num_draft_tokens(self):
         self._next_choice = self.num_steps + _CHOOSE_EVERY
-        (before, since), now = self._choice_clock, time.thread_time()
-        self._choice_clock = self.num_steps, now
-        steps = self.num_steps - before
-        # Another thread's clock may be behind.
-        host_seconds = max(0.0, now - since) / steps if steps else 0.0
-        self.set_num_draft_tokens(
-            self._choose(
-                num_running=self._scheduler.num_running,
-                context_tokens=self._scheduler.context_tokens,
-                acceptance=self._outputs.acceptance,
-                host_seconds=host_seconds,
-            )
+        num_draft_tokens = self._choose(
+            num_running=self._scheduler.num_running,
+            context_tokens=self._scheduler.context_tokens,
+            acceptance=self._outputs.acceptance,
+            host_seconds=self._host_clock.per_step(self.num_steps),
         )
+        self.set_num_draft_tokens(num_draft_tokens)
 
     def warm_up(self, *, filters=False):
         """Compile every variant of the step, so that nothing compiles afterwards.
@@ -363,8 +356,8 @@ class Engine:
         `filters` says whether requests to come use top-k, top-p or min-p.
         """
         self._filters |= filters
-        variants = itertools.product(self._shapes(), (False, True))
-        plans = [shape.new_plan(prefill=prefill) for shape, prefill in variants]
+        shapes, kinds = self._shapes(), (False, True)
+        plans = [shape.new_plan(prefill=kind) for shape in shapes for kind in kinds]
         for plan in plans:
             self.run_plan(plan).block_until_ready()
         if self._host_pages is not None:
@@ -373,10 +366,12 @@ class Engine:
 
     def drop_page_copies(self):
         """Leave out the copies of spilled pages, to time what they cost; lossy."""
+        self._dispatcher.settle()
         self._host_pages = None
 
     def replace_state(self, **fields):
         """Put arrays in place of fields of the DecodeState, to time made-up caches."""
+        self._dispatcher.settle()
         self._state = self._state._replace(**committed(fields))
 
     def _shapes(self):
@@ -387,15 +382,23 @@ class Engine:
 
         Without a plan (None) there is no step and no outcome.
         """
+        return self._dispatch(plan, moves).result()
+
+    def _dispatch(self, plan, moves):
+        """The outcome to come of `run_plan`, with what the engine holds now."""
+        args = self.params, self._filters, plan, moves
+        return self._dispatcher.submit(self._run, *args)
+
+    def _run(self, params, filters, plan, moves):
         buffer = None if plan is None else plan.buffer  # copied by the step's call
         if self._host_pages is not None:
             buffer = sent_first(buffer, moves)
             self._state = self._host_pages.move(self._state, moves)
         if plan is None:
             return None
-        self._state, outcome = self._step(self._filters, plan.shape)(
-            self.params, self._state, buffer, prefill=plan.prefill
-        )
+        step = self._step(filters, plan.shape)
+        self._state, outcome = step(params, self._state, buffer, prefill=plan.prefill)
+        outcome.copy_to_host_async()
         return outcome
 
     def _step(self, filters, shape=None):

@@ -18,6 +18,7 @@ PACKAGES = ("pallas_kernels", "sparsespec_jax", "experiments")  # each imports t
 # Host bookkeeping: importable, testable and fast without jax.
 HOST_FILES = (
     "config.py",
+    "dispatcher.py",
     "intake.py",
     "kv_manager.py",
     "metrics.py",

@@ -1,0 +1,109 @@
+"""Calls in order, in a thread or not, and an engine that dispatches by a thread."""
+
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from sparsespec_jax import Engine, SamplingParams
+from sparsespec_jax.dispatcher import Dispatcher, HostClock
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts
+
+
+def make_engine(model, lag):
+    config = dataclasses.replace(ENGINE, lag=lag, max_length=100)
+    return Engine(model, speculation=SPECULATION, engine=config)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_calls_run_in_order(threaded):
+    dispatcher, seen, threads = Dispatcher(threaded=threaded), [], set()
+
+    def call(number):
+        threads.add(threading.current_thread())
+        time.sleep(0.01 * (number == 0))  # the first is the slowest
+        seen.append(number)
+        return number
+
+    futures = [dispatcher.submit(call, n) for n in range(5)]
+    dispatcher.settle()
+    assert seen == [0, 1, 2, 3, 4] == [future.result() for future in futures]
+    assert len(threads) == 1
+    assert (threading.current_thread() in threads) != threaded
+
+
+def test_a_call_that_fails_raises_with_its_result_and_the_next_one_runs():
+    dispatcher = Dispatcher(threaded=True)
+    failing = dispatcher.submit(lambda: 1 / 0)
+    dispatcher.settle()
+    assert dispatcher.submit(int).result() == 0
+    with pytest.raises(ZeroDivisionError):
+        failing.result()
+    with pytest.raises(ZeroDivisionError):
+        Dispatcher(threaded=False).submit(lambda: 1 / 0)
+
+
+def spin(seconds):
+    """Needs processor time of the thread that calls."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_step_costs_what_the_busier_thread_needs():
+    dispatcher = Dispatcher(threaded=True)
+    clock = HostClock(dispatcher)
+    assert clock.per_step(0) == 0.0
+    dispatcher.submit(spin, 0.06).result()
+    spin(0.02)
+    assert 0.03 <= clock.per_step(2) < 0.06  # 60 ms of one, 20 ms of the other
+    spin(0.02)
+    assert 0.02 <= clock.per_step(3) < 0.06
+
+
+def test_steps_are_planned_while_one_before_is_being_dispatched(tiny_model):
+    """Lag 2 as far as it goes: two steps planned, none of them dispatched yet."""
+    engine, may_run = make_engine(tiny_model, lag=2), threading.Event()
+    engine.warm_up()
+    run = engine._run
+
+    def run_later(*args):
+        assert may_run.wait(60)
+        return run(*args)
+
+    engine._run = run_later
+    engine.add_request(make_prompts(tiny_model.config.vocab_size)[0], LAWS[0])
+    assert engine.step() == engine.step() == []  # neither waits
+    assert engine.num_steps == 2
+    may_run.set()
+    while engine.has_work:
+        engine.step()
+
+
+def test_what_fails_in_the_thread_is_raised_by_the_step_that_reads_it(tiny_model):
+    engine = make_engine(tiny_model, lag=2)
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=4))
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    engine._run = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for _ in range(3):
+            engine.step()
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_weights_change_between_steps_whoever_dispatches(tiny_model, lag):
+    """Every token is counted to the weights that its step was given."""
+    engine = make_engine(tiny_model, lag)
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True))
+    results = []
+    for _ in range(20):
+        results += engine.step()
+    engine.update_params(tiny_model.params)
+    while engine.has_work:
+        results += engine.step()
+    versions = dict(results[0].params_versions)
+    assert set(versions) == {0, 1} and sum(versions.values()) == 40
