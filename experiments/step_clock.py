@@ -37,7 +37,7 @@ class ClockedEngine(Engine):
 
     def take_times(self) -> np.ndarray:
         """Begin and end int64 [steps, 2] of the steps since the last call, in ns."""
-        self._dispatcher.settle()
+        self.dispatcher.settle()
         times = np.asarray(jax.device_get(self._times), np.int32).reshape(-1, 2, 2)
         self._times.clear()
         return nanoseconds(times)

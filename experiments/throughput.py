@@ -140,22 +140,28 @@ def make_engine(load: Load, model: Model, prompts, speculation):
 
 
 class Clock:
-    """Tokens, steps and seconds of parts of a run; host seconds are of this thread."""
+    """Tokens, steps and seconds of parts of a run.
+
+    Host seconds are processor time of this thread, dispatch seconds that of the thread
+    that dispatches, if it is another one (lag 2).
+    """
 
     def __init__(self, engine):
         self.engine = engine
         self.tokens = self.steps = 0
-        self.seconds = self.host_seconds = 0.0
+        self.seconds = self.host_seconds = self.dispatch_seconds = 0.0
 
     def run(self, until):
         """Step the engine until `until(finished results of the step)` or no work."""
         engine = self.engine
         left, steps = engine.max_new_tokens, engine.num_steps
         start, host_start = time.perf_counter(), time.thread_time()
+        dispatch_start = engine.dispatcher.seconds
         while engine.has_work and not until(engine.step()):
             pass
         self.seconds += time.perf_counter() - start
         self.host_seconds += time.thread_time() - host_start
+        self.dispatch_seconds += engine.dispatcher.seconds - dispatch_start
         self.tokens += left - engine.max_new_tokens
         self.steps += engine.num_steps - steps
 
@@ -168,6 +174,7 @@ class Clock:
             "tokens_per_s": self.tokens / self.seconds,
             "ms_per_step": 1e3 * self.seconds / self.steps,
             "host_ms_per_step": 1e3 * self.host_seconds / self.steps,
+            "dispatch_ms_per_step": 1e3 * self.dispatch_seconds / self.steps,
         }
 
 

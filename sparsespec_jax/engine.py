@@ -78,8 +78,8 @@ class Engine:
         if num_chunks:
             self._host_pages = HostPages(self._state, num_chunks, chunk_pages)
         self._choose, self._next_choice = choose_num_draft_tokens, 0
-        self._dispatcher = Dispatcher(threaded=self.config.lag == 2)
-        self._host_clock = HostClock(self._dispatcher)
+        self.dispatcher = Dispatcher(threaded=self.config.lag == 2)
+        self._host_clock = HostClock(self.dispatcher)
         self._outputs = Outputs(
             self._scheduler,
             max_budget=self.shape.max_budget if self.shape.draft_lanes else 0,
@@ -284,8 +284,9 @@ class Engine:
     def _read(self, keep, results, events):
         """Read the outcomes of all steps but the last `keep`."""
         while len(self._in_flight) > keep:
-            planned, packed, version = self._in_flight.popleft()
+            planned, packed, version = self._in_flight[0]
             outcome = StepOutcome.from_packed(packed.result(), planned.num_queries)
+            self._in_flight.popleft()  # an interrupt while waiting loses nothing
             self._outputs.commit(planned, outcome, version, results, events)
 
     def pause(self):
@@ -356,8 +357,7 @@ class Engine:
         `filters` says whether requests to come use top-k, top-p or min-p.
         """
         self._filters |= filters
-        shapes, kinds = self._shapes(), (False, True)
-        plans = [shape.new_plan(prefill=kind) for shape in shapes for kind in kinds]
+        plans = [s.new_plan(prefill=p) for s in self._shapes() for p in (False, True)]
         for plan in plans:
             self.run_plan(plan).block_until_ready()
         if self._host_pages is not None:
@@ -366,12 +366,12 @@ class Engine:
 
     def drop_page_copies(self):
         """Leave out the copies of spilled pages, to time what they cost; lossy."""
-        self._dispatcher.settle()
+        self.dispatcher.settle()
         self._host_pages = None
 
     def replace_state(self, **fields):
         """Put arrays in place of fields of the DecodeState, to time made-up caches."""
-        self._dispatcher.settle()
+        self.dispatcher.settle()
         self._state = self._state._replace(**committed(fields))
 
     def _shapes(self):
@@ -387,7 +387,7 @@ class Engine:
     def _dispatch(self, plan, moves):
         """The outcome to come of `run_plan`, with what the engine holds now."""
         args = self.params, self._filters, plan, moves
-        return self._dispatcher.submit(self._run, *args)
+        return self.dispatcher.submit(self._run, *args)
 
     def _run(self, params, filters, plan, moves):
         buffer = None if plan is None else plan.buffer  # copied by the step's call

@@ -107,3 +107,40 @@ def test_weights_change_between_steps_whoever_dispatches(tiny_model, lag):
         results += engine.step()
     versions = dict(results[0].params_versions)
     assert set(versions) == {0, 1} and sum(versions.values()) == 40
+
+
+class Interrupted:
+    """A future that the keyboard interrupts the first time somebody waits for it."""
+
+    def __init__(self, future, when):
+        self.future, self.when, self.waits = future, when, 0
+
+    def result(self):
+        """The future's result, the second time."""
+        self.waits += 1
+        if self.when and self.waits == 1:
+            raise KeyboardInterrupt
+        return self.future.result()
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_an_interrupt_while_waiting_loses_nothing(tiny_model, lag):
+    prompts = make_prompts(tiny_model.config.vocab_size)[:3]
+    texts, num_interrupts = [], 0
+    for every in (0, 5):  # no step, each fifth step
+        engine, results = make_engine(tiny_model, lag), {}
+        ids = [engine.add_request(*p) for p in zip(prompts, LAWS, strict=False)]
+        dispatch = engine._dispatch
+
+        def interrupted(*args, dispatch=dispatch, engine=engine, every=every):
+            when = every and engine.num_steps % every == 3
+            return Interrupted(dispatch(*args), when)
+
+        engine._dispatch = interrupted
+        while engine.has_work:
+            try:
+                results |= {r.request_id: r for r in engine.step()}
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        texts.append([results[i].token_ids for i in ids])
+    assert num_interrupts > 5 and texts[0] == texts[1]
