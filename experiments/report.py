@@ -95,9 +95,16 @@ def _simulator(data):
 def _host(data):
     return "; ".join(
         f"{row['num_requests']} requests: plan {row['plan_us']:.0f} us, commit "
-        f"{row['commit_us']:.0f} us"
+        f"{row['commit_us']:.0f} us" + _loop(row.get("loop_ms_by_lag"))
         for row in data["rows"]
     )
+
+
+def _loop(by_lag):
+    if by_lag is None:
+        return ""
+    times = ", ".join(f"{ms:.2f}" for ms in by_lag)
+    return f", from step to step {times} ms at lag 0, 1, 2"
 
 
 def _eagle(data):

@@ -1,6 +1,9 @@
 """Calls in order, in a thread or not, and an engine that dispatches by a thread."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -144,3 +147,18 @@ def test_an_interrupt_while_waiting_loses_nothing(tiny_model, lag):
                 num_interrupts += 1
         texts.append([results[i].token_ids for i in ids])
     assert num_interrupts > 5 and texts[0] == texts[1]
+
+
+def test_the_loop_hides_the_device_behind_dispatches(tmp_path):
+    """Dispatches and device steps of 15 ms, one behind the other at lag 0 alone."""
+    output = tmp_path / "cost.json"
+    command = [
+        sys.executable, "-m", "experiments.host_cost", "--num_requests=2",
+        "--context=100", "--num_steps=10", "--dispatch_ms=15", "--device_ms=15",
+        f"--output={output}",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    (row,) = json.loads(output.read_text())["rows"]
+    none, one, two = row["loop_ms_by_lag"]
+    assert none >= 30
+    assert 15 <= one < 27 and 15 <= two < 27

@@ -449,7 +449,14 @@ def test_the_page_says_what_other_results_hold(tmp_path):
     files = {
         "offload_h100.json": {"metrics": {"offload_over_recompute": 1.25}},
         "host_cost.json": {
-            "rows": [{"num_requests": 2, "plan_us": 3.4, "commit_us": 5.6}]
+            "rows": [
+                {
+                    "num_requests": 2,
+                    "plan_us": 3.4,
+                    "commit_us": 5.6,
+                    "loop_ms_by_lag": [3.0, 2.25, 2.004],
+                }
+            ]
         },
         "eagle_h100/results.json": {"accepted_drafts": {"eagle": mean}, "num_texts": 7},
         "throughput_x.json": {
@@ -484,7 +491,8 @@ def test_the_page_says_what_other_results_hold(tmp_path):
         path.write_text(json.dumps(data | {"environment": environment}))
     page = report.as_markdown(report.collect(tmp_path), tmp_path)
     for words in (
-        "1.25 times recomputing", "2 requests: plan 3 us, commit 6 us",
+        "1.25 times recomputing",
+        "2 requests: plan 3 us, commit 6 us, from step to step 3.00, 2.25, 2.00 ms at",
         "eagle 0.5 +- 0.1 (head of 7 texts)",
         "while all slots are busy, bound 3.00; 0.75 times in all; device idle between "
         "steps for 0.38 % of 21.6 s",
