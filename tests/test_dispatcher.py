@@ -1,11 +1,13 @@
 """Calls in order, in a thread or not, and an engine that dispatches by a thread."""
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -162,3 +164,16 @@ def test_the_loop_hides_the_device_behind_dispatches(tmp_path):
     none, one, two = row["loop_ms_by_lag"]
     assert none >= 50
     assert 25 <= one < 45 and 25 <= two < 45
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_an_engine_that_nobody_holds_frees_its_pool(tiny_model, lag):
+    """The next engine may need the memory, whichever thread ran the last step."""
+    engine = make_engine(tiny_model, lag)
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=4))
+    while engine.has_work:
+        engine.step()
+    pool = weakref.ref(engine._state.layers[0].kv_pages)
+    del engine
+    gc.collect()
+    assert pool() is None
