@@ -23,7 +23,7 @@ class Dispatcher:
         Without a thread, what it raises comes at once.
         """
         if self._pool is not None:
-            return self._pool.submit(self._timed, function, *args)
+            return self._pool.submit(self._timed, [(function, args)])
         future = Future()
         future.set_result(function(*args))
         return future
@@ -33,7 +33,8 @@ class Dispatcher:
         if self._pool is not None:
             self._pool.submit(int).result()
 
-    def _timed(self, function, *args):
+    def _timed(self, call):
+        function, args = call.pop()  # the thread holds neither once the result is there
         start = time.thread_time()
         try:
             return function(*args)

@@ -68,11 +68,9 @@ class Engine:
         )
         self._state = committed(state)
         chunk_pages = self.config.host_chunk_pages
+        chunks = dict(num_host_chunks=num_chunks, chunk_pages=chunk_pages)
         self._scheduler = Scheduler(
-            self.shape,
-            kv_policy=self.config.kv_policy,
-            num_host_chunks=num_chunks,
-            chunk_pages=chunk_pages,
+            self.shape, kv_policy=self.config.kv_policy, **chunks
         )
         self._host_pages = None
         if num_chunks:
@@ -288,6 +286,8 @@ class Engine:
             outcome = StepOutcome.from_packed(packed.result(), planned.num_queries)
             self._in_flight.popleft()  # an interrupt while waiting loses nothing
             self._outputs.commit(planned, outcome, version, results, events)
+        if not self.has_work:  # steps under way are of no use: let them end
+            self.dispatcher.settle()
 
     def pause(self):
         """Wait for every step under way; returns the results that came with them.

@@ -166,6 +166,20 @@ def test_the_loop_hides_the_device_behind_dispatches(tmp_path):
     assert 25 <= one < 45 and 25 <= two < 45
 
 
+def test_a_thread_holds_nothing_of_a_call_that_has_ended():
+    class Held:
+        def __call__(self, other):
+            return 5
+
+    for _ in range(200):
+        dispatcher, function, argument = Dispatcher(threaded=True), Held(), Held()
+        held = weakref.ref(function), weakref.ref(argument)
+        future = dispatcher.submit(function, argument)
+        del function, argument
+        assert future.result() == 5
+        assert [ref() for ref in held] == [None, None]
+
+
 @pytest.mark.parametrize("lag", [1, 2])
 def test_an_engine_that_nobody_holds_frees_its_pool(tiny_model, lag):
     """The next engine may need the memory, whichever thread ran the last step."""
