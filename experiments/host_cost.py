@@ -93,7 +93,7 @@ def random_outcome(planned, step_plan, rng):
     is_seed = step_plan.views["seed_counts"] >= 0
     accepted = np.where(is_seed, NOT_SEED, rng.integers(0, rows, lanes))
     count = np.where(is_seed, 1, accepted + 1)
-    count[len(planned.requests) :] = 0  # idle lanes
+    count[len(planned.requests) :] = 0
     packed = np.zeros((lanes, plan.OUTCOME_HEADER + 2 * rows), np.int32)
     packed[:, plan.NUM_EMITTED], packed[:, plan.NUM_ACCEPTED] = count, accepted
     return packed

@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels.device_clock import nanoseconds, read_clock
 from sparsespec_jax import Engine
-from sparsespec_jax.step import GPU_COMPILER_OPTIONS
+from sparsespec_jax.step import jit_step
 
 
 class ClockedEngine(Engine):
@@ -26,7 +26,7 @@ class ClockedEngine(Engine):
         self._times = []  # int32 [2, 2] of every step, on the device
 
     def _step(self, filters, shape=None):
-        step = _clocked(super()._step(filters, shape))
+        step = _clocked(super()._step(filters, shape), self.impl)
 
         def run(*args, prefill):
             state, outcome, times = step(*args, prefill=prefill)
@@ -57,14 +57,9 @@ def with_clock(function):
 
 
 @functools.cache
-def _clocked(step):
-    """The compiled form of `with_clock` of what the compiled `step` was made of."""
-    return jax.jit(
-        with_clock(step.__wrapped__),
-        static_argnames="prefill",
-        donate_argnums=1,
-        compiler_options=GPU_COMPILER_OPTIONS,
-    )
+def _clocked(step, impl):
+    """The jitted form of `with_clock` of what the jitted `step` was made of."""
+    return jit_step(with_clock(step.__wrapped__), impl)
 
 
 def idle_between(times: np.ndarray) -> dict:

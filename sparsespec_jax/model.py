@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,19 @@ Params = dict[str, Any]
 Attend = Callable[[int, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
-# Parts of a product on a GPU, by the most elements of the result: what is fastest on an
-# H100 together with the kernel that sums them (docs/performance.md).
-_HEADS_PARTS = ((2**20, 2),)
-_OUT_PARTS = ((9 * 2**16, 4), (2**20, 2))
-_DOWN_PARTS = ((2**17, 4), (2**18, 8), (2**19, 4), (2**20, 2))
+
+
+class Cuts(NamedTuple):
+    """Into how many parts a product may be cut over its long axis."""
+
+    by_size: tuple[tuple[int, int], ...]  # (most elements of the result, parts)
+    shortest: int = 128  # length of a part at least
+
+
+# What is fastest on an H100 together with the kernel that sums (docs/performance.md).
+_HEADS_CUTS = Cuts(((2**20, 2),), shortest=1024)
+_OUT_CUTS = Cuts(((9 * 2**16, 4), (2**20, 2)))
+_DOWN_CUTS = Cuts(((2**17, 4), (2**18, 8), (2**19, 4), (2**20, 2)))
 
 
 def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Array:
@@ -79,11 +87,11 @@ def _contract_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> jax.Array
     )
 
 
-def _num_parts(cuts, num_tokens: int, size_in: int, size_out: int, shortest) -> int:
-    """Parts of a product, by `cuts`; none of them has fewer than `shortest` of `in`."""
-    fits = (n for most, n in cuts if num_tokens * size_out <= most)
+def _num_parts(cuts: Cuts, num_tokens: int, size_in: int, size_out: int) -> int:
+    """Parts that `cuts` wants of a product, or fewer that its long axis allows."""
+    fits = (n for most, n in cuts.by_size if num_tokens * size_out <= most)
     parts = next(fits, 1)
-    while parts > 1 and (size_in % parts or size_in < shortest * parts):
+    while parts > 1 and (size_in % parts or size_in < cuts.shortest * parts):
         parts //= 2
     return parts
 
@@ -95,8 +103,7 @@ class Projection(nn.Module):
     dtype: Any
     use_bias: bool = False
     out_dtype: Any = None  # None: dtype
-    cuts: tuple[tuple[int, int], ...] = ()  # the result may be parts, see _num_parts
-    shortest_part: int = 128
+    cuts: Cuts | None = None  # given: the result may be parts, see _contract_in_parts
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -106,8 +113,7 @@ class Projection(nn.Module):
         kernel = self.param("kernel", init, shape, self.dtype)
         if self.cuts and not self.use_bias:
             size_out = math.prod(self.features)
-            sizes = x.shape[0], shape[0], size_out
-            parts = _num_parts(self.cuts, *sizes, self.shortest_part)
+            parts = _num_parts(self.cuts, x.shape[0], shape[0], size_out)
             if parts > 1:
                 flat = kernel.astype(self.dtype).reshape(-1, size_out)
                 y = _contract_in_parts(x, flat, parts)
@@ -176,28 +182,28 @@ class Layer(nn.Module):
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
         project = functools.partial(Projection, (c.hidden_size,), self.dtype)
-        cuts = self._cuts(_OUT_PARTS)
+        cuts = self._if_summed(_OUT_CUTS)
         y = project(c.attention_out_bias, cuts=cuts, name="out")(mixed)
         x, normed = norm(x, y, scale(name="mlp_norm")())
         inner = Projection(
             (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
         )(normed)
         gated = nn.silu(inner[:, 0]) * inner[:, 1]
-        y = project(c.mlp_bias, cuts=self._cuts(_DOWN_PARTS), name="down")(gated)
+        y = project(c.mlp_bias, cuts=self._if_summed(_DOWN_CUTS), name="down")(gated)
         return x, y, cache
 
     @nn.nowrap
-    def _cuts(self, parts):
-        """The parts of a product, none where no kernel would sum them."""
-        splits = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
-        return parts if splits else ()
+    def _if_summed(self, cuts):
+        """The cuts, None where no kernel would sum the parts."""
+        is_summed = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
+        return cuts if is_summed else None
 
     def _queries_and_rows(self, x, cos, sin):
         c, scales = self.config, ()
         features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
         qkv = Projection(
             features, self.dtype, c.attention_bias,
-            cuts=self._cuts(_HEADS_PARTS), shortest_part=1024, name="qkv",
+            cuts=self._if_summed(_HEADS_CUTS), name="qkv",
         )(x)  # fmt: skip
         if c.qk_norm:
             names = "q_norm", "k_norm"

@@ -99,12 +99,16 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
             )  # fmt: skip
         return state, outcome
 
-    compiler_options = GPU_COMPILER_OPTIONS if impl == "gpu" else None
+    return jit_step(step, impl)
+
+
+def jit_step(step, impl):
+    """The jitted form of a function `step(params, state, buffer, prefill=bool)`."""
     return jax.jit(
         step,
         static_argnames="prefill",
         donate_argnums=1,
-        compiler_options=compiler_options,
+        compiler_options=GPU_COMPILER_OPTIONS if impl == "gpu" else None,
     )
 
 

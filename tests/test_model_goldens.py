@@ -251,8 +251,7 @@ def test_products_are_cut_by_their_sizes(cuts, num_tokens, size_in, features, pa
     project = Projection(
         features,
         jnp.bfloat16,
-        cuts=getattr(model_lib, f"_{cuts.upper()}_PARTS") if cuts else (),
-        shortest_part=1024 if cuts == "heads" else 128,
+        cuts=getattr(model_lib, f"_{cuts.upper()}_CUTS") if cuts else None,
     )
     got = project.apply({"params": {"kernel": kernel}}, x)
     flat = kernel.astype(np.float32).reshape(size_in, -1)

@@ -90,6 +90,13 @@ def compile_step(
     return compiled, state.layers[0].kv_pages.size * 2
 
 
+def launches_of(compiled):
+    """(operation, scope path) of every launch of a compiled step, in its order."""
+    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
+    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
+    return [m.groups() for m in found if m and m[1] not in _NO_LAUNCH]
+
+
 @pytest.mark.parametrize(
     ("target", "num_draft_tokens", "proposer", "most_launches"),
     [
@@ -107,12 +114,8 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
     assert compiled.alias_bytes >= _LAYERS * pool_bytes
     if most_launches is None:
         return
-    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
-    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
-    launches = [m for m in found if m and m[1] not in _NO_LAUNCH]
-    layers = [
-        [m[2] for m in launches if f"/layer_{i}/" in m[2]] for i in range(_LAYERS)
-    ]
+    paths = [path for _, path in launches_of(compiled)]
+    layers = [[p for p in paths if f"/layer_{i}/" in p] for i in range(_LAYERS)]
     # What layers share bears the name of one of them; the first adds no stream.
     of_layer = min(layers[1:], key=len)
     assert 8 <= len(of_layer) <= most_launches
@@ -126,11 +129,9 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
 def test_prompt_chunks_are_attended_in_a_launch_of_their_own_without_copies():
     pytest.importorskip("jax_cuda13_plugin")
     compiled, _ = compile_step("h100", 8, prefill=(2, 512))
-    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
-    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
-    of_attention = [m[1] for m in found if m and "/layer_1/attention/" in m[2]]
-    launches = [name for name in of_attention if name not in _NO_LAUNCH]
-    assert launches == ["custom-call"] * 3
+    launches = launches_of(compiled)
+    of_attention = [name for name, path in launches if "/layer_1/attention/" in path]
+    assert of_attention == ["custom-call"] * 3
 
 
 def test_a_step_reads_the_clock_before_and_behind_all_else():
@@ -138,9 +139,7 @@ def test_a_step_reads_the_clock_before_and_behind_all_else():
     compiled, pool_bytes = compile_step("h100", 7, wrap=step_clock.with_clock)
     assert compiled.temp_bytes < pool_bytes / 8
     assert compiled.alias_bytes >= _LAYERS * pool_bytes
-    entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
-    found = [_INSTRUCTION.match(line) for line in entry.splitlines()]
-    paths = [m[2] for m in found if m and m[1] not in _NO_LAUNCH]
+    paths = [path for _, path in launches_of(compiled)]
     first, last = [i for i, path in enumerate(paths) if "read_clock" in path]
     kernels = [i for i, path in enumerate(paths) if "_gpu)" in path]
     assert first < kernels[0] and kernels[-1] < last

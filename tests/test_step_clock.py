@@ -42,7 +42,6 @@ def test_a_clock_changes_no_token(tiny_model, monkeypatch):
         return time if before is None else (time, before)
 
     monkeypatch.setattr(step_clock, "read_clock", no_clock)
-    monkeypatch.setattr(step_clock, "GPU_COMPILER_OPTIONS", None)
     tokens = []
     for make in (Engine, step_clock.ClockedEngine):
         engine = make(
