@@ -95,7 +95,7 @@ def _loaded_engine(model, load, speculation, config, copies):
     engine = Engine(model, speculation=speculation, engine=config)
     engine.warm_up()
     if not copies:
-        engine.drop_page_copies()
+        engine.device_steps.drop_page_copies()
     for prompt, law in zip(*load, strict=True):
         engine.add_request(prompt, law)
     return engine

@@ -23,21 +23,25 @@ class ClockedEngine(Engine):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self._times = []  # int32 [2, 2] of every step, on the device
+        # int32 [2, 2] of every step, on the device. The steps must not hold the engine.
+        self._times = times = []
+        plain, impl = self.device_steps.step_function, self.impl
 
-    def _step(self, filters, shape=None):
-        step = _clocked(super()._step(filters, shape), self.impl)
+        def step_function(filters, shape):
+            step = _clocked(plain(filters, shape), impl)
 
-        def run(*args, prefill):
-            state, outcome, times = step(*args, prefill=prefill)
-            self._times.append(times)
-            return state, outcome
+            def run(*args, prefill):
+                state, outcome, when = step(*args, prefill=prefill)
+                times.append(when)
+                return state, outcome
 
-        return run
+            return run
+
+        self.device_steps.step_function = step_function
 
     def take_times(self) -> np.ndarray:
         """Begin and end int64 [steps, 2] of the steps since the last call, in ns."""
-        self.dispatcher.settle()
+        self.device_steps.settle()
         times = np.asarray(jax.device_get(self._times), np.int32).reshape(-1, 2, 2)
         self._times.clear()
         return nanoseconds(times)

@@ -156,12 +156,12 @@ class Clock:
         engine = self.engine
         left, steps = engine.max_new_tokens, engine.num_steps
         start, host_start = time.perf_counter(), time.thread_time()
-        dispatch_start = engine.dispatcher.seconds
+        dispatch_start = engine.device_steps.dispatcher.seconds
         while engine.has_work and not until(engine.step()):
             pass
         self.seconds += time.perf_counter() - start
         self.host_seconds += time.thread_time() - host_start
-        self.dispatch_seconds += engine.dispatcher.seconds - dispatch_start
+        self.dispatch_seconds += engine.device_steps.dispatcher.seconds - dispatch_start
         self.tokens += left - engine.max_new_tokens
         self.steps += engine.num_steps - steps
 

@@ -89,7 +89,7 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
     steps, slots = {}, engine.shape.num_slots
     for k in engine.draft_token_choices:
         steps[k] = tuple((float(n * slots), _time(engine, k, n)) for n in lengths)
-    engine.replace_state(**_state_fields(engine, 0, idle=True))
+    engine.device_steps.replace_state(**_state_fields(engine, 0, idle=True))
     return steps
 
 
@@ -124,7 +124,7 @@ def made_up_cycle(engine, k, length):
     each of which another part of the slots verifies.
     """
     shape = engine.shape.with_draft_tokens(k)
-    engine.replace_state(**_state_fields(engine, length))
+    engine.device_steps.replace_state(**_state_fields(engine, length))
     return [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -14,7 +15,8 @@ class Dispatcher:
     """
 
     def __init__(self, *, threaded):
-        self._pool = ThreadPoolExecutor(1, "dispatch") if threaded else None
+        self._name = f"dispatch-{id(self):x}"
+        self._pool = ThreadPoolExecutor(1, self._name) if threaded else None
         self.seconds = 0.0  # of processor time that the thread has needed
 
     def submit(self, function, *args) -> Future:
@@ -32,6 +34,12 @@ class Dispatcher:
         """Wait until all calls so far have ended."""
         if self._pool is not None:
             self._pool.submit(int).result()
+
+    def close(self):
+        """End the thread, when the call under way has ended; the others are dropped."""
+        if self._pool is not None:
+            own = threading.current_thread().name.startswith(self._name)
+            self._pool.shutdown(wait=not own, cancel_futures=True)
 
     def _timed(self, call):
         function, args = call.pop()  # the thread holds neither once the result is there

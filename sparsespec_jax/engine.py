@@ -1,34 +1,43 @@
-"""The host loop: plan, dispatch, read the outcome `lag` steps later, commit.
+"""The host loop: plan, dispatch, read the outcome `lag` steps later, commit."""
 
-This file alone holds both the device state and the request records.
-"""
-
+import contextlib
 import dataclasses
+import weakref
 from collections import deque
-
-import jax
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
-from sparsespec_jax.dispatcher import Dispatcher, HostClock
-from sparsespec_jax.intake import check_prompt, make_output, make_request
+from sparsespec_jax.device_steps import DeviceSteps
+from sparsespec_jax.dispatcher import HostClock
+from sparsespec_jax.intake import (
+    check_progress,
+    check_prompt,
+    make_output,
+    make_request,
+)
+from sparsespec_jax.interrupts import Whole
 from sparsespec_jax.metrics import DecodeStats
-from sparsespec_jax.model import params_dtype
-from sparsespec_jax.offload import HostPages, sent_first
 from sparsespec_jax.outputs import Outputs
+from sparsespec_jax.params import check_same_params
 from sparsespec_jax.plan import StepOutcome
 from sparsespec_jax.scheduler import Scheduler
-from sparsespec_jax.state import committed, new_state
-from sparsespec_jax.step import make_step, step_options
+from sparsespec_jax.state import committed
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 
 
-class Engine:
+class Engine(contextlib.AbstractContextManager):
     """Continuous batching of speculative (or, with k = 0, plain) decoding.
 
     Add requests at any time, call `step()` while `has_work`; finished requests come
-    back as DecodeResult. All arrays are allocated on construction.
+    back as DecodeResult. All arrays are allocated on construction, and freed by
+    `close()`, at the end of a `with` block, or when nobody holds the engine.
+
+    Ctrl-C in the midst of a call takes effect when the engine is whole again: the next
+    `step` goes on with the same tokens, and `last_finished` has the results that the
+    interrupted call could not return. If something else cut a step short (an error of
+    the device, say), what has finished is still handed out and every further step
+    raises RuntimeError; `progress` has the tokens of the others for `resume_request`.
 
     Args:
       model: a Model (see `load_model`).
@@ -47,37 +56,27 @@ class Engine:
     def __init__(
         self, model, *, speculation=None, engine=None, choose_num_draft_tokens=None
     ):
+        self.speculation = speculation or SpeculationConfig()
+        self.config = engine or EngineConfig()
+        sizes.check_types(model, self.speculation, self.config)
         self.model = model
         self.params = committed(model.params)
         self.params_version = 0
-        self.speculation = speculation or SpeculationConfig()
-        self.config = engine or EngineConfig()
         resolved = sizes.resolve(model, self.speculation, self.config)
         self.impl, self.max_length = resolved.impl, resolved.max_length
         self.policy, self.proposer = resolved.policy, resolved.proposer
-        self.shape, num_chunks = resolved.shape, resolved.num_host_chunks
+        self.shape = resolved.shape
         self.kv_bytes_per_token = resolved.kv_bytes_per_token
-        ratio_test = self.speculation.acceptor == "ratio_test"
-        state = new_state(
-            model.config,
-            self.shape,
-            kv_dtype=params_dtype(self.params),
-            draft_top_m=self.speculation.draft_top_m if ratio_test else 0,
-            policy=self.policy,
-            proposer=self.proposer,
-        )
-        self._state = committed(state)
-        chunk_pages = self.config.host_chunk_pages
-        chunks = dict(num_host_chunks=num_chunks, chunk_pages=chunk_pages)
+        self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
+        weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
         self._scheduler = Scheduler(
-            self.shape, kv_policy=self.config.kv_policy, **chunks
+            self.shape,
+            kv_policy=self.config.kv_policy,
+            num_host_chunks=resolved.num_host_chunks,
+            chunk_pages=self.config.host_chunk_pages,
         )
-        self._host_pages = None
-        if num_chunks:
-            self._host_pages = HostPages(self._state, num_chunks, chunk_pages)
         self._choose, self._next_choice = choose_num_draft_tokens, 0
-        self.dispatcher = Dispatcher(threaded=self.config.lag == 2)
-        self._host_clock = HostClock(self.dispatcher)
+        self._host_clock = HostClock(self.device_steps.dispatcher)
         self._outputs = Outputs(
             self._scheduler,
             max_budget=self.shape.max_budget if self.shape.draft_lanes else 0,
@@ -85,6 +84,9 @@ class Engine:
             with_acceptance=choose_num_draft_tokens is not None,
         )
         self._in_flight = deque()  # (PlannedVerifies, future outcome, params version)
+        self._whole = Whole()  # while the records and the device change together
+        self._finished, self._events = [], []  # of the current call, or the last one
+        self._is_handed_out = True
         self._next_id = 0
         self._filters = False
         self.num_steps = 0
@@ -93,8 +95,8 @@ class Engine:
 
     @property
     def has_work(self):
-        """True while a request is unfinished."""
-        return len(self._outputs) > 0
+        """True while a request is unfinished and the engine is open."""
+        return len(self._outputs) > 0 and not self.is_closed
 
     @property
     def is_prefilling(self):
@@ -128,8 +130,13 @@ class Engine:
         Raises:
           ValueError: as `check_request`; nothing is queued then.
         """
+        self._require_open()
         sampling = sampling or SamplingParams()
         tokens = self.check_request(prompt, sampling)
+        with self._whole:
+            return self._add_samples(tokens, sampling, prompt_index, expected_tokens)
+
+    def _add_samples(self, tokens, sampling, prompt_index, expected_tokens):
         group = self._next_id if sampling.n > 1 else None
         ids = []
         for sample in range(sampling.n):
@@ -150,17 +157,14 @@ class Engine:
         Raises:
           ValueError: as `check_request`, or more tokens than `max_tokens`.
         """
+        self._require_open()
         tokens = self.check_request(prompt, sampling)
-        emitted = list(progress.token_ids)
-        if len(emitted) >= sampling.max_tokens:
-            raise ValueError(
-                f"{len(emitted)} tokens are emitted, max_tokens is "
-                f"{sampling.max_tokens}: the request had ended"
-            )
-        request = self._request(tokens, sampling, progress.sample_index)
-        request.tokens.extend(emitted)
-        output = self._add(request, sampling, prompt_index, progress.sample_index)
-        self._outputs.resume(output, progress)
+        check_progress(progress, sampling)
+        with self._whole:
+            request = self._request(tokens, sampling, progress.sample_index)
+            request.tokens.extend(progress.token_ids)
+            output = self._add(request, sampling, prompt_index, progress.sample_index)
+            self._outputs.resume(output, progress)
         return request.request_id
 
     def _add(self, request, sampling, prompt_index, sample):
@@ -168,26 +172,14 @@ class Engine:
         request.request_id, self._next_id = self._next_id, self._next_id + 1
         self._scheduler.add(request)
         self._filters |= sampling.filters
-        output = make_output(
-            self.model,
-            request,
-            sampling,
-            self.speculation,
-            prompt_index=prompt_index,
-            sample=sample,
-        )
+        place = dict(prompt_index=prompt_index, sample=sample)
+        output = make_output(self.model, request, sampling, self.speculation, **place)
         self._outputs.add(output)
         return output
 
     def _request(self, tokens, sampling, sample=0):
-        return make_request(
-            self.model,
-            tokens,
-            sampling,
-            self.speculation,
-            request_id=self._next_id,
-            sample=sample,
-        )
+        new = dict(request_id=self._next_id, sample=sample)
+        return make_request(self.model, tokens, sampling, self.speculation, **new)
 
     def abort(self, request_id):
         """End a request now; returns its DecodeResult so far ("cancelled").
@@ -198,7 +190,8 @@ class Engine:
         output = self._outputs.get(request_id)
         if output is None:
             raise KeyError(f"request {request_id} is unknown or finished")
-        return self._outputs.finish(output, "cancelled", None)
+        with self._whole:
+            return self._outputs.finish(output, "cancelled", None)
 
     def set_budget(self, *, budget_ratio, min_budget):
         """Change the draft budget of requests added from now on; compiles nothing.
@@ -209,12 +202,7 @@ class Engine:
         new = dataclasses.replace(
             self.speculation, budget_ratio=budget_ratio, min_budget=min_budget
         )
-        largest = sizes.largest_budget(new, self.max_length)
-        if largest > self.shape.max_budget:
-            raise ValueError(
-                f"budget_ratio={budget_ratio} and min_budget={min_budget} can select "
-                f"{largest} tokens, the engine was built for {self.shape.max_budget}"
-            )
+        sizes.check_budget(new, self.max_length, self.shape)
         self.speculation = new
 
     @property
@@ -253,50 +241,103 @@ class Engine:
     # -- the loop ---------------------------------------------------------------
 
     def step(self):
-        """Run one step; returns the DecodeResults of requests that finished."""
-        results = []
-        self._step_into(results, None)
-        return results
+        """Run one step; returns the DecodeResults of requests that finished.
+
+        Raises:
+          RuntimeError: the engine is closed, or a step before was cut short.
+        """
+        return self._step(with_events=False)[0]
 
     def step_with_events(self):
         """Run one step; returns (finished DecodeResults, StreamEvents).
 
         Decodes text as it comes, which `step` leaves until it is asked for.
         """
-        results, events = [], []
-        self._step_into(results, events)
-        return results, events
+        return self._step(with_events=True)
 
-    def _step_into(self, results, events):
+    @property
+    def last_finished(self):
+        """DecodeResults of the last call: returned, or not if it was interrupted."""
+        return tuple(self._finished)
+
+    def _step(self, *, with_events):
+        if not self._begin():
+            return self._hand_out()
+        self._read(self.config.lag, with_events)  # more if the last call was cut short
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
-        plan, planned, moves = self._scheduler.plan()
-        outcome = self._dispatch(plan, moves)
+        with self._whole:
+            plan, planned, moves = self._scheduler.plan()
+            outcome = self._dispatch(plan, moves)
+            if plan is not None:
+                self._in_flight.append((planned, outcome, self.params_version))
+                self.num_steps += 1
         if plan is None:
             outcome.result()
-            return self._read(0, results, events)  # what is still in flight
-        self._in_flight.append((planned, outcome, self.params_version))
-        self.num_steps += 1
-        self._read(self.config.lag, results, events)
+        self._read(0 if plan is None else self.config.lag, with_events)
+        return self._hand_out()
 
-    def _read(self, keep, results, events):
-        """Read the outcomes of all steps but the last `keep`."""
+    def _begin(self):
+        """Begin a call that hands out results; False if it can only do that."""
+        if self._is_handed_out:
+            self._finished, self._events, self._is_handed_out = [], [], False
+        if self._whole.broken and self._finished:
+            return False
+        self._require_open()
+        return True
+
+    def _hand_out(self):
+        self._is_handed_out = True
+        return self._finished, self._events
+
+    def _read(self, keep, with_events):
+        """Commit the outcomes of all steps but the last `keep`."""
         while len(self._in_flight) > keep:
             planned, packed, version = self._in_flight[0]
-            outcome = StepOutcome.from_packed(packed.result(), planned.num_queries)
-            self._in_flight.popleft()  # an interrupt while waiting loses nothing
-            self._outputs.commit(planned, outcome, version, results, events)
+            packed = packed.result()
+            packed.block_until_ready()  # an interrupt while waiting loses nothing
+            with self._whole:
+                self._in_flight.popleft()
+                outcome = StepOutcome.from_packed(packed, planned.num_queries)
+                events = self._events if with_events else None
+                self._outputs.commit(planned, outcome, version, self._finished, events)
         if not self.has_work:  # steps under way are of no use: let them end
-            self.dispatcher.settle()
+            self.device_steps.settle()
 
     def pause(self):
         """Wait for every step under way; returns the results that came with them.
 
-        Nothing is lost and nothing need be restored: the next `step` goes on.
+        Nothing is lost and nothing need be restored: the next `step` goes on. After an
+        interrupt, the results that the interrupted call did not return are among them.
         """
-        results = []
-        self._read(0, results, None)
-        return results
+        if self._begin():
+            self._read(0, with_events=False)
+        return self._hand_out()[0]
+
+    def close(self):
+        """Wait for the step under way and free the pool; unfinished requests are lost.
+
+        More than once is once. `progress` before it has what they emitted.
+        """
+        self.device_steps.close()
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    @property
+    def is_closed(self):
+        """True after `close`."""
+        return self.device_steps.state is None
+
+    def _require_open(self):
+        if self.is_closed:
+            raise RuntimeError("this Engine is closed: make a new one")
+        if self._whole.broken:
+            raise RuntimeError(
+                f"a step of this Engine was cut short ({self._whole.broken}) and it "
+                "cannot go on: make a new one; progress({}) has the tokens that "
+                "resume_request goes on from"
+            )
 
     def update_params(self, params):
         """Decode with other weights of the same shapes from the next step on.
@@ -306,14 +347,8 @@ class Engine:
         Raises:
           ValueError: names, shapes or types differ from those in use.
         """
-        old, new = (
-            jax.tree.map(lambda x: (x.shape, x.dtype), p) for p in (self.params, params)
-        )
-        if old != new:
-            raise ValueError(
-                "params must have the names, shapes and types of those in use: load "
-                "them for the same model and dtype"
-            )
+        self._require_open()
+        check_same_params(self.params, params)
         self.params = committed(params)
         self.params_version += 1
 
@@ -356,23 +391,13 @@ class Engine:
 
         `filters` says whether requests to come use top-k, top-p or min-p.
         """
+        self._require_open()
         self._filters |= filters
         plans = [s.new_plan(prefill=p) for s in self._shapes() for p in (False, True)]
         for plan in plans:
             self.run_plan(plan).block_until_ready()
-        if self._host_pages is not None:
-            buffers = [jax.device_put(plan.buffer) for plan in plans]
-            self._state = self._host_pages.warm_up(self._state, buffers)
-
-    def drop_page_copies(self):
-        """Leave out the copies of spilled pages, to time what they cost; lossy."""
-        self.dispatcher.settle()
-        self._host_pages = None
-
-    def replace_state(self, **fields):
-        """Put arrays in place of fields of the DecodeState, to time made-up caches."""
-        self.dispatcher.settle()
-        self._state = self._state._replace(**committed(fields))
+        with self._whole:
+            self.device_steps.warm_up_moves(plans)
 
     def _shapes(self):
         return [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
@@ -382,44 +407,17 @@ class Engine:
 
         Without a plan (None) there is no step and no outcome.
         """
-        return self._dispatch(plan, moves).result()
+        with self._whole:
+            outcome = self._dispatch(plan, moves)
+        return outcome.result()
 
     def _dispatch(self, plan, moves):
-        """The outcome to come of `run_plan`, with what the engine holds now."""
-        args = self.params, self._filters, plan, moves
-        return self.dispatcher.submit(self._run, *args)
-
-    def _run(self, params, filters, plan, moves):
-        buffer = None if plan is None else plan.buffer  # copied by the step's call
-        if self._host_pages is not None:
-            buffer = sent_first(buffer, moves)
-            self._state = self._host_pages.move(self._state, moves)
-        if plan is None:
-            return None
-        step = self._step(filters, plan.shape)
-        self._state, outcome = step(params, self._state, buffer, prefill=plan.prefill)
-        outcome.copy_to_host_async()
-        return outcome
-
-    def _step(self, filters, shape=None):
-        return make_step(
-            self.model.config,
-            shape or self.shape,
-            policy=self.policy,
-            proposer=self.proposer,
-            options=step_options(self.speculation),
-            filters=filters,
-            impl=self.impl,
-        )
+        return self.device_steps.submit(self.params, self._filters, plan, moves)
 
     @property
     def num_compilations(self):
         """Variants of the step compiled for options like these, in this process."""
-        return sum(
-            self._step(filters, shape)._cache_size()
-            for filters in (False, True)
-            for shape in self._shapes()
-        )
+        return self.device_steps.num_compilations(self._shapes())
 
     @property
     def finished_metrics(self):

@@ -31,6 +31,15 @@ def check_prompt(model, prompt, sampling, max_length):
     return tokens
 
 
+def check_progress(progress, sampling):
+    """ValueError if a request of this RequestProgress had ended."""
+    if (count := len(progress.token_ids)) >= sampling.max_tokens:
+        raise ValueError(
+            f"{count} tokens are emitted, max_tokens is {sampling.max_tokens}: the "
+            "request had ended"
+        )
+
+
 def make_request(model, tokens, sampling, speculation, *, request_id, sample=0):
     """The scheduler's record of one sample of a prompt."""
     limit = len(tokens) + sampling.max_tokens

@@ -55,6 +55,11 @@ class HostPages:
         self._next = 0  # of the staged
         self._arriving = []  # staged chunks on their way into the pool
 
+    @property
+    def arrays(self):
+        """Everything held, what is still on its way included."""
+        return self._chunks, self._staged
+
     def warm_up(self, state, buffers):
         """Compile the copies; returns the state with its pages unchanged.
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import default_impl
+from sparsespec_jax.checkpoint import Model
+from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.model import params_dtype
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
 from sparsespec_jax.policy import Policy
@@ -59,6 +61,21 @@ def resolve(model, speculation, config):
         kv_bytes_per_token=per_token,
         num_host_chunks=num_chunks,
     )
+
+
+def check_types(model, speculation, config):
+    """ValueError unless these are a Model, a SpeculationConfig and an EngineConfig."""
+    wanted = {
+        "model": (model, Model, "load_model makes one"),
+        "speculation": (speculation, SpeculationConfig, "or None for the defaults"),
+        "engine": (config, EngineConfig, "or None for the defaults"),
+    }
+    for name, (value, kind, fix) in wanted.items():
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name} must be a {kind.__name__} ({fix}), got "
+                f"{type(value).__name__} {str(value)[:40]!r}"
+            )
 
 
 def resolve_impl(impl):
@@ -176,6 +193,17 @@ def largest_budget(speculation, max_length):
         cap=max_length,
     )
     return int(budget)
+
+
+def check_budget(speculation, max_length, shape):
+    """ValueError if this budget could exceed what a StepShape was made for."""
+    largest = largest_budget(speculation, max_length)
+    if largest > shape.max_budget:
+        raise ValueError(
+            f"budget_ratio={speculation.budget_ratio} and "
+            f"min_budget={speculation.min_budget} can select {largest} tokens, the "
+            f"engine was built for {shape.max_budget}"
+        )
 
 
 def check_memory(model_config, shape, kv_dtype, policy, num_staged):

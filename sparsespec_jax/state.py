@@ -97,6 +97,12 @@ def committed(arrays):
     """The same arrays, bound to where they are; nothing is copied.
 
     Pages that come back from host memory are bound to their device, and a step whose
-    inputs changed from free to bound would compile again.
+    inputs changed from free to bound would compile again. NumPy's arrays are copied to
+    the default device.
     """
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), arrays)
+
+    def bind(array):
+        array = jnp.asarray(array)
+        return jax.device_put(array, array.sharding)
+
+    return jax.tree.map(bind, arrays)

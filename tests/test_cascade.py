@@ -151,7 +151,7 @@ def in_lockstep(model, prompts, **options):
         for prompt, each in zip(prompts, LAWS, strict=True):
             engine.add_request(prompt, each)
     while engines[0].has_work:
-        states = [engine._state._replace(layers=()) for engine in engines]
+        states = [engine.device_steps.state._replace(layers=()) for engine in engines]
         yield jax.device_get(states)
         for engine in engines:
             engine.step()

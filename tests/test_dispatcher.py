@@ -71,13 +71,13 @@ def test_steps_are_planned_while_one_before_is_being_dispatched(tiny_model):
     """Lag 2 as far as it goes: two steps planned, none of them dispatched yet."""
     engine, may_run = make_engine(tiny_model, lag=2), threading.Event()
     engine.warm_up()
-    run = engine._run
+    run = engine.device_steps._run
 
     def run_later(*args):
         assert may_run.wait(60)
         return run(*args)
 
-    engine._run = run_later
+    engine.device_steps._run = run_later
     engine.add_request(make_prompts(tiny_model.config.vocab_size)[0], LAWS[0])
     assert engine.step() == engine.step() == []  # neither waits
     assert engine.num_steps == 2
@@ -93,7 +93,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_step_that_reads_it(tiny_model
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    engine._run = fail
+    engine.device_steps._run = fail
     with pytest.raises(RuntimeError, match="out of memory"):
         for _ in range(3):
             engine.step()
@@ -187,7 +187,7 @@ def test_an_engine_that_nobody_holds_frees_its_pool(tiny_model, lag):
     engine.add_request([1, 2, 3], SamplingParams(max_tokens=4))
     while engine.has_work:
         engine.step()
-    pool = weakref.ref(engine._state.layers[0].kv_pages)
+    pool = weakref.ref(engine.device_steps.state.layers[0].kv_pages)
     del engine
     gc.collect()
     assert pool() is None

@@ -90,7 +90,7 @@ def test_chain_drafts_equal_a_naive_run(tiny_model, head, window):
     first, compared = len(prompt) - 4, 0
     while engine.has_work:
         engine.step()
-        state = jax.device_get(engine._state)
+        state = jax.device_get(engine.device_steps.state)
         length = int(state.lengths[0])
         if length < len(prompt) or state.done[0]:
             continue

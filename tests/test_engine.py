@@ -222,12 +222,12 @@ def test_the_step_copies_no_pool(tiny_model):
         speculation=SPECULATION,
         engine=dataclasses.replace(ENGINE, max_length=4000, num_slots=8, page_size=16),
     )
-    step = engine._step(False)
-    pool = engine._state.layers[0].kv_pages.nbytes
+    step = engine.device_steps.step_function(False, engine.shape)
+    pool = engine.device_steps.state.layers[0].kv_pages.nbytes
     for prefill in (False, True):
         buffer = engine.shape.new_plan(prefill=prefill).buffer
         compiled = step.lower(
-            engine.params, engine._state, buffer, prefill=prefill
+            engine.params, engine.device_steps.state, buffer, prefill=prefill
         ).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < pool // 2
     copied = jax.jit(lambda x: (x + 1, x.at[0].set(1.0)))

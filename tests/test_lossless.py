@@ -167,11 +167,11 @@ def adversarial_run(model, policy, num_cycles, seed):
         finished = engine.step()
         results += finished
         cycles += sum(r.metrics.num_verify_steps for r in finished)
-        state = engine._state
+        state = engine.device_steps.state
         garbage = rng.integers(0, vocab, state.tokens.shape).astype(np.int32)
         pending = jnp.arange(state.tokens.shape[1])[None] == 0
         is_hit = rng.random(state.tokens.shape) < 0.5
-        engine._state = state._replace(
+        engine.device_steps.state = state._replace(
             tokens=jnp.where(pending | ~is_hit, state.tokens, garbage)
         )
     return requests, results, cycles
@@ -226,13 +226,13 @@ def test_a_corrupted_cache_is_noticed(tiny_model, prompts, plain):
         engine.add_request(prompt, law)
     results = {}
     while engine.has_work:
-        layer = engine._state.layers[0]
+        layer = engine.device_steps.state.layers[0]
         noise = 1 + 0.05 * jnp.sign(jnp.sin(jnp.arange(layer.kv_pages.size)))
         broken = layer._replace(
             kv_pages=layer.kv_pages * noise.reshape(layer.kv_pages.shape)
         )
-        engine._state = engine._state._replace(
-            layers=(broken, *engine._state.layers[1:])
+        engine.device_steps.state = engine.device_steps.state._replace(
+            layers=(broken, *engine.device_steps.state.layers[1:])
         )
         results |= {r.request_id: r for r in engine.step()}
     assert tokens_of([results[i] for i in sorted(results)]) != tokens_of(plain)

@@ -192,7 +192,7 @@ def check_that_pages_come_back(model):
         rows = rng.normal(size=layer.kv_pages.shape)
         return layer._replace(kv_pages=jnp.asarray(rows, layer.kv_pages.dtype))
 
-    state = engine._state
+    state = engine.device_steps.state
     state = state._replace(layers=tuple(fill(layer) for layer in state.layers))
     before = [np.asarray(layer.kv_pages) for layer in state.layers]
     host = HostPages(state, num_chunks=2, chunk_pages=3)
@@ -217,7 +217,7 @@ def test_flags_that_take_host_memory_from_the_device_are_refused():
 
 def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
     engine, sent = make_engine(tiny_model, load), []
-    put, step = jax.device_put, engine._step
+    put, step = jax.device_put, engine.device_steps.step_function
     touched = offload._touched
 
     def note_put(x, *where):
@@ -236,7 +236,7 @@ def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypat
         return step(*args)
 
     monkeypatch.setattr(jax, "device_put", note_put)
-    monkeypatch.setattr(engine, "_step", note_step)
+    monkeypatch.setattr(engine.device_steps, "step_function", note_step)
     monkeypatch.setattr(offload, "_touched", note_touched)
     decode(engine, load)
     assert sent.count("pages") > 10 and sent.count("plan") == sent.count("step")

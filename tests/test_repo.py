@@ -20,6 +20,7 @@ HOST_FILES = (
     "config.py",
     "dispatcher.py",
     "intake.py",
+    "interrupts.py",
     "kv_manager.py",
     "metrics.py",
     "outputs.py",

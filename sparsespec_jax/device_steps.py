@@ -1,0 +1,154 @@
+"""The compiled steps of an engine and the device state that they replace.
+
+This file alone holds both. Steps under way never outlive their engine: the runtime
+would be taken down under them, and end the process by abort.
+"""
+
+import atexit
+import threading
+import weakref
+
+import jax
+
+from sparsespec_jax.dispatcher import Dispatcher
+from sparsespec_jax.model import params_dtype
+from sparsespec_jax.offload import HostPages, sent_first
+from sparsespec_jax.state import committed, new_state
+from sparsespec_jax.step import make_step, step_options
+
+
+class DeviceSteps:
+    """Runs steps, in the order in which they are submitted, over one DecodeState.
+
+    Args:
+      model: a Model.
+      resolved: EngineSizes.
+      speculation: SpeculationConfig.
+      config: EngineConfig.
+
+    Attributes:
+      state: the newest DecodeState, perhaps still being computed; None once closed.
+      dispatcher: runs the calls that dispatch steps.
+    """
+
+    def __init__(self, model, resolved, speculation, config):
+        self._sizes, self._model_config = resolved, model.config
+        self._options = step_options(speculation)
+        ratio_test = speculation.acceptor == "ratio_test"
+        state = new_state(
+            model.config,
+            resolved.shape,
+            kv_dtype=params_dtype(model.params),
+            draft_top_m=speculation.draft_top_m if ratio_test else 0,
+            policy=resolved.policy,
+            proposer=resolved.proposer,
+        )
+        self.state = committed(state)
+        self._outcome = None  # of the newest step
+        self._host_pages = None
+        if resolved.num_host_chunks:
+            chunks = resolved.num_host_chunks, config.host_chunk_pages
+            self._host_pages = HostPages(self.state, *chunks)
+        self.dispatcher = Dispatcher(threaded=config.lag == 2)
+        self._lock = threading.RLock()  # of a dispatch; the exit waits for it
+        _open.add(self)
+
+    def submit(self, params, filters, plan, moves=()):
+        """A future of the packed outcome of a step behind page moves.
+
+        `params` are the weights, `filters` whether laws with top-k, top-p or min-p may
+        be among the requests. Without a plan (None) there are only moves, and no
+        outcome.
+
+        Raises:
+          RuntimeError: closed.
+        """
+        return self.dispatcher.submit(self._run, params, filters, plan, moves)
+
+    def _run(self, params, filters, plan, moves):
+        with self._lock:
+            if self.state is None:
+                raise RuntimeError("a step was dispatched on a closed engine")
+            buffer = None if plan is None else plan.buffer  # copied by the step's call
+            if self._host_pages is not None:
+                buffer = sent_first(buffer, moves)
+                self.state = self._host_pages.move(self.state, moves)
+            if plan is None:
+                return None
+            step = self.step_function(filters, plan.shape)
+            self.state, outcome = step(params, self.state, buffer, prefill=plan.prefill)
+            outcome.copy_to_host_async()
+            self._outcome = outcome
+            return outcome
+
+    def step_function(self, filters, shape):
+        """The jitted step of a shape (see `step.make_step`)."""
+        return make_step(
+            self._model_config,
+            shape,
+            policy=self._sizes.policy,
+            proposer=self._sizes.proposer,
+            options=self._options,
+            filters=filters,
+            impl=self._sizes.impl,
+        )
+
+    def num_compilations(self, shapes):
+        """Variants of the step compiled for options like these and these shapes."""
+        return sum(
+            self.step_function(filters, shape)._cache_size()
+            for filters in (False, True)
+            for shape in shapes
+        )
+
+    def warm_up_moves(self, plans):
+        """Compile the copies of pages that go with these plans."""
+        if self._host_pages is not None:
+            buffers = [jax.device_put(plan.buffer) for plan in plans]
+            self.state = self._host_pages.warm_up(self.state, buffers)
+
+    def drop_page_copies(self):
+        """Leave out the copies of spilled pages, to time what they cost; lossy."""
+        self.dispatcher.settle()
+        self._host_pages = None
+
+    def replace_state(self, **fields):
+        """Put arrays in place of fields of the state, to time made-up caches."""
+        self.dispatcher.settle()
+        self.state = self.state._replace(**committed(fields))
+
+    def settle(self):
+        """Wait until every step submitted so far has run on the device."""
+        self.dispatcher.settle()
+        with self._lock:
+            self._wait()
+
+    def close(self):
+        """Wait for the step under way and free the pool; more than once is once."""
+        if self.state is None:
+            return
+        self.dispatcher.close()
+        self._release()
+
+    def _release(self):
+        with self._lock:
+            self._wait()
+            self.state = self._host_pages = self._outcome = None
+
+    def _wait(self):
+        pages = () if self._host_pages is None else self._host_pages.arrays
+        for arrays in (self._outcome, self.state, pages):
+            try:
+                jax.block_until_ready(arrays)
+            except RuntimeError:  # of a step that failed, or arrays that it took along
+                pass
+
+
+_open = weakref.WeakSet()
+
+
+@atexit.register  # so before what jax registered when it was imported above
+def _release_all():
+    # Their threads have ended by now: Python waits for those first.
+    for steps in list(_open):
+        steps._release()
