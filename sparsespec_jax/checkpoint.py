@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ _MARKER = "sparsespec_model.json"
 _PARAMS = "params"
 _HUB_FILES = (
     "config.json",
+    "adapter_config.json",  # so that an adapter is refused, not left out
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -63,7 +64,8 @@ def load_model(
     """The model that spec names.
 
     spec: "smollm2" (the default model, fetched once); a Hugging Face directory; a
-        directory written by ``save_checkpoint``; a .gguf file; or a hub id such as
+        directory written by ``save_checkpoint``; a .gguf file, any part of one in
+        several parts, or a directory that holds one; or a hub id such as
         "Qwen/Qwen3-8B".
     dtype: of the parameters and of the computation; quantised weights are
         dequantised in float32 and then cast.
@@ -75,18 +77,23 @@ def load_model(
             of an unsupported architecture.
         RuntimeError: something must be fetched and cannot be.
     """
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype.name}")
-    path = Path(spec).expanduser()
+    dtype = _checked_dtype(dtype)
+    if not isinstance(spec, str | os.PathLike):
+        raise ValueError(f"a model is given as a name or a path, got {spec!r}")
     if str(spec) == DEFAULT_SPEC:
         from sparsespec_jax.default_model import default_gguf
 
         return _from_gguf(default_gguf(cache_dir), dtype=dtype, name=DEFAULT_SPEC)
-    if path.suffix == ".gguf":
-        return _from_gguf(path, dtype=dtype, name=path.stem)
-    if path.is_dir():
+    path = Path(os.path.expanduser(spec))
+    if os.path.isdir(path):
         return _from_directory(path, dtype=dtype, name=path.resolve().name)
+    if path.suffix.lower() == ".gguf":
+        return _from_gguf(path, dtype=dtype, name=path.stem)
+    if os.path.isfile(path):
+        raise ValueError(
+            f"{path} is one file of a model; give the directory that holds it, with "
+            f"config.json and all safetensors ({path.parent}), or a .gguf file"
+        )
     if _is_hub_id(str(spec)):
         return _from_directory(
             _fetch(str(spec), cache_dir), dtype=dtype, name=str(spec)
@@ -98,24 +105,34 @@ def load_model(
     )
 
 
+def _checked_dtype(dtype) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        name = dtype if found is None else found.name
+        raise ValueError(f"dtype must be float32 or bfloat16, got {name}")
+    return found
+
+
 def _is_hub_id(spec: str) -> bool:
     parts = spec.split("/")
     return len(parts) == 2 and all(parts) and not spec.startswith((".", "~"))
 
 
 def _from_gguf(path: Path, *, dtype, name: str) -> Model:
-    from sparsespec_jax.gguf_weights import GgufFile, gguf_tokenizer, load_gguf
+    from sparsespec_jax.gguf_config import gguf_config
+    from sparsespec_jax.gguf_file import GgufFile
+    from sparsespec_jax.gguf_weights import gguf_tokenizer, load_gguf
 
     file = GgufFile(path)
-    config, params = load_gguf(file, dtype=dtype)
-    tokenizer, problem = None, ""
-    try:
-        tokenizer = gguf_tokenizer(file)
-    except ValueError as error:
-        problem = str(error)
+    config = gguf_config(file)
+    # Before the weights, which take long: a damaged vocabulary is told at once.
+    tokenizer, problem = gguf_tokenizer(file, config)
     return Model(
         config=config,
-        params=params,
+        params=load_gguf(file, config, dtype=dtype),
         tokenizer=tokenizer,
         name=name,
         tokenizer_problem=problem,
@@ -123,16 +140,21 @@ def _from_gguf(path: Path, *, dtype, name: str) -> Model:
 
 
 def _from_directory(directory: Path, *, dtype, name: str) -> Model:
+    from sparsespec_jax.hf_config import hf_config
     from sparsespec_jax.hf_weights import load_hf
 
     if (directory / _MARKER).is_file():
-        config, params = _restore(directory, dtype=dtype)
+        config, load = _marked_config(directory), _restore
+    elif (path := _only_gguf(directory)) is not None:
+        return _from_gguf(path, dtype=dtype, name=path.stem)
     else:
-        config, params = load_hf(directory, dtype=dtype)
+        config, load = hf_config(directory), load_hf
     tokenizer, problem = None, f"{directory} has no tokenizer.json"
     if (directory / "tokenizer.json").exists():
         # Files that are there but damaged raise: only their absence is a choice.
         tokenizer = tokenizer_from_directory(directory, eos_ids=config.eos_ids)
+        problem = ""
+    config, params = load(directory, dtype=dtype)
     return Model(
         config=config,
         params=params,
@@ -140,6 +162,21 @@ def _from_directory(directory: Path, *, dtype, name: str) -> Model:
         name=name,
         tokenizer_problem=problem,
     )
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """The GGUF model of a directory that holds one instead of a config.json."""
+    if (directory / "config.json").exists():
+        return None
+    from sparsespec_jax.gguf_file import models_in
+
+    models = models_in(directory)
+    if len(models) > 1:
+        raise ValueError(
+            f"{directory} holds {len(models)} GGUF models: "
+            f"{', '.join(path.name for path in models)}; give the path of one of them"
+        )
+    return models[0] if models else None
 
 
 def _fetch(repo_id: str, cache_dir: str | Path | None) -> Path:
@@ -186,25 +223,42 @@ def save_checkpoint(model: Model, directory: str | Path) -> None:
     (directory / _MARKER).write_text(config_to_json(model.config), encoding="utf-8")
 
 
+def _marked_config(directory: Path) -> ModelConfig:
+    marker = directory / _MARKER
+    try:
+        text = marker.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{marker} cannot be read: {error}") from error
+    return config_from_json(text, origin=str(marker))
+
+
 def _restore(directory: Path, *, dtype) -> tuple[ModelConfig, Params]:
     import orbax.checkpoint as ocp
 
-    marker = directory / _MARKER
-    try:
-        config = config_from_json(marker.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{marker} is not JSON: {error}") from error
+    config = _marked_config(directory)
     path = (directory / _PARAMS).absolute()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device),
-        param_shapes(config, dtype),
-    )
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata if path.is_dir() else None
+        try:
+            found = checkpointer.metadata(path).item_metadata if path.is_dir() else None
+            stored = None if found is None else _shapes(found.tree)
+        except Exception as error:  # damaged metadata, in one of many ways
+            raise ValueError(f"{path} is no Orbax checkpoint: {error}") from error
         if stored is None:
             raise ValueError(f"{path} is missing or no Orbax checkpoint; save it again")
-        _require_same_tree(path, wanted=wanted, stored=stored.tree)
+        layers = {
+            name.partition("/")[0] for name in stored if name.startswith("layer_")
+        }
+        if config.num_layers > len(layers):
+            raise ValueError(
+                f"{directory / _MARKER}: num_layers is {config.num_layers}, but {path} "
+                f"has {len(layers)} layers"
+            )
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device),
+            param_shapes(config, dtype),
+        )
+        _require_same_shapes(path, ours=_shapes(wanted), theirs=stored)
         try:
             return config, checkpointer.restore(path, wanted)
         except jax.errors.JaxRuntimeError:
@@ -217,15 +271,14 @@ def _restore(directory: Path, *, dtype) -> tuple[ModelConfig, Params]:
             ) from error
 
 
-def _require_same_tree(path: Path, *, wanted, stored) -> None:
-    def shapes(tree) -> dict[str, tuple[int, ...]]:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {
-            "/".join(str(key.key) for key in keys): tuple(leaf.shape)
-            for keys, leaf in flat
-        }
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(str(key.key) for key in keys): tuple(leaf.shape) for keys, leaf in flat
+    }
 
-    ours, theirs = shapes(wanted), shapes(stored)
+
+def _require_same_shapes(path: Path, *, ours, theirs) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(

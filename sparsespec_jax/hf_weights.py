@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -10,40 +11,16 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sparsespec_jax.fields import Fields, read_object
+from sparsespec_jax.hf_config import hf_config
 from sparsespec_jax.model import Params
-from sparsespec_jax.model_config import (
-    LinearScaling,
-    Llama3Scaling,
-    ModelConfig,
-    RopeScaling,
-    YarnScaling,
-)
+from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.weights import (
     assemble,
     layer_shapes,
     outer_shapes,
     require_names,
 )
-
-_FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "MistralForCausalLM": "mistral",
-}
-ARCHITECTURES = tuple(_FAMILIES)
-
-# What a family's config.json may leave out (the defaults of transformers).
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"max_position_embeddings": 32_768},
-    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128},
-    "mistral": {
-        "max_position_embeddings": 131_072,
-        "sliding_window": 4096,
-        "num_key_value_heads": 8,
-    },
-}
 
 _OUTER = {
     "embed": "model.embed_tokens.weight",
@@ -71,6 +48,8 @@ _LAYER = {
     "down_bias": "mlp.down_proj.bias",
 }
 
+_DTYPES = ("F16", "BF16", "F32", "F64")
+_COMPARED_ROWS = 4096
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -78,40 +57,98 @@ _SINGLE = "model.safetensors"
 def load_hf(directory: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
     """Configuration and parameters of a directory, the weights cast to dtype.
 
+    Tensors are F16, BF16, F32 or F64; F64 is rounded to float32 first. A head that
+    differs from the embedding is used though the configuration says that they are
+    tied, as transformers does.
+
     Raises:
         ValueError: a file is missing or damaged, a tensor is missing, unexpected or
-            of another shape, or the configuration asks for what is not supported.
+            of another shape or type, or the configuration asks for what is not
+            supported.
     """
     directory = Path(directory)
     config = hf_config(directory)
-    homes = _tensor_files(directory)
+    if (adapter := directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{adapter}: adapters are not supported; merge it into the model first"
+        )
+    tensors = _Tensors(directory)
+    if config.tie_embeddings and not tensors.same(_OUTER["embed"], _OUTER["lm_head"]):
+        config = dataclasses.replace(config, tie_embeddings=False)
     expected = {_OUTER[name] for name in outer_shapes(config)}
-    for layer in range(config.num_layers):
+    for layer in range(tensors.num_layers(config)):
         expected |= {_layer_name(name, layer) for name in layer_shapes(config)}
-    present = {name for name in homes if not name.endswith("rotary_emb.inv_freq")}
+    present = set(tensors.homes)
     if config.tie_embeddings:
-        # Some files write the tied table out twice; transformers ignores the copy.
-        present -= {_OUTER["lm_head"]}
+        present -= {_OUTER["lm_head"]}  # a copy written out
     require_names(str(directory), expected=expected, present=present)
-    shards = {path: _open(path) for path in sorted(set(homes.values()))}
 
     def read(name: str, layer: int | None) -> tuple[np.ndarray, str]:
-        stored = _OUTER[name] if layer is None else _layer_name(name, layer)
-        path = homes[stored]
-        origin = f"{path}: tensor {stored}"
-        try:
-            return shards[path].get_tensor(stored), origin
-        except SafetensorError as error:
-            raise ValueError(
-                f"{origin} cannot be read ({error}); the index and the shards are of "
-                "different models: fetch both again"
-            ) from error
+        return tensors.read(_OUTER[name] if layer is None else _layer_name(name, layer))
 
     return config, assemble(config, read, dtype=dtype)
 
 
 def _layer_name(name: str, layer: int) -> str:
     return f"model.layers.{layer}.{_LAYER[name]}"
+
+
+class _Tensors:
+    """The tensors of a directory's safetensors files, read on demand.
+
+    ``homes`` has the file of each tensor but those that hold no weights (stored
+    rotary frequencies).
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        homes = _tensor_files(directory)
+        self._shards = {path: _open(path) for path in sorted({*homes.values()})}
+        _require_listed(directory, homes, self._shards)
+        self.homes = {name: homes[name] for name in homes if _is_weight(name)}
+
+    def num_layers(self, config: ModelConfig) -> int:
+        """The configuration's number of layers, after a look at what is there."""
+        found = {name.split(".")[2] for name in self.homes if ".layers." in name}
+        if config.num_layers > len(found):
+            raise ValueError(
+                f"{self._directory / 'config.json'}: num_hidden_layers is "
+                f"{config.num_layers}, but the weights have {len(found)} layers"
+            )
+        return config.num_layers
+
+    def read(self, name: str) -> tuple[np.ndarray, str]:
+        """A tensor as it is stored (F64 in float32), and where it came from."""
+        origin = f"{self.homes[name]}: tensor {name}"
+        shard = self._shards[self.homes[name]]
+        stored = shard.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise ValueError(
+                f"{origin} is of type {stored}; supported are {', '.join(_DTYPES)}. "
+                "Quantised weights are not: use the model in bfloat16, or a GGUF file"
+            )
+        array = shard.get_tensor(name)
+        return array.astype(np.float32) if stored == "F64" else array, origin
+
+    def same(self, left: str, right: str) -> bool:
+        """Whether right is not there, or holds the values of left."""
+        if not {left, right} <= self.homes.keys():
+            return True
+        (one, _), (other, _) = self.read(left), self.read(right)
+        if one.shape != other.shape:
+            return False
+        rows = range(0, len(one), _COMPARED_ROWS)
+        return all(
+            np.array_equal(
+                one[row : row + _COMPARED_ROWS].astype(np.float32),
+                other[row : row + _COMPARED_ROWS].astype(np.float32),
+            )
+            for row in rows
+        )
+
+
+def _is_weight(name: str) -> bool:
+    return not name.endswith("rotary_emb.inv_freq")
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -121,9 +158,16 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     if not (index := directory / _INDEX).is_file():
         raise ValueError(
             f"{directory} holds neither {_SINGLE} nor {_INDEX}; weights in other "
-            "formats (.bin, .pth) must be converted to safetensors first"
+            "formats (.bin, .pth) must be converted to safetensors first, and a GGUF "
+            "file is given by its own path"
         )
-    homes = _read_json(index).get("weight_map", {})
+    weight_map = Fields(index, read_object(index)).within("weight_map")
+    if weight_map is None:
+        raise ValueError(f"{index} lacks weight_map, the files of its tensors")
+    homes = weight_map.values
+    for name, shard in homes.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise weight_map.refusal(name, f"the name of a file in {directory}")
     missing = sorted(
         name for name in set(homes.values()) if not (directory / name).is_file()
     )
@@ -135,10 +179,28 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     return {name: directory / shard for name, shard in homes.items()}
 
 
+def _require_listed(
+    directory: Path, homes: dict[str, Path], shards: dict[Path, Any]
+) -> None:
+    """Raise unless the shards hold exactly what the index says they do."""
+    for path, shard in shards.items():
+        held = set(shard.keys())
+        listed = {name for name, home in homes.items() if home == path}
+        if wrong := sorted(filter(_is_weight, held ^ listed)):
+            name = wrong[0]
+            fault = "is in it but listed elsewhere or not at all"
+            if name in listed:
+                fault = "cannot be read: it is not in it, though the index says so"
+            raise ValueError(
+                f"{path}: tensor {name} {fault}; {directory / _INDEX} and the shards "
+                "are of different models: fetch both again"
+            )
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors: {_damage(path, error)}; fetch it "
             "again"
@@ -148,171 +210,16 @@ def _open(path: Path) -> Any:
 def _damage(path: Path, error: Exception) -> str:
     """Where the header's own account of the file and the file part ways."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= size else {}
-        except ValueError:
-            header = {}
-    header.pop("__metadata__", None)
-    ends = {name: 8 + length + t["data_offsets"][1] for name, t in header.items()}
-    cut = sorted((end, name) for name, end in ends.items() if end > size)
-    if not cut:
-        return f"{error} (the file has {size} bytes)"
-    end, name = cut[0]
-    return (
-        f"it is truncated: it has {size} bytes of {max(ends.values())}, and tensor "
-        f"{name} ends at byte {end}"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name} in {path.parent}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def hf_config(directory: str | Path) -> ModelConfig:
-    """The model configuration of a directory's config.json.
-
-    End-of-text ids of generation_config.json come on top, as they do when
-    transformers generates.
-    """
-    directory = Path(directory)
-    path = directory / "config.json"
-    raw = _read_json(path)
-    family = _family(path, raw)
-    raw = {**_DEFAULTS[family], **raw}
-    generation = directory / "generation_config.json"
-    more = _read_json(generation) if generation.is_file() else {}
-
-    def need(key: str) -> Any:
-        if raw.get(key) is None:
-            raise ValueError(f"{path} lacks {key!r}, which is required")
-        return raw[key]
-
-    num_heads = need("num_attention_heads")
-    max_length = raw.get("max_position_embeddings", 2048)
-    _refuse_other_laws(path, raw, max_length=max_length)
-    # One flag means three biases in Llama and Qwen3, Qwen2 always has those of
-    # q, k and v and never that of o, Mistral has none.
-    bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
-    rope = _rope_parameters(raw)
-    return ModelConfig(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        intermediate_size=need("intermediate_size"),
-        num_layers=need("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-        head_dim=raw.get("head_dim") or need("hidden_size") // num_heads,
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(path, rope, max_length=max_length),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_length=max_length,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=family == "qwen3",
-        attention_bias=bias or family == "qwen2",
-        attention_out_bias=bias,
-        mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
-        bos_id=raw.get("bos_token_id"),
-        eos_ids=_eos_ids(more.get("eos_token_id"), raw.get("eos_token_id")),
-        family=family,
-    )
-
-
-def _family(path: Path, raw: dict[str, Any]) -> str:
-    names = raw.get("architectures") or []
-    for name in names:
-        if name in _FAMILIES:
-            return _FAMILIES[name]
-    raise ValueError(
-        f"{path} is of architecture {', '.join(names) or 'unknown'}; supported are "
-        f"{', '.join(ARCHITECTURES)}"
-    )
-
-
-def _eos_ids(*sources: int | list[int] | None) -> tuple[int, ...]:
-    ids: list[int] = []
-    for source in sources:
-        ids += [source] if isinstance(source, int) else source or []
-    return tuple(dict.fromkeys(ids))
-
-
-def _refuse_other_laws(path: Path, raw: dict[str, Any], *, max_length: int) -> None:
-    window = raw.get("sliding_window")
-    # Qwen writes a window into its files that another key turns off.
-    is_windowed = raw.get("use_sliding_window", True) and window is not None
-    if is_windowed and window < max_length:
-        raise ValueError(
-            f"{path} asks for sliding-window attention ({window} of {max_length} "
-            "tokens), which is not supported: full attention would change its output"
-        )
-    other = {*(raw.get("layer_types") or ())} - {"full_attention"}
-    if other and not (is_windowed and other == {"sliding_attention"}):
-        raise ValueError(
-            f"{path} asks for layers of type {', '.join(sorted(other))}; only "
-            "full_attention is supported"
-        )
-    if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(
-            f"{path} asks for hidden_act {act!r}; only 'silu' is supported"
-        )
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{path} has partial_rotary_factor {raw['partial_rotary_factor']}; only "
-            "rotation of whole heads is supported"
-        )
-    if raw.get("quantization_config"):
-        raise ValueError(
-            f"{path} describes quantised weights, which are not supported; use the "
-            "model in bfloat16, or a GGUF file"
-        )
-
-
-def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """One dict from both spellings: rope_parameters, or rope_scaling and rope_theta."""
-    outer = {k: raw[k] for k in ("rope_theta",) if raw.get(k) is not None}
-    return outer | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-
-
-def _rope_scaling(
-    path: Path, rope: dict[str, Any], *, max_length: int
-) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-
-    def number(key: str, default: float | None = None) -> float:
-        value = rope.get(key) or default
-        if value is None:
-            raise ValueError(f"{path}: {kind} rotary scaling lacks {key!r}: {rope}")
-        return float(value)
-
-    original = int(number("original_max_position_embeddings", max_length))
-    if kind == "linear":
-        return LinearScaling(factor=number("factor"))
-    if kind == "llama3":
-        return Llama3Scaling(
-            factor=number("factor"),
-            low_freq_factor=number("low_freq_factor"),
-            high_freq_factor=number("high_freq_factor"),
-            original_max_length=original,
-        )
-    if kind == "yarn" and not {"mscale", "mscale_all_dim"} & rope.keys():
-        return YarnScaling(
-            factor=number("factor"),
-            original_max_length=original,
-            beta_fast=number("beta_fast", 32),
-            beta_slow=number("beta_slow", 1),
-            attention_factor=rope.get("attention_factor"),
-            truncate=bool(rope.get("truncate", True)),
-        )
-    raise ValueError(
-        f"{path} scales its rotary embedding by {rope}; supported are the types "
-        "default, linear, llama3, and yarn without mscale"
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length)) if 8 + length <= size else {}
+        header.pop("__metadata__", None)
+        ends = {8 + length + t["data_offsets"][1]: name for name, t in header.items()}
+        cut = min(end for end in ends if end > size)
+    except Exception:  # the header is damaged too, in one of many ways
+        return f"{error} (the file has {size} bytes)"
+    return (
+        f"it is truncated: it has {size} bytes of {max(ends)}, and tensor "
+        f"{ends[cut]} ends at byte {cut}"
     )

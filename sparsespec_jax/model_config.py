@@ -8,7 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
+from typing import Any
+
+from sparsespec_jax.fields import LARGEST, parse_object, shown
+
+
+def _require_size(name: str, value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise ValueError(
+            f"{name} must be an integer from 1 to {LARGEST}, got {shown(value)}"
+        )
+
+
+def _require_number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {shown(value)}")
+
+
+def _require_flag(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +37,10 @@ class LinearScaling:
     """Rotary frequencies divided by ``factor`` (position interpolation)."""
 
     factor: float  # > 0; ratio of the extended to the trained context
+
+    def __post_init__(self):
+        """Check the range."""
+        _require_number("factor", self.factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +59,9 @@ class Llama3Scaling:
 
     def __post_init__(self):
         """Check the ranges."""
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _require_number(name, getattr(self, name))
+        _require_size("original_max_length", self.original_max_length)
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor ({self.low_freq_factor}) must be positive and below "
@@ -56,8 +84,41 @@ class YarnScaling:
     attention_factor: float | None = None
     truncate: bool = True  # round the band limits outwards to whole frequencies
 
+    def __post_init__(self):
+        """Check the ranges."""
+        for name in ("factor", "beta_fast", "beta_slow"):
+            _require_number(name, getattr(self, name))
+        if self.attention_factor is not None:
+            _require_number("attention_factor", self.attention_factor)
+        _require_size("original_max_length", self.original_max_length)
+        _require_flag("truncate", self.truncate)
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"beta_fast ({self.beta_fast}) must be at least beta_slow "
+                f"({self.beta_slow})"
+            )
+
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_length",
+)
+_FLAGS = (
+    "tie_embeddings",
+    "qk_norm",
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +129,8 @@ class ModelConfig:
     grouped-query attention, gated SiLU MLP. The flags below are all that differs.
 
     Raises:
-        ValueError: a size is not positive, heads do not divide, or head_dim is odd.
+        ValueError: a value is of a wrong type or out of range, heads do not divide, or
+            head_dim is odd.
     """
 
     vocab_size: int
@@ -92,21 +154,31 @@ class ModelConfig:
     family: str = "llama"  # llama | qwen2 | qwen3 | mistral: names in checkpoints
 
     def __post_init__(self):
-        """Check sizes against each other."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
+        """Check types, and sizes against each other."""
+        for name in _SIZES:
+            _require_size(name, getattr(self, name))
+        for name in _FLAGS:
+            _require_flag(name, getattr(self, name))
+        for name in ("rope_theta", "norm_eps"):
+            _require_number(name, getattr(self, name))
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(
+                "rope_scaling must be None, LinearScaling, Llama3Scaling or "
+                f"YarnScaling, got {shown(self.rope_scaling)}"
+            )
+        if self.family not in FAMILIES:
+            raise ValueError(
+                f"family must be one of {', '.join(FAMILIES)}, got {shown(self.family)}"
+            )
+        is_tuple = isinstance(self.eos_ids, tuple)
+        if not is_tuple or not all(type(i) is int and i >= 0 for i in self.eos_ids):
+            raise ValueError(
+                f"eos_ids must be a tuple of token ids, got {shown(self.eos_ids)}"
+            )
+        if self.bos_id is not None and type(self.bos_id) is not int:
+            raise ValueError(
+                f"bos_id must be a token id or None, got {shown(self.bos_id)}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -224,20 +296,22 @@ def config_to_json(config: ModelConfig) -> str:
     return json.dumps(fields, indent=2)
 
 
-def config_from_json(text: str) -> ModelConfig:
-    """The configuration that ``config_to_json`` wrote.
+def config_from_json(text: str, *, origin: str = "the configuration") -> ModelConfig:
+    """The configuration that ``config_to_json`` wrote; errors call it origin.
 
     Raises:
         ValueError: a field is unknown or missing, or its value is refused.
     """
-    fields = json.loads(text)
+    fields = parse_object(origin, text)
     try:
         if (scaling := fields.get("rope_scaling")) is not None:
             kind = _SCALINGS[scaling.pop("kind")]
             fields["rope_scaling"] = kind(**scaling)
         return ModelConfig(**{**fields, "eos_ids": tuple(fields["eos_ids"])})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"not a model configuration of this version: {error}; the checkpoint was "
-            "written by another version or edited by hand"
+            f"{origin} is not a model configuration of this version: {error}; the "
+            "checkpoint was written by another version or edited by hand"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error

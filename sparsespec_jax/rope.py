@@ -31,11 +31,6 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
             scaled = _llama3(base, scaling)
         case YarnScaling() as scaling:
             scaled = _yarn(base, scaling, config)
-        case other:
-            raise ValueError(
-                f"rope_scaling is {other!r}; it must be None, LinearScaling, "
-                "Llama3Scaling or YarnScaling"
-            )
     return scaled.astype(np.float32)
 
 
@@ -68,7 +63,7 @@ def _yarn(base: np.ndarray, scaling: YarnScaling, config: ModelConfig) -> np.nda
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
-    ramp = (np.arange(base.size) - low) / max(high - low, 1e-3)
+    ramp = (np.arange(base.size) - low) / (high - low or 1e-3)
     interpolated = np.clip(ramp, 0.0, 1.0)
     return base * (1.0 - interpolated + interpolated / scaling.factor)
 

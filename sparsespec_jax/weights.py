@@ -20,6 +20,22 @@ from sparsespec_jax.model_config import ModelConfig
 ReadTensor = Callable[[str, int | None], tuple[np.ndarray, str]]
 Shapes = dict[str, tuple[int, ...]]
 
+# What the shapes below are made of, for errors.
+_MEANINGS = {
+    **dict.fromkeys(("embed", "lm_head"), "(vocab_size, hidden_size)"),
+    **dict.fromkeys(("final_norm", "input_norm", "mlp_norm"), "(hidden_size,)"),
+    **dict.fromkeys(("q_norm", "k_norm"), "(head_dim,)"),
+    **dict.fromkeys(("out_bias", "down_bias"), "(hidden_size,)"),
+    **dict.fromkeys(("gate_bias", "up_bias"), "(intermediate_size,)"),
+    **dict.fromkeys(("gate", "up"), "(intermediate_size, hidden_size)"),
+    **dict.fromkeys("kv", "(num_kv_heads * head_dim, hidden_size)"),
+    **dict.fromkeys(("k_bias", "v_bias"), "(num_kv_heads * head_dim,)"),
+    "q": "(num_heads * head_dim, hidden_size)",
+    "q_bias": "(num_heads * head_dim,)",
+    "out": "(hidden_size, num_heads * head_dim)",
+    "down": "(hidden_size, intermediate_size)",
+}
+
 
 def outer_shapes(config: ModelConfig) -> Shapes:
     """Published shapes of the tensors outside the layers."""
@@ -60,8 +76,9 @@ def assemble(config: ModelConfig, read: ReadTensor, *, dtype) -> Params:
         if array.shape != shape:
             raise ValueError(
                 f"{origin} has shape {array.shape}, but its configuration asks for "
-                f"{shape}: the weights and the configuration are of different models; "
-                "fetch both again from one source"
+                f"{shape}, which is {_MEANINGS[name]}: the weights and the "
+                "configuration are of different models; fetch both again from one "
+                "source"
             )
         return jnp.asarray(array)
 

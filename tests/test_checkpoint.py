@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from sparsespec_jax import default_model as default_model_module
 from sparsespec_jax.checkpoint import Model, load_model, save_checkpoint
+from sparsespec_jax.hf_config import hf_config
 from sparsespec_jax.model import causal_attend, forward, init_params, logits
 from sparsespec_jax.model_config import Llama3Scaling, YarnScaling
 from sparsespec_jax.tokenizer import tokenizer_from_vocabulary
@@ -156,14 +157,14 @@ def test_a_written_out_copy_of_a_tied_table_is_no_error(copy_of):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*Qwen3ForCausalLM"),
         ({"architectures": None}, "architecture unknown; supported"),
-        ({"sliding_window": 128}, "sliding-window attention .128 of 4096"),
-        ({"layer_types": ["chunked_attention"]}, "layers of type chunked_attention"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"bits": 4}}, "quantised weights"),
+        ({"sliding_window": 128}, "sliding-window.*sliding_window = 128.*4096 tokens"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types is .'chunked_attention'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.*bits.*GGUF file"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope.*supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn.*lacks 'factor'"),
-        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks rope_parameters.factor"),
+        ({"hidden_size": None}, "hidden_size is None; it must be an integer"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(copy_of, change, message):
@@ -181,17 +182,38 @@ def test_a_left_out_window_means_the_familys_default(copy_of):
     (folder / "config.json").write_text(json.dumps(raw))
     assert load_model(folder).config.max_length == 4096  # a window of all changes none
     edit_config(folder, max_position_embeddings=8192)
-    with pytest.raises(ValueError, match="4096 of 8192"):
+    with pytest.raises(ValueError, match="sliding_window = 4096.*8192 tokens"):
         load_model(folder)
 
 
-def test_a_window_that_is_turned_off_is_none(copy_of):
+def test_a_window_that_no_layer_uses_is_none(copy_of):
+    """Qwen files name a window, and other keys say in which layers it counts."""
     folder = copy_of("qwen2")
-    edit_config(folder, sliding_window=128, use_sliding_window=False)
-    assert golden_logits_error(load_model(folder, dtype=jnp.float32), "qwen2") < 1e-4
-    edit_config(folder, use_sliding_window=True)
-    with pytest.raises(ValueError, match="128 of 4096"):
-        load_model(folder)
+    base = hf_config(folder)
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | {"sliding_window": 128}
+    for key in ("use_sliding_window", "layer_types", "max_window_layers"):
+        del raw[key]
+    for accepted in (
+        {},
+        {"use_sliding_window": False, "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 2},
+        {"use_sliding_window": True},  # the family's 28 layers come first
+        {"use_sliding_window": True, "layer_types": ["full_attention"] * 2},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 4096},
+    ):
+        path.write_text(json.dumps(raw | accepted))
+        assert hf_config(folder) == base, accepted
+    sliding = ["full_attention", "sliding_attention"]
+    for refused, message in (
+        ({"use_sliding_window": True, "max_window_layers": 1}, "sliding_window = 128"),
+        ({"use_sliding_window": True, "layer_types": sliding}, "sliding_window = 128"),
+        ({"layer_types": sliding}, "layer_types is .*'sliding_attention'"),
+        ({"layer_types": ["full_attention"]}, "layer_types.*of 2 layers"),
+    ):
+        path.write_text(json.dumps(raw | refused))
+        with pytest.raises(ValueError, match=message):
+            hf_config(folder)
 
 
 def test_both_spellings_of_rope_and_all_end_ids_are_read(copy_of):

@@ -334,9 +334,33 @@ def test_a_configuration_survives_json(name):
     [
         ({"num_kv_heads": 3}, "num_heads .4. must be a multiple of num_kv_heads .3."),
         ({"head_dim": 7}, "head_dim must be even.*7"),
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be an integer from 1.*, got 0"),
+        ({"hidden_size": "32"}, "hidden_size must be an integer.*'32'"),
+        ({"num_heads": True}, "num_heads must be an integer.*True"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a number above 0, got nan"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
+        ({"qk_norm": 1}, "qk_norm must be True or False, got 1"),
+        ({"eos_ids": (-1,)}, "eos_ids must be a tuple of token ids"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling must be None, LinearScaling"),
+        ({"family": "gpt2"}, "family must be one of llama"),
     ],
 )
 def test_impossible_shapes_are_refused(tiny_config, change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**vars(tiny_config), **change})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearScaling(factor=0),
+        lambda: YarnScaling(factor=2.0, original_max_length=64.0),
+        lambda: YarnScaling(factor=2.0, original_max_length=64, beta_fast=0.5),
+        lambda: Llama3Scaling(
+            factor="8", low_freq_factor=1, high_freq_factor=4, original_max_length=64
+        ),
+    ],
+)
+def test_impossible_scalings_are_refused(make):
+    with pytest.raises(ValueError, match="factor|original_max_length|beta_fast"):
+        make()
