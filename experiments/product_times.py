@@ -1,0 +1,211 @@
+"""Times of a model's products with a few rows, in 16 and in 8 bits, by several ways."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.gpu import hopper_mixed_type_matmul_mgpu as shipped
+
+from experiments.int8_product import Int8Weight, Tiling, Xla, multiply
+from pallas_kernels import timing
+
+_BYTES = 300e6  # of all weights of a program: several times an L2
+_REPEATS, _SECONDS = 5, 0.04
+
+# What is tried for each product; CTAs of a multiprocessor share its memory.
+_WHOLE = (
+    Tiling(groups=4),
+    Tiling(groups=3),
+    Tiling(groups=2),
+    Tiling(groups=2, ctas=2),
+    Tiling(groups=1, ctas=2),
+    Tiling(groups=2, rows=128),
+    Tiling(groups=1, rows=128, ctas=2),
+)
+_LONG = (
+    Tiling(groups=4, parts=8),
+    Tiling(groups=4, parts=4),
+    Tiling(groups=2, parts=4),
+    Tiling(groups=2, parts=4, ctas=2),
+    Tiling(groups=2, parts=8, ctas=2),
+    Tiling(groups=1, parts=4, ctas=2),
+)
+_CANDIDATES = {
+    "qkv": (
+        Tiling(groups=3, parts=4),
+        Tiling(groups=2, parts=2),
+        Tiling(groups=2, parts=4, ctas=2),
+        Tiling(groups=1, parts=2, ctas=2),
+        Tiling(groups=4, parts=4),
+    ),
+    "out": _LONG,
+    "gate_up": (*_WHOLE, Tiling(groups=3, cluster=2)),
+    "down": (*_LONG, Tiling(groups=4, parts=8, cluster=2)),
+    "lm_head": _WHOLE,
+}
+_XLA_PARTS = {"qkv": (1, 2, 4), "out": (1, 4), "down": (1, 4, 8)}
+
+
+def product_sizes(config) -> dict[str, tuple[int, int]]:
+    """(in, out) of each product of a model."""
+    heads = (config.group_size + 2) * config.num_kv_heads * config.head_dim
+    mixed = config.num_heads * config.head_dim
+    return {
+        "qkv": (config.hidden_size, heads),
+        "out": (mixed, config.hidden_size),
+        "gate_up": (config.hidden_size, 2 * config.intermediate_size),
+        "down": (config.intermediate_size, config.hidden_size),
+        "lm_head": (config.hidden_size, config.vocab_size),
+    }
+
+
+def chosen(num_tokens: int, config) -> dict:
+    """How each product is made in 8 bits for so many rows; on a CPU by XLA."""
+    made = {}
+    for name, (size_in, size_out) in product_sizes(config).items():
+        ways = _CHOSEN[name] if jax.default_backend() == "gpu" else ()
+        fits = (w for w in ways if w.serves(num_tokens, size_in, size_out))
+        made[name] = next(fits, Xla())
+    return made
+
+
+# The first that fits.
+_CHOSEN = {
+    "qkv": (Tiling(groups=3, parts=4), Tiling(groups=2, parts=4)),
+    "out": (Tiling(groups=4, parts=8), Tiling(groups=2, parts=4)),
+    "gate_up": (Tiling(groups=3), Tiling(groups=2)),
+    "down": (Tiling(groups=4, parts=8), Tiling(groups=2, parts=4)),
+    "lm_head": (Tiling(groups=2),),
+}
+
+
+def median_us(function, *args):
+    """Microseconds of a call of a function, compiled, many in flight; and its result.
+
+    Each call takes the result of the last one: a graph of the same places stays.
+    """
+    program = jax.jit(
+        lambda old, *args: function(*args), donate_argnums=0, keep_unused=True
+    )
+    old = jax.eval_shape(function, *args)
+    made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
+
+    def seconds(count):
+        nonlocal made
+        start = time.perf_counter()
+        for _ in range(count):
+            made = program(made, *args)
+        jax.block_until_ready(made)
+        return (time.perf_counter() - start) / count
+
+    seconds(2)
+    count = max(4, int(_SECONDS / seconds(2)))
+    return 1e6 * float(np.median([seconds(count) for _ in range(_REPEATS)])), made
+
+
+def sweep(config, num_tokens: int, read_rate: float):
+    """Yields a row per product and way: microseconds, and the share of the read rate.
+
+    A way that fails is a row with its error. The weights of one program lie in several
+    arrays, whose products follow each other.
+    """
+    for name, (size_in, size_out) in product_sizes(config).items():
+        size = size_in * size_out
+        x = jax.random.normal(jax.random.key(0), (num_tokens, size_in), jnp.bfloat16)
+        ints = _arrays(size_in, size_out, jnp.int8, max(2, int(_BYTES / size)))
+        expected = multiply(x, ints[0], Xla(), jnp.float32)
+        row = dict(product=name, rows=num_tokens, size_in=size_in, size_out=size_out)
+        for kind, way, function in _int8_ways(name, num_tokens, size_in, size_out):
+            made = row | {"weights": "int8", "kind": kind, "way": str(way)}
+            is_scaled = kind != "shipped"
+            made |= _timed(
+                function, ints, x, read_rate, size, expected if is_scaled else None
+            )
+            yield made
+        count = max(2, int(_BYTES / size / 2))
+        wide = [(w.values * 0.01).astype(jnp.bfloat16).T for w in ints[:count]]
+        del ints
+        for parts in _XLA_PARTS.get(name, (1,)):
+            made = row | {"weights": "bfloat16", "kind": "xla", "way": f"{parts} parts"}
+            function = _bf16_product(parts)
+            yield made | _timed(function, wide, x, read_rate, 2 * size, None)
+
+
+def _arrays(size_in, size_out, dtype, count):
+    keys = jax.random.split(jax.random.key(1), count)
+
+    def values(key):
+        return jax.random.randint(key, (size_out, size_in), -127, 128, dtype)
+
+    scale = jnp.full(size_out, 1 / 127 / size_in**0.5, jnp.float32)
+    return [Int8Weight(values(key), scale) for key in keys]
+
+
+def _int8_ways(name, num_tokens, size_in, size_out):
+    """(kind, way, function of x and an Int8Weight) of each way that fits."""
+    dtype = jnp.bfloat16 if name == "gate_up" else jnp.float32
+    ways = [("xla", Xla(parts=n)) for n in _XLA_PARTS.get(name, (1,))]
+    ways += [("kernel", tiling) for tiling in _CANDIDATES[name]]
+    for kind, way in ways:
+        item = jnp.dtype(dtype).itemsize if way.parts == 1 else 4
+        if way.serves(num_tokens, size_in, size_out, item):
+            yield kind, way, lambda x, w, way=way: multiply(x, w, way, dtype)
+    for config in _shipped_configs(num_tokens, size_out):
+        yield "shipped", config, lambda x, w, config=config: _shipped(x, w, config)
+
+
+def _shipped_configs(num_tokens, size_out):
+    """Of the mixed-type product that jax ships: two warpgroups side by side."""
+    columns = max(32, num_tokens)
+    for tile_m, steps in ((64, 6), (128, 4)):
+        if size_out % (2 * tile_m) == 0 and num_tokens <= 64:
+            yield shipped.TuningConfig(
+                tile_m=tile_m,
+                tile_n=columns,
+                tile_k=128,
+                max_concurrent_steps=steps,
+                epi_tile_n=columns,
+                wg_dimension=shipped.MatmulDimension.M,
+            )
+
+
+def _shipped(x, weight, config):
+    """Its product, tokens padded to its tile and turned to [in, tokens]; no scale."""
+    columns = jnp.pad(x, ((0, config.tile_n - len(x)), (0, 0))).T
+    columns = jax.lax.optimization_barrier(columns)  # made once for all weights
+    made = shipped.mixed_matmul_kernel(
+        weight.values, columns, out_dtype=jnp.bfloat16, config=config
+    )
+    return made[:, : len(x)].T
+
+
+def _bf16_product(parts):
+    def product(x, kernel):
+        cut = x.reshape(len(x), parts, -1), kernel.reshape(parts, -1, kernel.shape[1])
+        made = jax.lax.dot_general(
+            *cut, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32
+        )
+        return made[0].astype(x.dtype) if parts == 1 else made
+
+    return product
+
+
+def _timed(function, weights, x, read_rate, num_bytes, expected):
+    """Microseconds, share of the read rate and error of one way, or what it raised."""
+    try:
+        us, results = median_us(
+            lambda x, weights: [function(x, w) for w in weights], x, weights
+        )
+    except Exception as error:  # one way of many
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    us /= len(weights)
+    made = {"us": us, "of_read_rate": num_bytes / read_rate / us * 1e6}
+    if expected is not None:
+        first = results[0].astype(jnp.float32)
+        whole = first if first.ndim == 2 else first.sum(0)
+        if whole.shape == expected.shape:
+            made["difference"] = timing.relative_error(whole, expected)
+    return made
