@@ -1,11 +1,17 @@
-"""`decode()` and `stream()`: prompts in, results out, over an Engine of their own."""
+"""`decode()` and `stream()`: prompts in, results out, over an Engine of their own.
 
+The engine is closed on the way out, whichever way that is: with all results, by an
+exception, by Ctrl-C, or because nobody wants the rest of a stream.
+"""
+
+import contextlib
 import dataclasses
 import time
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.results import DecodeResults
+from sparsespec_jax.sizes import check_types
 from sparsespec_jax.text import encode_prompt
 
 
@@ -42,41 +48,93 @@ def decode(
 
     Raises:
       ValueError: before any work starts, for any prompt or option that is wrong.
+      KeyboardInterrupt: Ctrl-C, when the step under way has ended.
+
+    Any exception that ends decoding early (Ctrl-C, one of a callback or of the device)
+    carries what had been generated: `results`, the DecodeResults of the requests that
+    had finished, and `unfinished`, a RequestProgress of each other one that had begun.
+    `Engine.resume_request` goes on from it to the text that it would have had.
     """
     runner = _prepare(model, prompts, sampling, speculation, engine)
-    step, close = _progress(progress, runner)
-    results = {}
-    start = time.perf_counter()
-    try:
-        while runner.has_work:
-            for result in step():
-                results[result.request_id] = result
-                if on_result is not None:
-                    on_result(result)
-    finally:
-        close()
-    stats = runner.stats(time.perf_counter() - start)
-    return DecodeResults([results[i] for i in sorted(results)], stats)
+    finished = _Finished(runner)
+    with finished.carried_by_exceptions():
+        step, display = _progress(progress, runner)
+        with runner, display:
+            while runner.has_work:
+                for result in finished.add(step()):
+                    if on_result is not None:
+                        on_result(result)
+        return finished.as_results()
 
 
 def stream(model, prompts, *, sampling=None, speculation=None, engine=None):
     """Yield a StreamEvent whenever a request has new output; arguments as `decode`.
 
     Closing the generator early drops what is unfinished.
+
+    Raises:
+      ValueError: at once, for any prompt or option that is wrong.
+      KeyboardInterrupt: Ctrl-C while the generator runs. It carries what exceptions of
+        `decode` do.
     """
     runner = _prepare(model, prompts, sampling, speculation, engine)
 
     def events():
-        while runner.has_work:
-            yield from runner.step_with_events()[1]
+        finished = _Finished(runner)
+        with finished.carried_by_exceptions(), runner:
+            while runner.has_work:
+                results, new = runner.step_with_events()
+                finished.add(results)
+                yield from new
 
     return events()
 
 
+class _Finished:
+    """The results of an engine so far."""
+
+    def __init__(self, runner):
+        self._runner, self._start = runner, time.perf_counter()
+        self._results = {}
+
+    def add(self, results):
+        """Keep these DecodeResults, and return them."""
+        self._results |= {result.request_id: result for result in results}
+        return results
+
+    def as_results(self):
+        """DecodeResults in submission order."""
+        stats = self._runner.stats(time.perf_counter() - self._start)
+        return DecodeResults([self._results[i] for i in sorted(self._results)], stats)
+
+    @contextlib.contextmanager
+    def carried_by_exceptions(self):
+        """Give an exception that leaves the block what had been generated."""
+        try:
+            yield
+        except GeneratorExit:  # the reader of a stream wants no more
+            raise
+        except BaseException as error:
+            self.add(self._runner.last_finished)
+            error.results = self.as_results()
+            error.unfinished = tuple(self._runner.progress({}))
+            error.add_note(
+                f"{len(error.results)} requests had finished: see .results of this "
+                f"exception; {len(error.unfinished)} others had begun: see .unfinished"
+            )
+            raise
+
+
 def _prepare(model, prompts, sampling, speculation, engine):
     """Check everything, then build and warm up an Engine with all requests queued."""
-    if isinstance(prompts, str | dict):
-        raise ValueError("prompts must be a list of prompts; wrap a single one in []")
+    speculation = speculation or SpeculationConfig()
+    engine = engine or EngineConfig()
+    check_types(model, speculation, engine)
+    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
+        raise ValueError(
+            "prompts must be a list of prompts, each text, chat messages or token ids, "
+            f"got {type(prompts).__name__}; wrap a single one in []"
+        )
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts is empty; give at least one prompt")
@@ -84,12 +142,9 @@ def _prepare(model, prompts, sampling, speculation, engine):
     tokens = []
     for index, prompt in enumerate(prompts):
         try:
-            tokens.append(
-                encode_prompt(prompt, model.tokenizer, model.config.vocab_size)
-            )
+            tokens.append(encode_prompt(prompt, model))
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from error
-    engine = engine or EngineConfig()
     if engine.max_length is None:
         longest = max(
             len(t) + s.max_tokens for t, s in zip(tokens, sampling, strict=True)
@@ -100,9 +155,7 @@ def _prepare(model, prompts, sampling, speculation, engine):
                 f"{model.name} was made for {model.config.max_length}: lower max_tokens"
             )
         engine = dataclasses.replace(engine, max_length=longest)
-    runner = Engine(
-        model, speculation=speculation or SpeculationConfig(), engine=engine
-    )
+    runner = Engine(model, speculation=speculation, engine=engine)
     for prompt, params in zip(tokens, sampling, strict=True):
         runner.check_request(prompt, params)
     runner.warm_up(filters=any(params.filters for params in sampling))
@@ -116,6 +169,11 @@ def _one_per_prompt(sampling, count):
         sampling = SamplingParams()
     if isinstance(sampling, SamplingParams):
         return [sampling] * count
+    if not hasattr(sampling, "__iter__"):
+        raise ValueError(
+            "sampling must be SamplingParams or a list of them, one per prompt, got "
+            f"{sampling!r}"
+        )
     sampling = list(sampling)
     if len(sampling) != count:
         raise ValueError(f"{len(sampling)} sampling params for {count} prompts")
@@ -126,7 +184,7 @@ def _one_per_prompt(sampling, count):
 
 
 def _progress(progress, runner):
-    """(a function that runs one step and returns results, one that ends the display).
+    """(a function that runs one step and returns results, a display to close).
 
     Text is decoded on the way only if `progress` is a function that may want it.
     """
@@ -138,16 +196,20 @@ def _progress(progress, runner):
                 progress(event)
             return results
 
-        return step, lambda: None
+        return step, contextlib.nullcontext()
     if not progress:
-        return runner.step, lambda: None
+        return runner.step, contextlib.nullcontext()
     from tqdm.auto import tqdm  # a display only; not needed to decode
 
     bar = tqdm(total=runner.max_new_tokens, unit="tok")
 
     def step_with_bar():
         results = runner.step()
+        # Requests that end early leave less to do.
+        bar.total = runner.num_emitted_tokens + runner.max_new_tokens
+        if hasattr(bar, "container"):  # a notebook's widget has its own maximum
+            bar.container.children[1].max = bar.total
         bar.update(runner.num_emitted_tokens - bar.n)
         return results
 
-    return step_with_bar, bar.close
+    return step_with_bar, contextlib.closing(bar)

@@ -51,6 +51,7 @@ class DeviceSteps:
             self._host_pages = HostPages(self.state, *chunks)
         self.dispatcher = Dispatcher(threaded=config.lag == 2)
         self._lock = threading.RLock()  # of a dispatch; the exit waits for it
+        self._is_over = False  # the process ends
         _open.add(self)
 
     def submit(self, params, filters, plan, moves=()):
@@ -125,15 +126,21 @@ class DeviceSteps:
 
     def close(self):
         """Wait for the step under way and free the pool; more than once is once."""
-        if self.state is None:
+        if self.state is None or self._is_over:
             return
         self.dispatcher.close()
-        self._release()
-
-    def _release(self):
         with self._lock:
             self._wait()
             self.state = self._host_pages = self._outcome = None
+
+    def end_with_process(self):
+        """Wait for the step under way; none follows, a thread that asks waits for ever.
+
+        Threads that Python does not wait for stop like this when it ends.
+        """
+        self._lock.acquire()
+        self._wait()
+        self._is_over = True
 
     def _wait(self):
         pages = () if self._host_pages is None else self._host_pages.arrays
@@ -148,7 +155,7 @@ _open = weakref.WeakSet()
 
 
 @atexit.register  # so before what jax registered when it was imported above
-def _release_all():
-    # Their threads have ended by now: Python waits for those first.
+def _end_all():
+    # Dispatching threads have ended by now: Python waits for those first.
     for steps in list(_open):
-        steps._release()
+        steps.end_with_process()

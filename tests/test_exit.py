@@ -1,0 +1,162 @@
+"""Scripts that end in the midst of things: Python's own exit status, and silence.
+
+Steps are slow here (a vocabulary of 100,000), so that one is under way at every end.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PREAMBLE = """
+import os, signal, sys, threading
+import jax
+import sparsespec_jax as ss
+import dataclasses
+from experiments import models
+from sparsespec_jax.model import init_params
+
+config = dataclasses.replace(models.TINY, vocab_size=100_000, hidden_size=128)
+model = ss.Model(
+    name="wide", config=config, params=init_params(config, seed=0), tokenizer=None
+)
+prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+law = ss.SamplingParams(max_tokens=12)
+options = dict(
+    speculation=ss.SpeculationConfig(num_draft_tokens=2, min_budget=3),
+    engine=ss.EngineConfig(num_slots=2, page_size=4, prefill_chunk=4, max_length=40,
+                           lag={lag}),
+)
+
+def begun():
+    engine = ss.Engine(model, **options)
+    for prompt in prompts:
+        engine.add_request(prompt, law)
+    for _ in range(4):
+        engine.step()
+    return engine
+
+def fail(*args):
+    raise OSError("the disk is full")
+
+def press(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+# name: (the script's end, lag, exit status, the last line it prints to stderr)
+SCRIPTS = {
+    "after decode, lag 0": ("ss.decode(model, prompts, sampling=law, **options)", 0),
+    "after decode, lag 1": ("ss.decode(model, prompts, sampling=law, **options)", 1),
+    "after decode, lag 2": ("ss.decode(model, prompts, sampling=law, **options)", 2),
+    "broken out of a stream, lag 1": (
+        "for event in ss.stream(model, prompts, sampling=law, **options): break",
+        1,
+    ),
+    "broken out of a stream, lag 2": (
+        "for event in ss.stream(model, prompts, sampling=law, **options): break",
+        2,
+    ),
+    "a stream that waits for its reader": (
+        "events = ss.stream(model, prompts, sampling=law, **options); next(events)",
+        1,
+    ),
+    "a stream never begun": (
+        "events = ss.stream(model, prompts, sampling=law, **options)",
+        2,
+    ),
+    "an engine dropped, lag 1": ("begun()", 1),
+    "an engine dropped, lag 2": ("begun()", 2),
+    "an engine held, lag 0": ("engine = begun()", 0),
+    "an engine held, lag 1": ("engine = begun()", 1),
+    "an engine held, lag 2": ("engine = begun()", 2),
+    "an engine closed": ("with begun() as engine: engine.step()", 2),
+    "an engine that cannot be collected": (
+        "engine = begun(); engine.itself = engine; del engine",
+        1,
+    ),
+    "an engine in a thread that nobody waits for": (
+        "engine = begun()\n"
+        "def loop():\n"
+        "    while True: engine.step() if engine.has_work else begun()\n"
+        "thread = threading.Thread(target=loop, daemon=True); thread.start()\n"
+        "thread.join(0.5)",
+        1,
+    ),
+    "an exception in a callback": (
+        "ss.decode(model, prompts, sampling=law, on_result=fail, **options)",
+        1,
+        1,
+        "OSError: the disk is full",
+    ),
+    "an exception in a callback of events": (
+        "ss.decode(model, prompts, sampling=law, progress=fail, **options)",
+        2,
+        1,
+        "OSError: the disk is full",
+    ),
+    "sys.exit": ("engine = begun(); sys.exit(7)", 1, 7, ""),
+    "sys.exit in a callback": (
+        "ss.decode(model, prompts, sampling=law, progress=lambda e: sys.exit(5), "
+        "**options)",
+        2,
+        5,
+        "",
+    ),
+    "Ctrl-C in decode": (
+        "ss.decode(model, prompts, sampling=law, progress=press, **options)",
+        1,
+        -signal.SIGINT,
+        "0 requests had finished: see .results",
+    ),
+    "Ctrl-C in decode, lag 2": (
+        "ss.decode(model, prompts, sampling=law, progress=press, **options)",
+        2,
+        -signal.SIGINT,
+        "0 requests had finished: see .results",
+    ),
+    "Ctrl-C in step": (
+        "engine = begun(); press(); engine.step()",
+        1,
+        -signal.SIGINT,
+        "KeyboardInterrupt",
+    ),
+    "Ctrl-C between two events": (
+        "for event in ss.stream(model, prompts, sampling=law, **options): press()",
+        2,
+        -signal.SIGINT,
+        "KeyboardInterrupt",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder for compiled programs, so that only the first script compiles."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_exit_is_pythons_own(programs, name):
+    end, lag, status, last = (*SCRIPTS[name], 0, "")[:4]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", PREAMBLE.replace("{lag}", str(lag)) + end],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout == ""
+    lines = ended.stderr.strip().splitlines()
+    if last:
+        assert lines[0].startswith("Traceback")
+        assert any(line.startswith(last) for line in lines[-2:])  # and perhaps a note
+    else:
+        assert lines == []
