@@ -14,6 +14,7 @@ LOGPROBS = ("raw", "processed")
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 MAX_STOP_TOKEN_IDS = 8
+MAX_INT = 2**31 - 1  # of what travels in int32
 
 
 def _require(condition, message):
@@ -49,7 +50,7 @@ class SamplingParams:
     last one kept are kept.
     """
 
-    temperature: float = 1.0  # 0 is greedy; at most 10
+    temperature: float = 1.0  # 0 is greedy, as is all below 1.2e-38; at most 10
     top_k: int = 0  # tokens kept; 0 keeps all
     top_p: float = 1.0  # probability kept, (0, 1]
     min_p: float = 0.0  # share of the top probability a token needs, [0, 1]

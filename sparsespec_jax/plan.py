@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsespec_jax.config import MAX_STOP_TOKEN_IDS
+from sparsespec_jax.config import MAX_INT, MAX_STOP_TOKEN_IDS
 
 # Columns of `slot_params`.
 SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P, LIMIT, LOGPROB_MODE = range(8)
@@ -25,6 +25,7 @@ NO_TOKEN = -1
 # Values of `seed_counts` for a verification of all drafts, or of none of them.
 NOT_SEED, PENDING_ONLY = -1, -2
 FULL_TABLE, DRAFT_TABLE = 0, 1
+_SMALLEST = float(np.finfo(np.float32).tiny)  # that no device takes for 0
 _TOKENS = 8  # cuBLAS takes multiples of them; XLA pads others, in a launch
 
 
@@ -271,21 +272,22 @@ def slot_params(sampling, sample, limit, stops, speculation):
     """The device's record of a request, int32 [NUM_SLOT_PARAMS].
 
     `sample` counts the samples of a prompt, `limit` the tokens at which the request
-    ends, `stops` are its stop token ids.
+    ends, `stops` are its stop token ids. A temperature that a device may round to 0
+    is 0.
     """
     params = np.full(NUM_SLOT_PARAMS, NO_TOKEN, np.int32)
     text = f"{sampling.seed}/{sample}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
     params[SEED_LOW : SEED_HIGH + 1] = np.frombuffer(digest, np.int32)
     floats = {
-        TEMPERATURE: sampling.temperature,
+        TEMPERATURE: sampling.temperature * (sampling.temperature >= _SMALLEST),
         TOP_P: sampling.top_p,
         MIN_P: sampling.min_p,
         BUDGET_RATIO: speculation.budget_ratio,
     }
     params[list(floats)] = np.array(list(floats.values()), np.float32).view(np.int32)
     params[MIN_BUDGET] = speculation.min_budget
-    params[TOP_K] = sampling.top_k
+    params[TOP_K] = min(sampling.top_k, MAX_INT)
     params[LIMIT] = limit
     params[LOGPROB_MODE] = sampling.logprobs == "processed"
     params[STOP_IDS : STOP_IDS + len(stops)] = sorted(stops)

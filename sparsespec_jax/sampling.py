@@ -19,6 +19,7 @@ TARGET, DRAFT, ACCEPT, RESIDUAL = range(4)
 
 _BISECTION_STEPS = 32  # one per bit of a float32
 _MAX_UNIFORM = 1.0 - 2.0**-24
+_TINY = 2.0**-126  # smallest float32 that no device rounds to 0
 
 
 class Law(NamedTuple):
@@ -97,8 +98,8 @@ def gumbel(seed, positions, token_ids, *, stream=TARGET):
 
 
 def _ordered_bits(x):
-    """Map float32 to uint32 so that the order is kept (no NaN)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    """Map float32 to uint32 so that the order is kept (no NaN); -0 is 0."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     sign = jnp.uint32(0x80000000)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
@@ -118,25 +119,38 @@ def keep_mask(logits, law):
     """Bool [R, V]: tokens that top-k, then top-p, then min-p leave.
 
     Exact, without sorting: the cut is the largest logit threshold that keeps enough
-    tokens (top-k) or enough probability (top-p); ties with the cut are kept.
+    tokens (top-k) or enough probability (top-p); ties with the cut are kept. The most
+    likely token is always kept.
     """
     keys = _ordered_bits(logits)
     wanted = jnp.where(law.top_k > 0, law.top_k, logits.shape[-1])
     cut = _largest_threshold(keys, lambda m: m.sum(-1) >= wanted)
     keep = keys >= cut[:, None]
     prob = _softmax(logits, law, keep)
-    target = law.top_p * prob.sum(-1)
+    # A share that rounds to nothing is still that of one token.
+    target = jnp.maximum(law.top_p * prob.sum(-1), _TINY)
     cut = _largest_threshold(keys, lambda m: jnp.where(m, prob, 0.0).sum(-1) >= target)
     keep &= (keys >= cut[:, None]) | (law.top_p >= 1.0)[:, None]
     floor = law.min_p * prob.max(-1)
     return keep & (prob >= floor[:, None])
 
 
+def _scaled(logits, top, temperature):
+    """(logits - top) / temperature, 0 at the top for any logits and temperature.
+
+    The difference comes first: a quotient by a small temperature overflows or, if it
+    does not, has lost the digits that the difference needs.
+    """
+    return jnp.where(logits == top, 0.0, (logits - top) / temperature)
+
+
 def _softmax(logits, law, keep):
     """Law's probabilities float32 [R, V]; all mass on the argmax at temperature 0."""
     masked = jnp.where(keep, logits, -jnp.inf)
     temperature = law.temperature[:, None]
-    soft = jax.nn.softmax(masked / jnp.where(temperature > 0, temperature, 1.0), -1)
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    soft = jnp.exp(_scaled(masked, masked.max(-1, keepdims=True), scale))
+    soft /= soft.sum(-1, keepdims=True)
     hard = jax.nn.one_hot(jnp.argmax(masked, -1), logits.shape[-1], dtype=soft.dtype)
     return jnp.where(temperature > 0, soft, hard)
 
@@ -151,6 +165,8 @@ def choose(logits, law, positions, *, filters):
     """Token int32 [R] that the law and its noise pick for absolute `positions` [R].
 
     `filters` (static) says whether any row restricts the law by top-k, top-p, min-p.
+    Exact but for the rounding of `logits + T * g`: at temperatures below the spacing
+    of the logits' numbers, equal logits fall to the lowest token id.
     """
     noise = gumbel(law.seed, positions, jnp.arange(logits.shape[-1]))
     scores = logits + law.temperature[:, None] * noise
@@ -162,11 +178,12 @@ def choose(logits, law, positions, *, filters):
 def logprobs(logits, law, tokens, *, filters):
     """Log-probability float32 [R] of `tokens`, of the model or of the law per row."""
     hot = law.temperature > 0
-    scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)
-    scaled = logits / scale[:, None]
+    scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)[:, None]
     if filters:
         keep = keep_mask(logits, law) | ~law.processed_logprobs[:, None]
-        scaled = jnp.where(keep, scaled, -jnp.inf)
-    picked = jnp.take_along_axis(scaled, tokens[:, None], -1)[:, 0]
-    value = picked - jax.nn.logsumexp(scaled, -1)
+        logits = jnp.where(keep, logits, -jnp.inf)
+    top = logits.max(-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, tokens[:, None], -1)
+    total = jnp.exp(_scaled(logits, top, scale)).sum(-1)
+    value = _scaled(picked, top, scale)[:, 0] - jnp.log(total)
     return jnp.where(law.processed_logprobs & ~hot, 0.0, value)

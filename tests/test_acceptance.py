@@ -1,5 +1,6 @@
 """The acceptors: prefix logic exhaustively, the ratio test by chi-square."""
 
+import functools
 import itertools
 
 import jax
@@ -46,13 +47,14 @@ def test_shared_noise_accepts_exactly_the_agreeing_prefix():
     assert set(got.num_accepted.tolist()) >= {0, 1}
 
 
-def one_cycle(p_logits, q_logits, *, lanes, temperature, num_kept):
-    """Tokens [lanes, Q] of one ratio-test cycle with independent noise per lane."""
+@functools.partial(jax.jit, static_argnames=("lanes", "num_kept", "filters"))
+def one_cycle(p_logits, q_logits, *, lanes, num_kept, filters=False, **options):
+    """One ratio-test cycle of a `law` with independent noise per lane."""
     rows, vocab = p_logits.shape
     drafts = rows - 1
     seeds = jnp.stack([jnp.arange(lanes), jnp.arange(lanes) * 7 + 1], 1)
     seeds = seeds.astype(jnp.uint32)
-    base = law(lanes, temperature=temperature)._replace(seed=seeds)
+    base = law(lanes, **options)._replace(seed=seeds)
     offered, ids, probs = [], [], []
     for i in range(drafts):
         tokens, draft_law = acceptance.draft_from_top_m(
@@ -60,7 +62,7 @@ def one_cycle(p_logits, q_logits, *, lanes, temperature, num_kept):
             base,
             jnp.full(lanes, i + 1),
             num_kept=num_kept,
-            filters=False,
+            filters=filters,
         )
         offered.append(tokens)
         ids.append(draft_law.token_ids)
@@ -74,8 +76,28 @@ def one_cycle(p_logits, q_logits, *, lanes, temperature, num_kept):
         jnp.stack(offered, 1),
         jnp.full(lanes, drafts),
         acceptance.DraftLaw(jnp.stack(ids, 1), jnp.stack(probs, 1)),
-        filters=False,
+        filters=filters,
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(top_k=2), dict(top_p=0.9), dict(top_p=1e-45), dict(min_p=1.0)]
+)
+def test_ratio_test_at_tiny_temperatures_is_greedy_among_the_tied(options):
+    lanes = 400
+    temperature = jnp.resize(jnp.array([1e-6, 1e-12, 1e-30, 2e-38]), lanes)
+    p = jnp.array([[0.5, 20.0, -1.0, 19.0], [3.0, 3.0, -jnp.inf, 2.0], [9, 1, 1, 1]])
+    options = dict(temperature=temperature, filters=bool(options), **options)
+    got = one_cycle(p, p[:, ::-1], lanes=lanes, num_kept=3, **options)
+    assert set(got.num_accepted.tolist()) == {0}
+    assert set(got.tokens[:, 0].tolist()) == {1}
+    got = one_cycle(p, p, lanes=lanes, num_kept=3, **options)
+    assert set(got.num_accepted.tolist()) == {2}
+    assert set(got.tokens[:, 0].tolist()) == {1}
+    assert set(got.tokens[:, 2].tolist()) == {0}
+    counts = np.bincount(got.tokens[:, 1], minlength=4)
+    assert counts[:2].sum() == lanes
+    assert stats.binomtest(int(counts[0]), lanes).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("num_kept", [2, 5])

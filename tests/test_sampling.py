@@ -1,12 +1,15 @@
 """The noise, the filters and the law, against numpy and by chi-square."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from sparsespec_jax import sampling
+from sparsespec_jax import SamplingParams, SpeculationConfig, sampling
+from sparsespec_jax.plan import slot_params
 
 
 def law(rows, *, seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, processed=0):
@@ -113,6 +116,8 @@ def test_tokens_tied_with_the_last_one_kept_are_kept():
     logits = jnp.array([[1.0, 3.0, 1.0, 0.0]])
     keep = sampling.keep_mask(logits, law(1, top_k=2))
     assert keep.tolist() == [[True, True, True, False]]
+    keep = sampling.keep_mask(jnp.array([[0.0, -0.0, -1.0]]), law(1, top_k=1))
+    assert keep.tolist() == [[True, True, False]]
 
 
 def test_filters_off_keep_everything():
@@ -141,3 +146,130 @@ def test_processed_logprob_of_a_greedy_choice_is_zero():
         logits, law(1, temperature=0.0, processed=1), jnp.array([1]), filters=False
     )
     assert got.tolist() == [0.0]
+
+
+# 1e-40 and 1e-45 are numbers of float32 that devices may take for 0; 5e-324 is none.
+TEMPERATURES = (10.0, 0.65, 1e-3, 1e-6, 1e-12, 1e-30, 2e-38, 1e-40, 1e-45, 5e-324, 0.0)
+FILTERS = (
+    dict(),
+    dict(top_k=1),
+    dict(top_k=5),
+    dict(top_k=2**40),
+    dict(top_p=0.8),
+    dict(top_p=1e-37),
+    dict(top_p=1e-45),
+    dict(top_p=5e-324),
+    dict(min_p=1.0),
+    dict(min_p=0.05),
+    dict(min_p=1e-45),
+    dict(top_k=7, top_p=0.9, min_p=0.01),
+)
+
+
+def hard_logits(kind, rows=16, vocab=29):
+    logits = np.random.default_rng(5).normal(size=(rows, vocab))
+    logits *= {"large": 1e4, "spread": 30}.get(kind, 0.01)
+    logits = logits.astype(np.float32)
+    if kind == "masked":
+        logits[:, 3:-3] = -np.inf
+    if kind == "tied":
+        logits = np.round(logits, 2)
+    return logits
+
+
+def laws_as_sent(options, rows):
+    """A Law of `rows` rows for each of a list of SamplingParams' options."""
+    params = [SamplingParams(seed=3, **option) for option in options]
+    sent = [slot_params(p, 0, 0, (), SpeculationConfig()) for p in params]
+    return sampling.law_of(jnp.repeat(jnp.stack(sent), rows, axis=0))
+
+
+def exact_law(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """(kept, log-probabilities) of one row in float64; greedy if T is no float32."""
+    logits, temperature = logits.astype(np.float64), float(np.float32(temperature))
+    scaled = np.where(np.arange(logits.size) == logits.argmax(), 0.0, -np.inf)
+    if temperature >= np.finfo(np.float32).tiny:
+        scaled = (logits - logits.max()) / temperature
+    cut = np.sort(logits)[::-1][min(top_k, logits.size) - 1] if top_k else -np.inf
+    keep = logits >= cut
+    prob = np.where(keep, np.exp(scaled), 0.0)
+    prob /= prob.sum()
+    if top_p < 1:
+        order = np.argsort(-logits, kind="stable")
+        needed = np.searchsorted(np.cumsum(prob[order]), top_p) + 1
+        keep &= logits >= logits[order[min(needed, order.size) - 1]]
+    keep &= prob >= min_p * prob.max()
+    kept = np.where(keep, scaled, -np.inf)
+    return keep, kept - np.log(np.exp(kept).sum())
+
+
+def assert_logprobs_close(got, exact):
+    """Up to probabilities that float32 does not hold: those may be 0 or not."""
+    least = np.log(np.finfo(np.float32).tiny)
+    got, exact = np.maximum(got, least), np.maximum(exact, least)
+    np.testing.assert_allclose(got, exact, rtol=2e-6, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames="filters")
+def choice_and_logprobs(logits, law, positions, *, filters):
+    """The token chosen [R], log-probabilities [R, V] of all and [R] of the chosen."""
+    chosen = sampling.choose(logits, law, positions, filters=filters)
+
+    def of(tokens):
+        return sampling.logprobs(logits, law, tokens, filters=filters)
+
+    every = jnp.arange(logits.shape[1])[:, None]
+    every = jnp.broadcast_to(every, (*logits.shape[::-1],))
+    return chosen, jax.lax.map(of, every).T, of(chosen)
+
+
+@pytest.mark.parametrize("kind", ["small", "large", "spread", "masked", "tied"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_any_temperature_gives_the_exact_law(temperature, kind):
+    """Choice and log-probabilities of every filter, against float64, the same noise."""
+    rows = hard_logits(kind)
+    options = [dict(temperature=temperature, **option) for option in FILTERS]
+    law = laws_as_sent([dict(**o, logprobs="processed") for o in options], len(rows))
+    logits = np.tile(rows, (len(options), 1))
+    positions = jnp.arange(len(logits))
+    chosen, logprobs, own = choice_and_logprobs(logits, law, positions, filters=True)
+    exact = [exact_law(row, **option) for option in options for row in rows]
+    keep, exact = (np.stack(a) for a in zip(*exact, strict=True))
+    noise = sampling.gumbel(law.seed, positions, jnp.arange(logits.shape[1]))
+    scores = logits + temperature * np.asarray(noise, np.float64)
+    scores = np.where(keep, scores, -np.inf)
+    best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
+    assert (scores.max(-1) - best <= 2**-23 * np.abs(scores.max(-1))).all()
+    if temperature < np.finfo(np.float32).tiny:
+        np.testing.assert_array_equal(own, 0.0)
+    else:
+        assert_logprobs_close(logprobs, exact)
+    raw = law._replace(processed_logprobs=jnp.zeros_like(law.processed_logprobs))
+    _, logprobs, _ = choice_and_logprobs(logits, raw, positions, filters=True)
+    exact = np.stack([exact_law(row, 1.0)[1] for row in logits])
+    assert_logprobs_close(logprobs, exact)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_an_infinite_logit_is_certain(temperature):
+    logits = np.tile(np.float32([0, np.inf, -np.inf, 3]), (len(FILTERS), 1))
+    options = [dict(temperature=temperature, **option) for option in FILTERS]
+    law = laws_as_sent([dict(**o, logprobs="processed") for o in options], 1)
+    positions = jnp.arange(len(logits))
+    chosen, _, own = choice_and_logprobs(logits, law, positions, filters=True)
+    assert set(chosen.tolist()) == {1} and set(own.tolist()) == {0.0}
+    assert np.isfinite(sampling.probabilities(logits, law, filters=True)).all()
+
+
+def test_filters_compiled_or_not_choose_the_same():
+    """A request's tokens must not depend on whether others restrict their law."""
+    logits = hard_logits("spread", rows=100)
+    options = [dict(temperature=t, logprobs="processed") for t in TEMPERATURES]
+    law = laws_as_sent(options, len(logits))
+    logits = np.tile(logits, (len(options), 1))
+    positions = jnp.arange(len(logits))
+    without = choice_and_logprobs(logits, law, positions, filters=False)
+    for one, other in zip(
+        without, choice_and_logprobs(logits, law, positions, filters=True), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
