@@ -1,6 +1,6 @@
 """Scripts that end in the midst of things: Python's own exit status, and silence.
 
-Steps are slow here (a vocabulary of 100,000), so that one is under way at every end.
+Steps are slow here (a vocabulary of 1,000,000), so that one is under way at every end.
 """
 
 import os
@@ -18,12 +18,12 @@ import dataclasses
 from experiments import models
 from sparsespec_jax.model import init_params
 
-config = dataclasses.replace(models.TINY, vocab_size=100_000, hidden_size=128)
+config = dataclasses.replace(models.TINY, vocab_size=1_000_000)
 model = ss.Model(
     name="wide", config=config, params=init_params(config, seed=0), tokenizer=None
 )
 prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
-law = ss.SamplingParams(max_tokens=12)
+law = ss.SamplingParams(max_tokens=5)
 options = dict(
     speculation=ss.SpeculationConfig(num_draft_tokens=2, min_budget=3),
     engine=ss.EngineConfig(num_slots=2, page_size=4, prefill_chunk=4, max_length=40,
