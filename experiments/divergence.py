@@ -102,8 +102,7 @@ def main():
     try:
         prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
         model = load_model(_MODEL.value, dtype=_DTYPE.value)
-        vocab = model.config.vocab_size
-        encoded = [encode_prompt(p, model.tokenizer, vocab) for p in prompts]
+        encoded = [encode_prompt(p, model) for p in prompts]
         max_length = max(map(len, encoded)) + _TOKENS.value
         config = EngineConfig(
             num_slots=_SLOTS.value, page_size=_PAGE.value, max_length=max_length

@@ -193,7 +193,7 @@ def encode_prompts(model, config) -> list[list[int]]:
     encoded = []
     for number, prompt in enumerate(prompts):
         try:
-            ids = encode_prompt(prompt, model.tokenizer, model.config.vocab_size)
+            ids = encode_prompt(prompt, model)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
         if len(ids) + config.max_tokens > model.config.max_length:

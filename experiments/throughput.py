@@ -89,9 +89,8 @@ def make_prompts(load: Load, model: Model) -> list[list[int]]:
         rng = np.random.default_rng(0)
         shape = (load.num_requests, load.prompt_length)
         return rng.integers(10, model.config.vocab_size - 10, shape).tolist()
-    vocab = model.config.vocab_size
     texts = load_prompts(_PROMPTS.value, chat=True)
-    encoded = [encode_prompt(text, model.tokenizer, vocab) for text in texts]
+    encoded = [encode_prompt(text, model) for text in texts]
     return [encoded[i % len(encoded)] for i in range(load.num_requests)]
 
 

@@ -138,6 +138,7 @@ class Engine(contextlib.AbstractContextManager):
 
     def _add_samples(self, tokens, sampling, prompt_index, expected_tokens):
         group = self._next_id if sampling.n > 1 else None
+        prompt_index = self._next_id if prompt_index is None else prompt_index
         ids = []
         for sample in range(sampling.n):
             request = self._request(tokens, sampling, sample)

@@ -7,12 +7,12 @@ from sparsespec_jax.config import MAX_STOP_TOKEN_IDS
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.outputs import Output
 from sparsespec_jax.request import Request, token_array
-from sparsespec_jax.text import OutputText, encode_prompt
+from sparsespec_jax.text import OutputText, encode_prompt, no_tokenizer
 
 
 def check_prompt(model, prompt, sampling, max_length):
     """Token ids of `prompt`; ValueError if no engine of that length could serve it."""
-    tokens = encode_prompt(prompt, model.tokenizer, model.config.vocab_size)
+    tokens = encode_prompt(prompt, model)
     total = len(tokens) + sampling.max_tokens
     if total > max_length:
         raise ValueError(
@@ -21,7 +21,7 @@ def check_prompt(model, prompt, sampling, max_length):
             + ("" if total > model.config.max_length else " or raise it")
         )
     if sampling.stop and model.tokenizer is None:
-        raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+        raise no_tokenizer(model, "stop strings (other than stop_token_ids) need")
     stops = plan_lib.stop_ids(model.config.eos_ids, sampling)
     if len(stops) > MAX_STOP_TOKEN_IDS:
         raise ValueError(

@@ -32,7 +32,6 @@ class Output:
     logprobs: array.array = dataclasses.field(default_factory=lambda: array.array("f"))
     params_versions: list = dataclasses.field(default_factory=list)  # [version, tokens]
     draft_cache: int = 0  # rows that the last verification left for drafts to read
-    given_text: int = 0  # characters of the text that a stream has seen
 
 
 class Outputs:
@@ -87,8 +86,7 @@ class Outputs:
         output.params_versions = [list(item) for item in progress.params_versions]
         output.metrics = copy.deepcopy(progress.metrics)
         if output.sampling.stop:
-            for token in progress.token_ids:
-                output.text.push(token)
+            output.text.push(progress.token_ids)
 
     def progress(self, known):
         """RequestProgress of outputs longer than `known` (request id -> tokens).
@@ -151,12 +149,15 @@ class Outputs:
                 continue  # finished or aborted while this step was in flight
             self._record(output, taken, *judged, counts)
             first = len(request.tokens)
+            if events is not None:
+                _take_text(output)  # of tokens that came while nobody listened
             reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
             self._count_emitted(output, first, version)
-            if events is not None:
-                events.append(_event(output, first, reason))
             if reason:
                 results.append(self.finish(output, reason, stop))
+            if events is not None:
+                ended = results[-1] if reason else None
+                events.append(_event(output, first, ended))
 
     def finish(self, output, reason, stop_reason):
         """End an output; returns its DecodeResult."""
@@ -258,33 +259,39 @@ def _as_tuples(versions):
 
 def _append(output, tokens, logprobs, is_done):
     """Append new tokens up to a stop; returns (finish reason or None, stop reason)."""
-    request = output.request
+    request, text = output.request, output.text
+    # The device cuts an outcome at its first stop token, which is no text, or at the
+    # limit.
+    is_stopped = is_done and tokens[-1] in output.stop_ids
     if output.sampling.stop:
-        for count, token in enumerate(tokens, start=1):
-            request.tokens.append(token)
-            if token in output.stop_ids:
-                break  # the device saw it too
-            if output.text.push(token):
-                output.logprobs.extend(logprobs[:count])
-                return "stop", output.text.stop_string
-    else:
-        request.tokens.extend(tokens)
+        num_read = text.num_pushed
+        if text.push(tokens[: -1 if is_stopped else None]):
+            count = text.num_pushed - num_read
+            request.tokens.extend(tokens[:count])
+            output.logprobs.extend(logprobs[:count])
+            return "stop", text.stop_string
+    request.tokens.extend(tokens)
     output.logprobs.extend(logprobs)
     if not is_done:
         return None, None
-    # The device cuts an outcome at its first stop token or at the limit.
-    last = tokens[-1]
-    return ("stop", last) if last in output.stop_ids else ("length", None)
+    return ("stop", tokens[-1]) if is_stopped else ("length", None)
 
 
-def _event(output, first, reason):
-    """The StreamEvent of the tokens from index `first` on."""
+def _take_text(output):
+    """The text that is certain by now and was not taken before."""
     request, text = output.request, output.text
-    if text.stop_string is None:
-        new = request.tokens[request.num_prompt + text.num_pushed :]
-        for token in new:
-            if token not in output.stop_ids:
-                text.push(token)
-    fresh = text.text[output.given_text :]
-    output.given_text = len(text.text)
-    return StreamEvent(request.request_id, tuple(request.tokens[first:]), fresh, reason)
+    text.push(request.tokens[request.num_prompt + text.num_pushed :])
+    return text.take()
+
+
+def _event(output, first, result):
+    """The StreamEvent of the tokens from index `first` on.
+
+    `result` is the DecodeResult if they are the last: then all remaining text is news.
+    """
+    request = output.request
+    if result is None:
+        text, reason = _take_text(output), None
+    else:
+        text, reason = output.text.rest(result.text or ""), result.finish_reason
+    return StreamEvent(request.request_id, tuple(request.tokens[first:]), text, reason)

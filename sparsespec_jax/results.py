@@ -35,7 +35,8 @@ class DecodeResult:
     def text(self) -> str | None:
         """The text of `token_ids`, decoded when first asked for.
 
-        Ends before a stop string or an EOS; None without a tokenizer.
+        Ends before a stop string or a stop token; None without a tokenizer. The same
+        whether the output was streamed or not.
         """
         is_stopped = isinstance(self.stop_reason, int)
         return self.output_text.finish(self.token_ids[: -1 if is_stopped else None])
@@ -72,9 +73,13 @@ class RequestProgress:
 
 
 class StreamEvent(NamedTuple):
-    """New output of one request; the last one carries the finish reason."""
+    """New output of one request; the last one carries the finish reason.
+
+    The texts of all events of a request make the text of its result. Text that later
+    tokens could change or cut comes with them, at the latest with the last event.
+    """
 
     request_id: int
     new_token_ids: tuple[int, ...]
-    new_text: str  # "" without a tokenizer
+    new_text: str  # what these tokens made certain; "" without a tokenizer
     finish_reason: str | None

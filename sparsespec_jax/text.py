@@ -1,93 +1,157 @@
-"""Between text and tokens: prompts in, incremental text and stop strings out."""
+"""Between text and tokens: prompts in, text and stop strings out. No jax."""
+
+import codecs
+import operator
+from collections.abc import Mapping, Set
+from reprlib import repr as short
+
+import numpy as np
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONG_WINDOW = 8  # tokens of broken UTF-8 of which the first are settled
+
+# What is refused as a prompt, and what to give instead.
+_INSTEAD = {
+    bytes | bytearray | memoryview: "decode bytes first: bytes(...).decode('utf-8')",
+    Mapping: "a chat is a list of messages: wrap a single message in []",
+    Set: "a set has no order: give a list",
+}
 
 
-def encode_prompt(prompt, tokenizer, vocab_size):
+def encode_prompt(prompt, model):
     """Token ids of a prompt: text, chat messages (dicts) or token ids.
 
+    Ids may be a list, a tuple, a range or a one-dimensional array of integers.
+
     Raises:
-      ValueError: an empty prompt, an id outside the vocabulary, a prompt of another
-        type, or text without a tokenizer.
+      ValueError: a prompt that is empty or of another type, an id outside the
+        vocabulary, text without a tokenizer, a chat that its template refuses.
     """
     if isinstance(prompt, str):
-        _need_tokenizer(tokenizer, "a text prompt")
-        tokens = tokenizer.encode(prompt)
-    elif not hasattr(prompt, "__iter__"):
-        raise ValueError(
-            f"a prompt is text, chat messages or token ids, got {type(prompt).__name__}"
-        )
+        tokens = _tokenizer(model, "a text prompt").encode(str(prompt))
     else:
-        items = list(prompt)
-        if items and all(isinstance(item, dict) for item in items):
-            _need_tokenizer(tokenizer, "a chat prompt")
-            tokens = tokenizer.encode_chat(items)
+        items = _items(prompt)
+        if items and all(isinstance(item, Mapping) for item in items):
+            tokens = _tokenizer(model, "a chat prompt").encode_chat(items)
         else:
-            tokens = _as_ids(items)
+            tokens = [_as_id(item) for item in items]
     if not tokens:
-        raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")
+        raise ValueError(f"the prompt {short(prompt)} has no tokens; give at least one")
+    vocab_size = model.config.vocab_size
     outside = [t for t in tokens if not 0 <= t < vocab_size]
     if outside:
         raise ValueError(
             f"token id {outside[0]} is outside the model's vocabulary "
             f"[0, {vocab_size}): was the prompt made for another model?"
         )
-    return list(tokens)
+    return tokens
 
 
-def _as_ids(items):
-    ids = []
-    for item in items:
-        if isinstance(item, bool | str | bytes | dict) or not hasattr(
-            item, "__index__"
-        ):
-            raise ValueError(
-                "a prompt given as a sequence holds token ids or chat messages "
-                f"throughout, got {item!r}"
-            )
-        ids.append(item.__index__())
-    return ids
+def no_tokenizer(model, needs):
+    """The error of what `needs` a tokenizer, for a model that has none, and why."""
+    return ValueError(
+        f"{needs} a tokenizer, and model {model.name!r} has none: "
+        f"{model.tokenizer_problem}. Give token ids, or load it with its tokenizer"
+    )
 
 
-def _need_tokenizer(tokenizer, what):
-    if tokenizer is None:
-        raise ValueError(f"{what} needs a tokenizer and this model has none; give ids")
+def _tokenizer(model, what):
+    if model.tokenizer is None:
+        raise no_tokenizer(model, f"{what} needs")
+    return model.tokenizer
+
+
+def _items(prompt):
+    """What a prompt that is no text holds, as a list."""
+    what = f"a prompt is text, chat messages or token ids, got {type(prompt).__name__}"
+    for refused, instead in _INSTEAD.items():
+        if isinstance(prompt, refused):
+            raise ValueError(f"{what}: {instead}")
+    try:
+        shape = getattr(prompt, "shape", None)
+        if hasattr(prompt, "__array__"):  # one copy, also from a device
+            prompt = np.asanyarray(prompt).tolist()
+        items = list(prompt)
+    except Exception as error:  # whatever the prompt's own class raises
+        raise ValueError(f"{what}: it cannot be read as a list ({error})") from error
+    if isinstance(shape, tuple) and len(shape) != 1:
+        raise ValueError(
+            f"{what} of shape {shape}: a prompt is one row of ids; give each row as a "
+            "prompt of its own"
+        )
+    return items
+
+
+def _as_id(item):
+    try:
+        if isinstance(item, bool | np.bool_):
+            raise TypeError("a truth value is no token id")
+        return operator.index(item)
+    except Exception as error:  # whatever the item's own class raises
+        raise ValueError(
+            "a prompt given as a sequence holds token ids or chat messages "
+            f"throughout, got {short(item)}"
+        ) from error
 
 
 class OutputText:
-    """The text of one output: on demand, or grown token by token.
+    """The text of one output: whole, or as its tokens come.
+
+    The text of n tokens is what the tokenizer decodes all of them to, however they
+    came and whoever asked. A stop string is complete at the first token after which
+    that text holds one, replacement characters at its end set aside: they may be a
+    character that is not finished. The text then ends before it.
+
+    What a stream is given after n tokens depends on these tokens alone, and begins the
+    text of every longer output. Held back are text that later tokens can change (see
+    `decoder_rules`), replacement characters at its end, and what may begin a stop
+    string.
 
     Nothing is decoded before somebody asks: a stop string or a stream pushes tokens as
-    they come, otherwise `finish` decodes the whole output at once. Tokens are judged
-    one at a time, so where a stop string ends does not depend on how many tokens a
-    step committed.
+    they come, otherwise `finish` decodes the whole output at once.
     """
 
     def __init__(self, tokenizer, stop):
         self._tokenizer = tokenizer
-        self._stop = stop
-        self._ids = []
-        self._context = 0  # tokens from here to _given are decoded as context only:
-        self._given = 0  # a token's text can depend on the one before it
-        self.text = ""
+        self._stop = tuple(stop)
+        self._tokens = []  # those that text to come depends on, all until it is settled
+        self._end = 0  # how many of them end at a place to cut
+        self._known = 0  # characters of their text that are settled
+        self._held = ""  # settled text that is not given out,
+        self._num_marks = 0  # and the replacement characters at its end
+        self._run = None  # the ByteRun that the last token belongs to
+        self._fresh = []  # pieces of text that is given out, but not taken
+        self._num_taken = 0  # characters
+        self.num_pushed = 0  # tokens
         self.stop_string = None
 
-    @property
-    def num_pushed(self):
-        """Tokens pushed so far."""
-        return len(self._ids)
+    def push(self, tokens):
+        """Read more tokens; True if a stop string is complete.
 
-    def push(self, token):
-        """Add one token; returns True if a stop string is now complete."""
-        self._ids.append(token)
-        if self._tokenizer is None:
+        The token that completes it is the last one read; `num_pushed` counts it.
+        """
+        if self.stop_string is not None:
+            return True
+        if self._tokenizer is None or not self._stop:
+            self.num_pushed += len(tokens)
+            if self._tokenizer is not None:
+                self._read(tokens)
             return False
-        fresh = self._fresh()
-        if fresh.endswith(_REPLACEMENT):  # an unfinished character
-            return False
-        self._context, self._given = self._given, len(self._ids)
-        self.text += fresh
-        return bool(fresh) and self._find_stop(len(fresh))
+        for token in tokens:
+            self.num_pushed += 1
+            if self._read((token,)):
+                return True
+        return False
+
+    def take(self):
+        """The text that is certain by now and was not taken before."""
+        fresh, self._fresh = "".join(self._fresh), []
+        self._num_taken += len(fresh)
+        return fresh
+
+    def rest(self, text):
+        """What nobody has taken yet of `text`, which `finish` returned."""
+        return text[self._num_taken :]
 
     def finish(self, token_ids):
         """The whole text of an output, an unfinished character included.
@@ -96,27 +160,133 @@ class OutputText:
         """
         if self._tokenizer is None:
             return None
-        if self.stop_string is not None:
-            return self.text
-        if not self._ids:
-            return self._tokenizer.decode(list(token_ids))
-        for token in token_ids[len(self._ids) :]:
-            self.push(token)
-        return self.text + self._fresh()
+        text = self._tokenizer.decode(token_ids)
+        return text if self.stop_string is None else text.partition(self.stop_string)[0]
 
-    def _fresh(self):
-        known = self._tokenizer.decode(self._ids[self._context : self._given])
-        return self._tokenizer.decode(self._ids[self._context :])[len(known) :]
-
-    def _find_stop(self, num_fresh):
-        found = []
-        for stop in self._stop:
-            begin = max(0, len(self.text) - num_fresh - len(stop) + 1)
-            at = self.text.find(stop, begin)
-            if at >= 0:
-                found.append((at, stop))
-        if not found:
+    def _read(self, tokens):
+        """Take in tokens, one if there are stop strings; True if one is complete."""
+        rule, end, kept = self._tokenizer.decoder_rule, self._end, len(self._tokens)
+        for token in tokens:
+            piece = self._tokenizer.piece(token)
+            if piece is not None:
+                self._tokens.append(token)
+                if rule.ends_run(piece):
+                    self._end = len(self._tokens)
+        if len(self._tokens) == kept:
             return False
-        at, self.stop_string = min(found)
-        self.text = self.text[:at]
-        return True
+        if self._stop and self._may_stop(piece) and self._find_stop():
+            return True
+        if rule.kind == "bytes":
+            self._settle_characters()
+        elif self._end > end:
+            self._settle_tokens()
+        self._release()
+        return False
+
+    def _may_stop(self, piece):
+        """False only if no stop string can be complete with this token.
+
+        It saves decoding a long run of byte tokens again with each of them.
+        """
+        byte = self._tokenizer.decoder_rule.byte(piece)
+        if byte is None:
+            self._run = None
+            return True
+        if any(_REPLACEMENT in stop for stop in self._stop):
+            return True  # one that was set aside may count now
+        if self._run is None:
+            self._run = ByteRun(self._held, keep=max(map(len, self._stop)))
+        return self._run.add(byte) and self._run.text.endswith(self._stop)
+
+    def _find_stop(self):
+        """True if a stop string, which becomes `stop_string`, is in the text."""
+        text = self._tokenizer.decode(self._tokens)[self._known :]
+        text = text.rstrip(_REPLACEMENT)
+        if not text:
+            return False  # as before the last token
+        # Text that was given out is part of no stop string: `_release` sees to it.
+        text = self._held + _REPLACEMENT * self._num_marks + text
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stop_string = min(found)[1]
+        return bool(found)
+
+    def _settle_tokens(self):
+        """Settle the text of all tokens up to the last place to cut."""
+        settled, rest = self._tokens[: self._end], self._tokens[self._end :]
+        text = self._tokenizer.decode(settled)
+        self._hold(text[self._known :])
+        self._known, size = len(text), 1
+        # Decoders treat the beginning of a text in a way of its own, which is over as
+        # soon as there is text: then the last tokens that have text stand for all.
+        while text and size < len(settled):
+            if known := len(self._tokenizer.decode(settled[-size:])):
+                settled, self._known = settled[-size:], known
+            size *= 2
+        self._tokens, self._end = settled + rest, len(settled)
+
+    def _settle_characters(self):
+        """Settle the finished characters of tokens that are bytes."""
+        decode = self._tokenizer.decode
+        whole = decode(self._tokens)
+        finished = whole.rstrip(_REPLACEMENT)
+        self._hold(finished[self._known :])
+        self._known = len(finished)
+        if finished == whole:
+            self._tokens, self._known = [], 0
+        if len(self._tokens) < _LONG_WINDOW:
+            return
+        # Of 4 neighbouring places one is in no character, which has at most 4 bytes.
+        # Where two halves decode to the text of the whole, no character spans them.
+        for cut in range(len(self._tokens) - 3, len(self._tokens) - 7, -1):
+            first, last = decode(self._tokens[:cut]), decode(self._tokens[cut:])
+            if first + last == whole:
+                self._hold(first[self._known :])
+                self._known = max(0, self._known - len(first))
+                self._tokens = self._tokens[cut:]
+                return
+
+    def _hold(self, text):
+        """Add settled text to what is held back."""
+        body = text.rstrip(_REPLACEMENT)
+        if body:
+            self._held += _REPLACEMENT * self._num_marks + body
+            self._num_marks = 0
+        self._num_marks += len(text) - len(body)
+
+    def _release(self):
+        """Give out the held text that no stop string can cut."""
+        end = len(self._held)
+        for stop in self._stop:
+            at = self._held.find(stop[0], max(0, len(self._held) - len(stop) + 1))
+            while at >= 0 and not stop.startswith(self._held[at:]):
+                at = self._held.find(stop[0], at + 1)
+            if at >= 0:
+                end = min(end, at)
+        if end:
+            self._fresh.append(self._held[:end])
+            self._held = self._held[end:]
+
+
+class ByteRun:
+    """Neighbouring byte tokens: their text as long as it is valid UTF-8.
+
+    `text` is the end, of `keep` characters, of what was before and that text.
+    """
+
+    def __init__(self, before, *, keep):
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._keep = keep
+        self.text = before[-keep:]
+
+    def add(self, byte):
+        """Take in a byte; True if it completes a character."""
+        if self._decoder is None:
+            return False
+        try:
+            character = self._decoder.decode(bytes([byte]))
+        except UnicodeDecodeError:  # no byte of the run is text, whatever follows
+            self._decoder = None
+            return False
+        self.text = (self.text + character)[-self._keep :]
+        return bool(character)

@@ -6,17 +6,18 @@ One class over the ``tokenizers`` package, filled from a Hugging Face directory
 
 from __future__ import annotations
 
-import datetime
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from sparsespec_jax.chat import chat_messages, render
+from sparsespec_jax.decoder_rules import DecoderRule, decoder_rule
+from sparsespec_jax.tokenizer_config import TokenizerConfig
 
 # Token types of GGUF vocabularies.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -40,7 +41,9 @@ class Tokenizer:
         bos_id: id that starts a text, or None. ``encode`` adds it only if the
             backend's post-processor says so.
         eos_ids: ids any of which ends a text.
-        chat_template: Jinja source, or None if the model has no chat format.
+        chat_template: Jinja source, or several by name, or None if the model has no
+            chat format.
+        special_tokens: the text of special tokens by the names that templates use.
     """
 
     def __init__(
@@ -49,13 +52,22 @@ class Tokenizer:
         *,
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ):
-        """Wrap a backend; nothing is added to it."""
+        """Wrap a backend; nothing is added to it.
+
+        special_tokens: None takes "bos_token" and "eos_token" from the ids.
+        """
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.chat_template = chat_template
+        if special_tokens is None:
+            ids = {"bos_token": bos_id, "eos_token": next(iter(eos_ids), None)}
+            texts = {k: i if i is None else self._text(i) for k, i in ids.items()}
+            special_tokens = {k: text for k, text in texts.items() if text is not None}
+        self.special_tokens = dict(special_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -67,17 +79,48 @@ class Tokenizer:
 
         add_special_tokens: let the post-processor add what it does (for many models a
         leading BOS, for the default model nothing).
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, or what the vocabulary
+                cannot write.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} of the text is {text[error.start]!r}, half "
+                "of a surrogate pair, which is no character: read the text with "
+                "errors='replace'"
+            ) from None
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(
+                f"the tokenizer cannot encode the text: {error}"
+            ) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that end amid a character become replacement marks."""
         ids = [int(i) for i in ids]
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
-        """A decoder that takes ids as they come and gives out whole characters."""
-        return DecodeStream(self.backend, skip_special_tokens=skip_special_tokens)
+    @functools.cached_property
+    def decoder_rule(self) -> DecoderRule:
+        """Where the text of growing ids may be cut."""
+        return decoder_rule(self.backend.decoder)
+
+    def piece(self, token_id: int) -> str | None:
+        """The token as the decoder reads it; None if ``decode`` leaves it out."""
+        piece = self._text(token_id)
+        return None if piece in self._left_out else piece
+
+    @functools.cached_property
+    def _left_out(self) -> frozenset[str]:
+        """Tokens that ``decode`` skips: those that are or once were special."""
+        decode, added = self.backend.decode, self.backend.get_added_tokens_decoder()
+        special = {token.content for token in added.values() if token.special}
+        once = {self._text(i) for i in added if decode([i]) != decode([i], False)}
+        return frozenset(special | once)
 
     def token_id(self, token: str) -> int:
         """Id of one token given as it is written in the vocabulary."""
@@ -98,23 +141,13 @@ class Tokenizer:
         variables: what else the template reads, e.g. ``enable_thinking`` or ``tools``.
 
         Raises:
-            ValueError: there is no template, or it refuses these messages.
+            ValueError: there is no template, a message is no text (see
+                ``chat_messages``), or the template fails on them.
         """
-        if self.chat_template is None:
-            raise ValueError(
-                "this model has no chat template: it is a base model, or its "
-                "tokenizer_config.json is missing; encode plain text instead"
-            )
-        special = {"bos_token": self._token(self.bos_id), "eos_token": self._eos()}
-        try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **(special | variables),
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template failed: {error}") from error
+        known = {"tools": None, "documents": None} | self.special_tokens | variables
+        known["messages"] = chat_messages(messages)
+        known["add_generation_prompt"] = add_generation_prompt
+        return render(self._template(known["tools"]), known)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Any
@@ -129,32 +162,34 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
-        described = {
-            "bos_token": self._token(self.bos_id),
-            "eos_token": self._eos(),
-            "chat_template": self.chat_template,
-        }
+        template = self.chat_template
+        if isinstance(template, Mapping):
+            named = template.items()
+            template = [{"name": name, "template": text} for name, text in named]
+        described = self.special_tokens | {"chat_template": template}
         text = json.dumps(described, indent=2, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-    def _token(self, token_id: int | None) -> str | None:
-        return None if token_id is None else self.backend.id_to_token(token_id)
+    def _text(self, token_id: int) -> str | None:
+        return self.backend.id_to_token(token_id)
 
-    def _eos(self) -> str | None:
-        return self._token(self.eos_ids[0]) if self.eos_ids else None
-
-
-class DecodeStream:
-    """Text of a growing list of ids; joins the bytes of split characters."""
-
-    def __init__(self, backend: tokenizers.Tokenizer, *, skip_special_tokens: bool):
-        """Start at the beginning of a text."""
-        self._backend = backend
-        self._stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
-
-    def push(self, token_id: int) -> str:
-        """What text token_id completes, "" while a character is incomplete."""
-        return self._stream.step(self._backend, int(token_id)) or ""
+    def _template(self, tools: Any) -> str:
+        found = self.chat_template
+        if found is None:
+            raise ValueError(
+                "this model has no chat template: it is a base model, or its "
+                "tokenizer_config.json is missing; encode plain text instead"
+            )
+        if isinstance(found, str):
+            return found
+        names = ("default",) if tools is None else ("tool_use", "default")
+        for name in names:
+            if name in found:
+                return found[name]
+        raise ValueError(
+            f"this model has chat templates named {sorted(found)} and none named "
+            f"{names[-1]!r}: set tokenizer.chat_template to the source of one"
+        )
 
 
 def tokenizer_from_directory(
@@ -162,10 +197,13 @@ def tokenizer_from_directory(
 ) -> Tokenizer:
     """The tokenizer of a Hugging Face directory.
 
+    Texts are encoded whole: truncation and padding that tokenizer.json stores are not
+    applied. Tokens that only tokenizer_config.json lists are added.
+
     eos_ids: the model's, put before the one that the tokenizer's files name.
 
     Raises:
-        ValueError: tokenizer.json is missing or damaged.
+        ValueError: tokenizer.json is missing, or a file is damaged or wrong.
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"
@@ -179,17 +217,21 @@ def tokenizer_from_directory(
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
         raise ValueError(f"{path} cannot be read: {error}") from error
-    described = _read_json(directory / "tokenizer_config.json")
-    special = {
-        kind: _special_id(backend, described.get(f"{kind}_token"))
-        for kind in ("bos", "eos")
-    }
-    named = () if special["eos"] is None else (special["eos"],)
+    backend.no_truncation()
+    backend.no_padding()
+    config = TokenizerConfig(directory)
+    config.add_tokens(backend)
+    bos, eos = (
+        backend.token_to_id(config.special_tokens.get(name, ""))
+        for name in ("bos_token", "eos_token")
+    )
+    named = () if eos is None else (eos,)
     return Tokenizer(
         backend,
-        bos_id=special["bos"],
+        bos_id=bos,
         eos_ids=tuple(dict.fromkeys((*eos_ids, *named))),
-        chat_template=_chat_template(directory, described),
+        chat_template=config.chat_template,
+        special_tokens=config.special_tokens,
     )
 
 
@@ -210,7 +252,8 @@ def tokenizer_from_vocabulary(
     token_types: 1 ordinary, 3 special, 4 added by the user; one a token.
 
     Raises:
-        ValueError: pre_tokenizer is not one of PRE_TOKENIZERS.
+        ValueError: pre_tokenizer is not one of PRE_TOKENIZERS, or tokens, merges, types
+            and bos_id do not fit each other.
     """
     if pre_tokenizer not in PRE_TOKENIZERS:
         raise ValueError(
@@ -218,12 +261,26 @@ def tokenizer_from_vocabulary(
             f"{', '.join(PRE_TOKENIZERS)}. A wrong one gives other ids for the same "
             "text, so none is assumed: load the model's own directory instead"
         )
+    if len(token_types) != len(tokens):
+        raise ValueError(
+            f"the vocabulary has {len(tokens)} tokens and {len(token_types)} types of "
+            "tokens; there must be one a token: the file is damaged"
+        )
+    if add_bos and bos_id is not None and not 0 <= bos_id < len(tokens):
+        raise ValueError(
+            f"bos_id {bos_id} is outside the vocabulary of {len(tokens)} tokens"
+        )
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # A space inside a token is spelled as another character, so one space splits.
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     # No unknown token: bytes without a token are dropped, as the originals do.
     whole_words = pre_tokenizer == "llama-bpe"
-    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_words)
+    try:
+        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_words)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(
+            f"the merges do not fit the vocabulary ({error}): the file is damaged"
+        ) from error
     backend = tokenizers.Tokenizer(model)
     if pre_tokenizer == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -264,50 +321,3 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     )
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([words, spelled])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _special_id(backend: tokenizers.Tokenizer, token: Any) -> int | None:
-    # Files write a token as a string or as an object with its string inside.
-    text = token.get("content") if isinstance(token, dict) else token
-    return None if text is None else backend.token_to_id(text)
-
-
-def _chat_template(directory: Path, described: dict[str, Any]) -> str | None:
-    beside = directory / "chat_template.jinja"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
-    found = described.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        by_name = {entry["name"]: entry["template"] for entry in found}
-        found = by_name.get("default")
-    return found
-
-
-def _environment() -> jinja2.Environment:
-    """Jinja as chat templates expect it; sandboxed, since they come with weights."""
-
-    def refuse(message: str):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        # Jinja's own escapes HTML characters.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(
-        form
-    )
-    return environment
