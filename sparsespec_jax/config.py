@@ -1,11 +1,15 @@
 """Frozen option records: how to sample, how to speculate, how to run the engine.
 
 Every field is checked on construction; a wrong value raises ValueError naming the
-field, the value and what would work. No jax here: the scheduler reads these too.
+field, the value and what would work. Numbers of numpy or jax become Python's own, so
+that equal records are equal, hash alike and can be written as JSON. No jax here: the
+scheduler reads these too.
 """
 
 import dataclasses
-import math
+import operator
+
+from sparsespec_jax.fields import LARGEST, shown
 
 ACCEPTORS = ("shared_noise", "ratio_test", "forced")
 MASS_ROWS = ("all", "edges")
@@ -14,7 +18,10 @@ LOGPROBS = ("raw", "processed")
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 MAX_STOP_TOKEN_IDS = 8
-MAX_INT = 2**31 - 1  # of what travels in int32
+MAX_INT = LARGEST  # of what travels in int32
+_SETS = set | frozenset
+_LEAST_RATIO = 1e-30  # times a length, no device rounds it to 0
+_NO_NUMBERS = tuple("bcmMOSU")  # numpy's letters of bool, complex, times, texts
 
 
 def _require(condition, message):
@@ -22,23 +29,106 @@ def _require(condition, message):
         raise ValueError(message)
 
 
-def _require_int(name, value, low, high=None):
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    ok = ok and value >= low and (high is None or value <= high)
-    bound = f">= {low}" if high is None else f"in [{low}, {high}]"
-    _require(ok, f"{name} must be an integer {bound}, got {value!r}")
+def _put(record, name, value):
+    object.__setattr__(record, name, value)  # records are frozen
 
 
-def _require_float(name, value, low, high, *, open_low=False):
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    ok = ok and math.isfinite(value) and value <= high
-    ok = ok and (value > low if open_low else value >= low)
+def put_int(record, name, low, high=MAX_INT):
+    """Make a field a Python int; ValueError unless it is an integer in [low, high].
+
+    Integers of numpy, arrays without axes and whatever else stands for an index are
+    integers; floats are none, whole or not, and neither is True. `high=None` is no
+    bound.
+    """
+    _put(record, name, _to_int(name, getattr(record, name), low, high))
+
+
+def put_float(record, name, low, high, *, open_low=False):
+    """Make a field a Python float; ValueError unless it is a number in [low, high].
+
+    Numbers of numpy and arrays without axes are numbers, strings and True are none.
+    """
+    value = getattr(record, name)
+    number = _as_float(value)
+    _require(number is not None, f"{name} must be a number, got {shown(value)}")
+    ok = number <= high and (number > low if open_low else number >= low)
     bracket = "(" if open_low else "["
-    _require(ok, f"{name} must be in {bracket}{low}, {high}], got {value!r}")
+    _require(ok, f"{name} must be in {bracket}{low}, {high}], got {shown(value)}")
+    _put(record, name, number)
 
 
-def _require_choice(name, value, choices):
-    _require(value in choices, f"{name} must be one of {choices}, got {value!r}")
+def put_flag(record, name):
+    """Make a field a Python bool; ValueError unless it is True or False."""
+    value = getattr(record, name)
+    ok = isinstance(value, bool) or _kind(value) == "b"
+    _require(ok, f"{name} must be True or False, got {shown(value)}")
+    _put(record, name, bool(value))
+
+
+def put_choice(record, name, choices):
+    """Make a field one of some strings; ValueError if it is none of them."""
+    value = getattr(record, name)
+    ok = isinstance(value, str) and value in choices
+    _require(ok, f"{name} must be one of {choices}, got {shown(value)}")
+    _put(record, name, str(value))
+
+
+def _kind(value):
+    """The letter that numpy gives the type of an array without axes, else None."""
+    is_scalar = getattr(value, "ndim", None) == 0
+    return getattr(getattr(value, "dtype", None), "kind", None) if is_scalar else None
+
+
+def _to_int(name, value, low, high):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    ok = number is not None and number >= low and (high is None or number <= high)
+    bound = f">= {low}" if high is None else f"in [{low}, {high}]"
+    _require(ok, f"{name} must be an integer {bound}, got {shown(value)}")
+    return number
+
+
+def _as_float(value):
+    """The float that a number is; None for what is no number."""
+    is_array = getattr(value, "ndim", 0) > 0
+    if is_array or isinstance(value, bool | str | bytes) or _kind(value) in _NO_NUMBERS:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _items(name, values, what):
+    """What a list, array, set, range or generator holds; None holds nothing."""
+    try:
+        items = () if values is None else tuple(values)
+    except TypeError:
+        items = None
+    ok = items is not None and not isinstance(values, str | bytes | dict)
+    _require(ok, f"{name} must be a list of {what}, got {shown(values)}")
+    return items
+
+
+def put_ints(record, name, low, high=MAX_INT):
+    """Make a field a tuple of Python ints (see `put_int`), sorted if it was a set."""
+    values = getattr(record, name)
+    each = f"each of {name}"
+    ints = [_to_int(each, v, low, high) for v in _items(name, values, "integers")]
+    _put(record, name, tuple(sorted(ints) if isinstance(values, _SETS) else ints))
+
+
+def put_texts(record, name):
+    """Make a field a tuple of non-empty strings, sorted if it was a set."""
+    values = getattr(record, name)
+    texts = [values] if isinstance(values, str) else _items(name, values, "strings")
+    for text in texts:
+        ok = isinstance(text, str) and text
+        _require(ok, f"{name} must hold non-empty strings, got {shown(text)}")
+    texts = [str(text) for text in texts]
+    _put(record, name, tuple(sorted(texts) if isinstance(values, _SETS) else texts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,25 +153,17 @@ class SamplingParams:
     logprobs: str = "raw"  # of the model's logits ("raw") or of the law ("processed")
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _require_float("temperature", self.temperature, 0.0, 10.0)
-        _require_int("top_k", self.top_k, 0)
-        _require_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _require_float("min_p", self.min_p, 0.0, 1.0)
-        _require_int("seed", self.seed, 0, 2**64 - 1)
-        _require_int("n", self.n, 1)
-        _require_int("max_tokens", self.max_tokens, 1)
-        for text in self.stop:
-            _require(
-                isinstance(text, str) and text,
-                f"stop must hold non-empty strings, got {text!r}",
-            )
-        for token in self.stop_token_ids:
-            _require_int("stop_token_ids", token, 0)
-        _require_choice("logprobs", self.logprobs, LOGPROBS)
+        put_float(self, "temperature", 0.0, 10.0)
+        put_int(self, "top_k", 0, None)
+        put_float(self, "top_p", 0.0, 1.0, open_low=True)
+        put_float(self, "min_p", 0.0, 1.0)
+        put_int(self, "seed", 0, 2**64 - 1)
+        put_int(self, "n", 1)
+        put_int(self, "max_tokens", 1)
+        put_texts(self, "stop")
+        put_ints(self, "stop_token_ids", 0)
+        put_flag(self, "ignore_eos")
+        put_choice(self, "logprobs", LOGPROBS)
 
     @property
     def filters(self):
@@ -115,27 +197,23 @@ class SpeculationConfig:
     num_guesses: int | None = None  # cascade: tokens looked up per step; None: 3
 
     def __post_init__(self):
-        _require_int("num_draft_tokens", self.num_draft_tokens, 0, 31)
-        choices = tuple(self.draft_token_choices)
-        object.__setattr__(self, "draft_token_choices", choices)
-        for choice in choices:
-            _require_int("draft_token_choices", choice, 0, self.num_draft_tokens)
-        _require_float("budget_ratio", self.budget_ratio, 0.0, 1.0, open_low=True)
-        _require_int("min_budget", self.min_budget, 0)
-        _require_choice("acceptor", self.acceptor, ACCEPTORS)
+        put_int(self, "num_draft_tokens", 0, 31)
+        put_ints(self, "draft_token_choices", 0, self.num_draft_tokens)
+        put_float(self, "budget_ratio", _LEAST_RATIO, 1.0)
+        put_int(self, "min_budget", 0)
+        put_choice(self, "acceptor", ACCEPTORS)
         _require(
             (self.acceptor == "forced") == (self.forced_acceptance is not None),
             "forced_acceptance goes with acceptor='forced' and with no other, got "
             f"{self.forced_acceptance!r} and {self.acceptor!r}",
         )
         if self.forced_acceptance is not None:
-            drafts = self.num_draft_tokens
-            _require_float("forced_acceptance", self.forced_acceptance, 0.0, drafts)
-        _require_choice("mass_rows", self.mass_rows, MASS_ROWS)
-        _require_choice("scope", self.scope, SCOPES)
-        _require_int("num_recent", self.num_recent, 0)
-        _require_int("num_sinks", self.num_sinks, 0)
-        _require_int("draft_top_m", self.draft_top_m, 1)
+            put_float(self, "forced_acceptance", 0.0, float(self.num_draft_tokens))
+        put_choice(self, "mass_rows", MASS_ROWS)
+        put_choice(self, "scope", SCOPES)
+        put_int(self, "num_recent", 0)
+        put_int(self, "num_sinks", 0)
+        put_int(self, "draft_top_m", 1)
         self._check_cascade()
 
     def _check_cascade(self):
@@ -154,8 +232,8 @@ class SpeculationConfig:
             "step has nothing to guess",
         )
         most = {"draft_steps": drafts, "num_guesses": drafts - 1}
-        for name, value in sizes.items():
-            _require_int(name, value, 1, most[name])
+        for name in sizes:
+            put_int(self, name, 1, most[name])
 
     @property
     def is_lossless(self):
@@ -219,18 +297,18 @@ class EngineConfig:
     impl: str | None = None  # kernels; None: the platform's own
 
     def __post_init__(self):
-        _require_int("num_slots", self.num_slots, 1)
-        _require_int("page_size", self.page_size, 1)
+        put_int(self, "num_slots", 1)
+        put_int(self, "page_size", 1)
         if self.num_pages is not None:
-            _require_int("num_pages", self.num_pages, 1)
+            put_int(self, "num_pages", 1)
         if self.max_length is not None:
-            _require_int("max_length", self.max_length, 2)
-        _require_int("prefill_chunk", self.prefill_chunk, 1)
-        _require_int("prefill_lanes", self.prefill_lanes, 1)
-        _require_int("lag", self.lag, 0, 2)
-        _require_choice("kv_policy", self.kv_policy, KV_POLICIES)
+            put_int(self, "max_length", 2)
+        put_int(self, "prefill_chunk", 1)
+        put_int(self, "prefill_lanes", 1)
+        put_int(self, "lag", 0, 2)
+        put_choice(self, "kv_policy", KV_POLICIES)
         if self.host_pages is not None:
-            _require_int("host_pages", self.host_pages, 0)
-        _require_int("host_chunk_pages", self.host_chunk_pages, 1)
+            put_int(self, "host_pages", 0)
+        put_int(self, "host_chunk_pages", 1)
         if self.impl is not None:
-            _require_choice("impl", self.impl, IMPLS)
+            put_choice(self, "impl", IMPLS)

@@ -22,6 +22,7 @@ from flax import linen as nn
 
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax import model as model_lib
+from sparsespec_jax.config import put_int
 from sparsespec_jax.model import Projection, RmsNorm
 from sparsespec_jax.model_config import ModelConfig
 from sparsespec_jax.rope import rope_tables
@@ -124,8 +125,7 @@ class Eagle:
     window: int = 32
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        put_int(self, "window", 1)
 
     @property
     def feature_layers(self):

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.config import put_choice, put_flag, put_float, put_int
 from sparsespec_jax.policy import Policy, as_mask, candidates, top_tokens
 
 ROWS = ("config", "edges", "last")
@@ -38,21 +39,18 @@ class MassOptions:
     recent_share: float = 0.0  # share of the budget for the newest tokens
 
     def __post_init__(self):
-        checks = {
-            "rows": self.rows in ROWS,
-            "scope": self.scope in SCOPES,
-            "top_p": 0 < self.top_p <= 1,
-            "decay": 0 <= self.decay <= 1,
-            "window": self.window >= 1,
-            "max_churn": 0 <= self.max_churn <= 1,
-            "widen": 0 <= self.widen < 1,
-            "smooth": self.smooth >= 1 and self.smooth % 2 == 1,
-            "recent_share": 0 <= self.recent_share <= 1,
-        }
-        for name, ok in checks.items():
-            if not ok:
-                value = getattr(self, name)
-                raise ValueError(f"{name} is out of range: got {value!r}")
+        put_choice(self, "rows", ROWS)
+        put_choice(self, "scope", SCOPES)
+        put_float(self, "top_p", 0.0, 1.0, open_low=True)
+        for name in ("decay", "max_churn", "widen", "recent_share"):
+            put_float(self, name, 0.0, 1.0)
+        put_int(self, "window", 1)
+        put_int(self, "smooth", 1)
+        put_flag(self, "frozen")
+        if self.widen == 1:
+            raise ValueError("widen must be below 1, got 1.0")
+        if self.smooth % 2 == 0:
+            raise ValueError(f"smooth must be odd, got {self.smooth}")
         if (self.decay > 0) + (self.window > 1) + self.frozen > 1:
             raise ValueError("decay, window and frozen exclude each other")
         if self.top_p < 1 and self.recent_share > 0:

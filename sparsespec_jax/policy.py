@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.select_tokens import select_tokens
+from sparsespec_jax.config import MAX_INT, put_float, put_int
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
 _MASS_ALONE = (("mass",), ("edge_mass",))
@@ -101,8 +102,9 @@ class Policy:
             raise ValueError("needs holds both 'mass' and 'edge_mass'; choose one")
         if not callable(self.select):
             raise ValueError(f"select must be a function, got {self.select!r}")
-        if self.anchor_every < 1:
-            raise ValueError(f"anchor_every must be >= 1, got {self.anchor_every}")
+        put_int(self, "anchor_every", 1)
+        if self.index_bits is not None:
+            put_float(self, "index_bits", 0, MAX_INT)
         if self.layers_at_once and (
             self.state_shape or not self.fixed_counts or self.needs not in _MASS_ALONE
         ):

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.config import put_int
+
 
 class ProposalView(NamedTuple):
     """What a proposer that remembers sees after a verification; E lanes."""
@@ -50,10 +52,12 @@ class NGram:
     max_match: int = 7
 
     def __post_init__(self):
-        if not 1 <= self.min_match <= self.max_match:
+        put_int(self, "min_match", 1)
+        put_int(self, "max_match", 1)
+        if self.min_match > self.max_match:
             raise ValueError(
-                f"min_match ({self.min_match}) must be at least 1 and at most "
-                f"max_match ({self.max_match})"
+                f"min_match ({self.min_match}) must be at most max_match "
+                f"({self.max_match})"
             )
 
     def propose(self, history, lengths, num_drafts):

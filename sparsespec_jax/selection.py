@@ -81,7 +81,7 @@ def resolve_policy(policy):
     """The Policy named or given; ValueError for an unknown name."""
     if isinstance(policy, Policy):
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(
             f"policy must be one of {tuple(POLICIES)} or a Policy, got {policy!r}"
         )

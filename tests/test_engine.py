@@ -283,7 +283,7 @@ BAD_OPTIONS = {
     "impl": (dict(engine=dict(impl="cuda")), "impl must be one of"),
     "impl elsewhere": (dict(engine=dict(impl="gpu")), "needs a GPU"),
     "small pool": (dict(engine=dict(num_pages=2)), "the pool has 2"),
-    "memory": (dict(engine=dict(num_pages=2**40)), "at most [0-9]+ pages fit"),
+    "memory": (dict(engine=dict(num_pages=2**31 - 1)), "at most [0-9]+ pages fit"),
     "top m": (
         dict(spec=dict(acceptor="ratio_test", draft_top_m=98)),
         "draft_top_m is 98",

@@ -382,7 +382,7 @@ def test_layers_selected_at_once_select_what_each_would(anchor_every, monkeypatc
         (dict(needs=("mass", "edge_mass")), "choose one"),
         (dict(needs=("keys",), layers_at_once=True), "needs mass alone"),
         (dict(needs=("mass",), layers_at_once=True), "has fixed_counts"),
-        (dict(anchor_every=0), "anchor_every must be >= 1, got 0"),
+        (dict(anchor_every=0), "anchor_every must be an integer in .*, got 0"),
         (
             dict(per_step=True, anchor_every=2),
             "per_step policy remembers",
@@ -399,8 +399,10 @@ def test_a_policy_checks_its_fields(options, message):
 @pytest.mark.parametrize(
     "switches, message",
     [
-        (dict(top_p=0.0), "top_p is out of range: got 0.0"),
-        (dict(smooth=2), "smooth is out of range: got 2"),
+        (dict(top_p=0.0), r"top_p must be in \(0.0, 1.0\], got 0.0"),
+        (dict(smooth=2), "smooth must be odd, got 2"),
+        (dict(widen=1), "widen must be below 1"),
+        (dict(window=True), "window must be an integer"),
         (dict(decay=0.5, window=2), "exclude each other"),
         (dict(top_p=0.5, recent_share=0.5), "exclude each other"),
     ],
@@ -434,6 +436,8 @@ def test_what_a_policy_remembers_is_counted(tiny_model):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="policy must be one of .*'pillar'.*'pilar'"):
         resolve_policy("pilar")
+    with pytest.raises(ValueError, match="policy must be one of"):
+        resolve_policy(["pillar"])
 
 
 # -- the document -------------------------------------------------------------------
