@@ -78,6 +78,9 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     }
     fields = Fields(file.path, values, prefix=start)
     _refuse_unknown(fields)
+    for key in file.fields.values:
+        if key.partition(".")[2] in _READ and not key.startswith(start):
+            raise file.fields.refusal(key, f"under the prefix {start!r} or absent")
     heads = read_heads(
         fields,
         hidden="embedding_length",

@@ -60,7 +60,9 @@ class GgufFile:
                 "package cannot dequantise; use a file quantised otherwise (Q4_1, "
                 "Q8_0, Q4_K, BF16, ...)"
             ) from error
-        return np.asarray(values, np.float32)
+        # A copy: float32 is a view of the mapped file, which jax would read after this
+        # has returned. A file that is cut by then ends the process.
+        return np.array(values, np.float32)
 
     def origin(self, name: str) -> str:
         """What errors call a tensor."""

@@ -45,8 +45,9 @@ def read_rope(fields: Fields, *, max_length: int) -> Rope:
 
     The parameters stand in ``rope_parameters`` or ``rope_scaling``, with the base
     inside or beside them. Parameters by layer type count as those of full_attention,
-    the only type that is served. ``mscale`` and ``mscale_all_dim`` of YaRN together
-    stand for an attention factor; alone they mean nothing.
+    the only type that is served (``layer_types`` must name it). ``mscale`` and
+    ``mscale_all_dim`` of YaRN together stand for an attention factor; alone they mean
+    nothing.
 
     Raises:
         ValueError: a key is not understood, of a wrong type or out of range, or two
@@ -57,7 +58,7 @@ def read_rope(fields: Fields, *, max_length: int) -> Rope:
     for key in ("rope_parameters", "rope_scaling"):
         inner = fields.within(key)
         if inner is not None:
-            inner = _of_full_attention(inner)
+            inner = _of_full_attention(inner, fields)
             _require_whole_heads(inner)
             found[key] = _read(inner, fields, outer=outer, max_length=max_length)
     _require_whole_heads(fields)
@@ -69,13 +70,16 @@ def read_rope(fields: Fields, *, max_length: int) -> Rope:
     return next(iter(found.values()), (outer or _BASE, None))
 
 
-def _of_full_attention(rope: Fields) -> Fields:
+def _of_full_attention(rope: Fields, config: Fields) -> Fields:
     """The parameters themselves, or those under full_attention if they go by type."""
-    if not any(key.endswith("_attention") for key in rope.values):
+    by_type = [key for key in rope.values if key.endswith("_attention")]
+    if not by_type:
         return rope
-    for key in rope.values:
-        if not key.endswith("_attention"):
-            raise rope.refusal(key, "inside the parameters of a layer type")
+    if config.get("layer_types", None) is None:
+        # transformers would take them for unknown keys then, and scale nothing.
+        raise rope.refusal(by_type[0], "absent, as config.json has no layer_types")
+    for key in rope.values.keys() - by_type:
+        raise rope.refusal(key, "inside the parameters of a layer type")
     inner = rope.within("full_attention")
     if inner is None:
         raise rope.refusal("full_attention", "an object: all layers are of this type")

@@ -166,8 +166,11 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         raise ValueError(f"{index} lacks weight_map, the files of its tensors")
     homes = weight_map.values
     for name, shard in homes.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise weight_map.refusal(name, f"the name of a file in {directory}")
+        is_name = isinstance(shard, str) and Path(shard).name == shard
+        if not is_name or not shard.endswith(".safetensors"):
+            raise weight_map.refusal(
+                name, f"the name of a .safetensors file in {directory}"
+            )
     missing = sorted(
         name for name in set(homes.values()) if not (directory / name).is_file()
     )

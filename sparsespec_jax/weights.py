@@ -157,4 +157,4 @@ def require_names(
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{len(names)} tensor(s), {', '.join(names[:4])}{more},"
+    return f"{len(names)} tensor(s) ({', '.join(names[:4])}{more})"

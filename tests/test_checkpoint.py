@@ -16,16 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from sparsespec_jax import default_model as default_model_module
 from sparsespec_jax.checkpoint import Model, load_model, save_checkpoint
 from sparsespec_jax.hf_config import hf_config
-from sparsespec_jax.model import causal_attend, forward, init_params, logits
+from sparsespec_jax.model import init_params
 from sparsespec_jax.model_config import Llama3Scaling, YarnScaling
 from sparsespec_jax.tokenizer import tokenizer_from_vocabulary
+from tests.model_files import (
+    GOLDENS,
+    edit_config,
+    edit_tensors,
+    golden_logits_error,
+    same_params,
+    write_gguf,
+)
 
-GOLDENS = Path(__file__).parent / "goldens"
 SINGLE = "qwen3_yarn"  # one safetensors file
 SHARDED = "mistral"  # four shards and an index
 
@@ -38,42 +44,6 @@ def copy_of(tmp_path):
         return Path(shutil.copytree(GOLDENS / name, tmp_path / name))
 
     return copy
-
-
-def same_params(left, right):
-    equal = jax.tree.map(
-        lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left, right
-    )
-    return all(jax.tree.leaves(equal))
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps({**raw, **changes}))
-
-
-def edit_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, path)
-
-
-def golden_logits_error(model, name):
-    with np.load(GOLDENS / name / "expected.npz") as expected:
-        tokens, wanted = expected["tokens"], expected["logits"][0]
-    caches = (None,) * model.config.num_layers
-
-    @jax.jit
-    def run(params):
-        positions = jnp.arange(tokens.size, dtype=jnp.int32)
-        hidden, _ = forward(
-            model.config, params, tokens, positions, causal_attend, caches
-        )
-        return logits(model.config, params, hidden)
-
-    return float(np.abs(run(model.params) - wanted).max())
 
 
 # --- Hugging Face directories
@@ -236,71 +206,6 @@ def test_both_spellings_of_rope_and_all_end_ids_are_read(copy_of):
 
 
 # --- GGUF files
-
-GGUF_NAMES = {
-    "embed_tokens": "token_embd",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "layers": "blk",
-    "model.": "",
-    "lm_head": "output",
-}
-
-
-def pair_neighbours(values, num_heads):
-    """The row order of llama files: element i of a head beside element i + D/2."""
-    split = values.reshape(num_heads, 2, -1, *values.shape[1:])
-    return split.swapaxes(1, 2).reshape(values.shape)
-
-
-def write_gguf(path, name, *, arch="llama", quantise=None, permute=True, extra=None):
-    """Convert a golden checkpoint as converters do; extra adds float32 tensors."""
-    config = load_model(GOLDENS / name).config
-    tensors = {}
-    for file in sorted((GOLDENS / name).glob("*.safetensors")):
-        tensors |= safetensors.numpy.load_file(file)
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    for original, values in tensors.items():
-        stored = original
-        for ours, theirs in GGUF_NAMES.items():
-            stored = stored.replace(ours, theirs)
-        stored = {"norm.weight": "output_norm.weight"}.get(stored, stored)
-        values = values.astype(np.float32)
-        part = stored.split(".")[-2]
-        if permute and arch == "llama" and part in heads:
-            values = pair_neighbours(values, heads[part])
-        # Rows are quantised in blocks of 32; others stay float32.
-        if quantise is not None and values.ndim == 2 and values.shape[1] % 32 == 0:
-            data = gguf.quants.quantize(values, quantise)
-            writer.add_tensor(stored, data, raw_dtype=quantise)
-        else:
-            writer.add_tensor(stored, values)
-    for stored, values in (extra or {}).items():
-        writer.add_tensor(stored, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_llama_gguf_gives_the_logits_of_its_source(tmp_path):
