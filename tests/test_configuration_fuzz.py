@@ -28,6 +28,7 @@ from sparsespec_jax.gguf_file import GgufFile
 from sparsespec_jax.gguf_weights import gguf_tokenizer
 from sparsespec_jax.hf_config import hf_config
 from sparsespec_jax.model_config import LinearScaling, Llama3Scaling, YarnScaling
+from sparsespec_jax.tokenizer import tokenizer_from_directory
 from tests.model_files import (
     ABSENT,
     GOLDENS,
@@ -902,6 +903,92 @@ def test_damaged_bytes_of_a_gguf_header_are_refused_or_change_nothing(tmp_path, 
         gguf_tokenizer(file, gguf_config(file))
     except ValueError as error:
         assert "x.gguf" in str(error)
+
+
+# --- Tokenizer files
+
+
+def write_tokenizer(folder):
+    file = GgufFile(write_gguf(folder / "x.gguf", "mistral", metadata=VOCABULARY))
+    tokenizer, _ = gguf_tokenizer(file, gguf_config(file))
+    tokenizer.save(folder)
+    (folder / "x.gguf").unlink()
+    return folder
+
+
+def inside(*keys, value):
+    """A change of the JSON object: the value under a path of keys."""
+
+    def change(raw):
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = value
+
+    return change
+
+
+# Changes of tokenizer.json, then of tokenizer_config.json.
+TOKENIZERS = (
+    inside("truncation", value={"max_length": 1, "strategy": "LongestFirst"}),
+    inside("padding", value=None),
+    inside("version", value="2.0"),
+    inside("added_tokens", value=None),
+    inside("added_tokens", value=[{"id": 1}]),
+    inside("normalizer", value={"type": "Unheard"}),
+    inside("pre_tokenizer", value={"type": "Unheard"}),
+    inside("decoder", value=7),
+    inside("post_processor", value=[]),
+    inside("model", value=None),
+    inside("model", value={"type": "BPE"}),
+    inside("model", "type", value="Unheard"),
+    inside("model", "vocab", value=None),
+    inside("model", "vocab", value={"a": "b"}),
+    inside("model", "vocab", value={"a": -1}),
+    inside("model", "merges", value=[["a", "Z"]]),
+    inside("model", "merges", value=["a"]),
+    inside("model", "merges", value=None),
+)
+TOKENIZER_CONFIGS = (
+    inside("bos_token", value=None),
+    inside("bos_token", value="<|pad|>"),
+    inside("bos_token", value="unheard-of"),
+    inside("bos_token", value=5),
+    inside("bos_token", value={"content": None}),
+    inside("eos_token", value=["a"]),
+    inside("eos_token", value={"x": 1}),
+    inside("chat_template", value="{{ messages"),
+    inside("chat_template", value=5),
+    inside("chat_template", value=[{"name": "default"}]),
+    inside("chat_template", value=[5]),
+    inside("added_tokens_decoder", value={"1": "a"}),
+    inside("added_tokens_decoder", value=[1]),
+    inside("model_max_length", value=10**30),
+    inside("tokenizer_class", value="LlamaTokenizer"),
+)
+TOKENIZER_FILES = [
+    *(("tokenizer.json", change) for change in (*TOKENIZERS, *NO_OBJECTS[:7])),
+    *(("tokenizer_config.json", c) for c in (*TOKENIZER_CONFIGS, *NO_OBJECTS[:7])),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TOKENIZER_FILES)))
+def test_a_changed_tokenizer_file_gives_the_same_ids_or_a_value_error(tmp_path, number):
+    name, change = TOKENIZER_FILES[number]
+    folder = write_tokenizer(tmp_path)
+    path = folder / name
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        raw = json.loads(path.read_text())
+        change(raw)
+        path.write_text(json.dumps(raw))
+    try:
+        tokenizer = tokenizer_from_directory(folder)
+        ids = tokenizer.encode("abcab")
+    except ValueError as error:
+        assert str(folder) in str(error)
+    else:
+        assert ids == [3, 70, 3]
 
 
 # --- A handful in full: the same numbers come out
