@@ -17,7 +17,6 @@ SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
-MAX_STOP_TOKEN_IDS = 8
 MAX_INT = LARGEST  # of what travels in int32
 _SETS = set | frozenset
 _LEAST_RATIO = 1e-30  # times a length, no device rounds it to 0

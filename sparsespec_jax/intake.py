@@ -3,7 +3,6 @@
 import time
 
 from sparsespec_jax import plan as plan_lib
-from sparsespec_jax.config import MAX_STOP_TOKEN_IDS
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.outputs import Output
 from sparsespec_jax.request import Request, token_array
@@ -22,11 +21,11 @@ def check_prompt(model, prompt, sampling, max_length):
         )
     if sampling.stop and model.tokenizer is None:
         raise no_tokenizer(model, "stop strings (other than stop_token_ids) need")
-    stops = plan_lib.stop_ids(model.config.eos_ids, sampling)
-    if len(stops) > MAX_STOP_TOKEN_IDS:
+    largest, vocab = max(sampling.stop_token_ids, default=0), model.config.vocab_size
+    if largest >= vocab:
         raise ValueError(
-            f"at most {MAX_STOP_TOKEN_IDS} stop token ids, EOS included, are "
-            f"supported, got {sorted(stops)}"
+            f"stop token id {largest} is outside the vocabulary of {vocab} tokens, so "
+            "it could stop nothing: leave it out"
         )
     return tokens
 

@@ -260,6 +260,10 @@ def _as_tuples(versions):
 def _append(output, tokens, logprobs, is_done):
     """Append new tokens up to a stop; returns (finish reason or None, stop reason)."""
     request, text = output.request, output.text
+    if len(output.stop_ids) > plan_lib.NUM_STOP_IDS:  # more than the device looks for
+        ends = (i for i, token in enumerate(tokens, 1) if token in output.stop_ids)
+        if (end := next(ends, None)) is not None:
+            tokens, logprobs, is_done = tokens[:end], logprobs[:end], True
     # The device cuts an outcome at its first stop token, which is no text, or at the
     # limit.
     is_stopped = is_done and tokens[-1] in output.stop_ids

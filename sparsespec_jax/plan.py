@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsespec_jax.config import MAX_INT, MAX_STOP_TOKEN_IDS
+from sparsespec_jax.config import MAX_INT
 
 # Columns of `slot_params`.
 SEED_LOW, SEED_HIGH, TEMPERATURE, TOP_K, TOP_P, MIN_P, LIMIT, LOGPROB_MODE = range(8)
 BUDGET_RATIO, MIN_BUDGET = 8, 9
 STOP_IDS = 10
-NUM_SLOT_PARAMS = STOP_IDS + MAX_STOP_TOKEN_IDS
+NUM_STOP_IDS = 8  # that the device looks for; the host looks for all
+NUM_SLOT_PARAMS = STOP_IDS + NUM_STOP_IDS
 
 NO_TOKEN = -1
 # Values of `seed_counts` for a verification of all drafts, or of none of them.
@@ -272,8 +273,8 @@ def slot_params(sampling, sample, limit, stops, speculation):
     """The device's record of a request, int32 [NUM_SLOT_PARAMS].
 
     `sample` counts the samples of a prompt, `limit` the tokens at which the request
-    ends, `stops` are its stop token ids. A temperature that a device may round to 0
-    is 0.
+    ends, `stops` are its stop token ids, of which the first few fit. A temperature
+    that a device may round to 0 is 0.
     """
     params = np.full(NUM_SLOT_PARAMS, NO_TOKEN, np.int32)
     text = f"{sampling.seed}/{sample}".encode()
@@ -290,5 +291,6 @@ def slot_params(sampling, sample, limit, stops, speculation):
     params[TOP_K] = min(sampling.top_k, MAX_INT)
     params[LIMIT] = limit
     params[LOGPROB_MODE] = sampling.logprobs == "processed"
-    params[STOP_IDS : STOP_IDS + len(stops)] = sorted(stops)
+    known = sorted(i for i in stops if i <= MAX_INT)[:NUM_STOP_IDS]
+    params[STOP_IDS : STOP_IDS + len(known)] = known
     return params

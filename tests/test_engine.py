@@ -268,7 +268,10 @@ BAD_OPTIONS = {
     "stop": (dict(law=dict(stop=("",))), "stop must hold non-empty"),
     "logprobs": (dict(law=dict(logprobs="all")), "logprobs must be one of"),
     "stop without tokenizer": (dict(law=dict(stop=("a",))), "need a tokenizer"),
-    "many stops": (dict(law=dict(stop_token_ids=range(9))), "at most 8 stop token"),
+    "stop past the vocabulary": (
+        dict(law=dict(stop_token_ids=[3, 97])),
+        "stop token id 97 is outside the vocabulary of 97 tokens",
+    ),
     "k": (dict(spec=dict(num_draft_tokens=-1)), "num_draft_tokens must be"),
     "k large": (dict(spec=dict(num_draft_tokens=99)), "num_draft_tokens must be"),
     "ratio": (dict(spec=dict(budget_ratio=0)), "budget_ratio must be in"),
