@@ -20,7 +20,7 @@ _BROKEN = (
 )
 
 
-def _spelled(data):
+def spelled(data):
     """Bytes as byte-level vocabularies write them."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -29,13 +29,15 @@ def _spelled(data):
     return "".join(table[b] for b in data)
 
 
-def _byte_level_tokens(rng):
-    tokens = [_spelled(data) for data in _BROKEN]
+def byte_level_tokens(rng=None):
+    """Words cut at a random place, every byte of them, and bytes that are no text."""
+    rng = rng or random.Random(0)
+    tokens = [spelled(data) for data in _BROKEN]
     for word in _WORDS:
         data = word.encode()
         cut = rng.randint(0, len(data))
-        tokens += [_spelled(data[:cut]), _spelled(data[cut:]), _spelled(b" " + data)]
-        tokens += [_spelled(bytes([byte])) for byte in data]
+        tokens += [spelled(data[:cut]), spelled(data[cut:]), spelled(b" " + data)]
+        tokens += [spelled(bytes([byte])) for byte in data]
     return [*tokens, "日本", "a b"]  # added tokens are written as they are
 
 
@@ -75,40 +77,48 @@ def _random_decoder(rng):
     return decoders.Sequence(steps) if steps else None
 
 
-def _llama_decoder():
+def llama_decoder():
     spaces = decoders.Replace("▁", " ")
     joined = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     return decoders.Sequence([spaces, *joined])
 
 
-class _Backwards:
+class Backwards:
     """A decoder of which nothing is known."""
 
     def decode_chain(self, tokens):
         return tokens[::-1]
 
 
-def _tokenizer(tokens, decoder, rng):
+def make_tokenizer(tokens, decoder, *, added):
+    """A tokenizer that only decodes; `added` are special tokens."""
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     if decoder is not None:
         backend.decoder = decoder
-    backend.add_special_tokens(["<s>", "</s>", rng.choice(tokens) or "x"])
-    backend.add_tokens([tokenizers.AddedToken("added ", normalized=False), "▁é"])
+    backend.add_special_tokens(added)
     return Tokenizer(backend)
+
+
+def _random_tokenizer(tokens, decoder, rng):
+    made = make_tokenizer(tokens, decoder, added=["<s>", "</s>", rng.choice(tokens)])
+    added = tokenizers.AddedToken("added ", normalized=False)
+    made.backend.add_tokens([added, "▁é"])
+    return made
 
 
 def make_tokenizers(count=64):
     """`count` of them, the same ones at every call."""
     rng = random.Random(0)
     made = [
-        _tokenizer(_byte_level_tokens(rng), decoders.ByteLevel(), rng) for _ in range(8)
+        _random_tokenizer(byte_level_tokens(rng), decoders.ByteLevel(), rng)
+        for _ in range(16)
     ]
-    known = [None, _llama_decoder(), _llama_decoder(), decoders.Metaspace()]
+    known = [None, llama_decoder(), llama_decoder(), decoders.Metaspace()]
     known += [decoders.WordPiece(), decoders.BPEDecoder(), decoders.CTC()]
-    known += [decoders.Decoder.custom(_Backwards())]
+    known += [decoders.Decoder.custom(Backwards())]
     known += [decoders.Sequence([decoders.Fuse(), decoders.Replace(" .", ".")])]
-    made += [_tokenizer(_piece_tokens(rng), decoder, rng) for decoder in known]
+    made += [_random_tokenizer(_piece_tokens(rng), decoder, rng) for decoder in known]
     while len(made) < count:
-        made.append(_tokenizer(_piece_tokens(rng), _random_decoder(rng), rng))
+        made.append(_random_tokenizer(_piece_tokens(rng), _random_decoder(rng), rng))
     return made
