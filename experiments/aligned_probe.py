@@ -41,6 +41,9 @@ _LAYERS = flags.DEFINE_integer("num_layers", None, "Fewer layers.", lower_bound=
 _LOADS = flags.DEFINE_list("loads", ["64x2560", "24x28700"], "Slots x context.")
 _K = flags.DEFINE_list("k", ["4", "8"], "Numbers of drafts.")
 _PRODUCT_ROWS = flags.DEFINE_list("product_rows", [], "Rows of single products.")
+_KINDS = flags.DEFINE_multi_enum(
+    "kind", product_times.KINDS, product_times.KINDS, "Ways of single products."
+)
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
@@ -77,7 +80,7 @@ def accepted_tokens(num_drafts: int) -> float:
 class Probe:
     """The engine of one load, and what its steps take."""
 
-    def __init__(self, made, quantised, slots, context, choices):
+    def __init__(self, made, quantised, products, slots, context, choices):
         load = dataclasses.replace(
             LOADS["qwen3_8b_64x512x4096"], num_slots=slots, num_requests=slots
         )
@@ -88,7 +91,7 @@ class Probe:
             speculation=speculation,
             engine=config,
             quantised=quantised,
-            products=product_times.chosen(slots, made.config),
+            products=products,
         )
         self.engine.fill_pages()
         self.choices, self.context = choices, context
@@ -172,11 +175,9 @@ def measure(probe: Probe, write) -> dict:
         }
         row[weights] = made
         write(row)
-        for k in reversed(probe.choices):
-            made.setdefault("cycle", {})[k] = probe.ms(
-                [(probe.cycle[k], None)], weights
-            )
-            write(row)
+        k = max(probe.choices)  # each takes a minute to compile
+        made["cycle"] = {k: probe.ms([(probe.cycle[k], None)], weights)}
+        write(row)
     return row
 
 
@@ -210,11 +211,14 @@ def speedups(row: dict, load: dict, rates: dict) -> dict:
         full, half = (k + 1) * weights, (k / 2 + 1) * weights
         cycles = {
             "mixed": ((k + 1) * row["mixed_ms"][k], full),
-            "aligned": (row["bfloat16"]["cycle"][k]["ms"], full),
-            "aligned_by_steps": (row["bfloat16"]["cycle_by_steps"][k]["ms"], full),
-            "aligned_int8": (row["int8"]["cycle"][k]["ms"], half),
-            "aligned_int8_by_steps": (row["int8"]["cycle_by_steps"][k]["ms"], half),
+            "aligned by steps": (row["bfloat16"]["cycle_by_steps"][k]["ms"], full),
+            "aligned int8 by steps": (row["int8"]["cycle_by_steps"][k]["ms"], half),
         }
+        if k in row["bfloat16"]["cycle"]:
+            cycles |= {
+                "aligned": (row["bfloat16"]["cycle"][k]["ms"], full),
+                "aligned int8": (row["int8"]["cycle"][k]["ms"], half),
+            }
         made[k] = {
             name: {
                 "cycle_ms": ms,
@@ -243,7 +247,7 @@ def sizes_of(probe: Probe, slots: int) -> dict:
     }
 
 
-def dense_ms(made: Model, quantised, num_tokens: int) -> dict:
+def dense_ms(made: Model, quantised, products, num_tokens: int) -> dict:
     """Milliseconds of all products, norms and rotations of a step, without attention.
 
     By the model's weights and by 8-bit ones; the vocabulary's product included.
@@ -261,9 +265,8 @@ def dense_ms(made: Model, quantised, num_tokens: int) -> dict:
     def int8(params, quantised, tokens):
         args = tokens, tokens, keep_queries, caches
         return aligned_steps.int8_forward(
-            config, params, quantised, *args, impl=default_impl(),
-            products=product_times.chosen(num_tokens, config),
-        )[0]  # fmt: skip
+            config, params, quantised, *args, impl=default_impl(), products=products
+        )[0]
 
     times = {"rows": num_tokens}
     scores = {}
@@ -293,7 +296,9 @@ def main():
         record.write_results(_OUTPUT.value, results)
 
     for num_tokens in product_rows:
-        for row in product_times.sweep(PRESETS[_MODEL.value], num_tokens, read):
+        for row in product_times.sweep(
+            PRESETS[_MODEL.value], num_tokens, read, _KINDS.value
+        ):
             results["products"].append(row)
             print(row, flush=True)
             write()
@@ -303,12 +308,15 @@ def main():
     if _LAYERS.value:
         config = dataclasses.replace(made.config, num_layers=_LAYERS.value)
         made = dataclasses.replace(made, config=config)
-    quantised = aligned_steps.quantise(made.config, made.params)
+    is_packed = jax.default_backend() == "gpu"
+    quantised = aligned_steps.quantise(made.config, made.params, is_packed=is_packed)
     for slots, context in loads:
-        results["dense"].append(dense_ms(made, quantised, slots))
+        products = product_times.chosen(slots, made.config, results["products"])
+        results["dense"].append(dense_ms(made, quantised, products, slots))
+        results["dense"][-1]["ways"] = {n: str(way) for n, way in products.items()}
         print(results["dense"][-1], flush=True)
         write()
-        probe = Probe(made, quantised, slots, context, choices)
+        probe = Probe(made, quantised, products, slots, context, choices)
         load = sizes_of(probe, slots)
         results["loads"].append(load)
 

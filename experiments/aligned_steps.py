@@ -244,15 +244,22 @@ def _selects_nothing(policy):
     return _SelectsNothing(**{f.name: getattr(policy, f.name) for f in fields})
 
 
-def quantise(config, params) -> dict:
+def quantise(config, params, *, is_packed=False) -> dict:
     """8-bit forms of all products of a model, by layer and by name of PRODUCTS.
+
+    is_packed: for the kernel, see `int8_product.pack`.
 
     Raises:
       ValueError: the model has biases.
     """
     if config.attention_bias or config.attention_out_bias or config.mlp_bias:
         raise ValueError("8-bit drafts serve models without biases")
-    one = jax.jit(int8_product.quantise)
+
+    @jax.jit
+    def one(kernel):
+        weight = int8_product.quantise(kernel)
+        return int8_product.pack(weight) if is_packed else weight
+
     made = {}
     for index in range(config.num_layers):
         layer = params[f"layer_{index}"]

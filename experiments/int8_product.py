@@ -15,20 +15,40 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import llvm, vector
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _DEPTH = 128  # inputs of one step
 _SHARED_BYTES = 222 * 1024  # of a multiprocessor that CTAs may take
 _MOST_STAGES = 8
+_COPY_REGISTERS = 40
 _WGMMA = plgpu.Layout.WGMMA
+_PACKED = 64  # inputs among which the order is changed
+# Of 64 outputs by 64 inputs: 16 neighbours in a thread, four threads in a row.
+_PACKED_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, _PACKED), (16, _PACKED), (8, _PACKED), (16,))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
 
 
 class Int8Weight(NamedTuple):
     """A matrix in 8 bits: `values * scale[:, None]` is [out, in]."""
 
     values: jax.Array  # int8 [out, in]
+    scale: jax.Array  # float32 [out]
+
+
+class PackedWeight(NamedTuple):
+    """The same for the kernel: inputs in the order in which threads take them."""
+
+    values: jax.Array  # int8 [out, in], every 64 inputs permuted
     scale: jax.Array  # float32 [out]
 
 
@@ -45,6 +65,7 @@ class Tiling:
     parts: int = 1  # cuts of the long axis
     ctas: int = 1  # of a multiprocessor, which share its memory
     cluster: int = 1  # CTAs that read tokens together
+    registers: int = 0  # of a thread that multiplies; 0: as many as all threads
 
     def __post_init__(self):
         sizes = (self.groups, self.parts, self.ctas, self.cluster)
@@ -92,15 +113,32 @@ def quantise(kernel: jax.Array) -> Int8Weight:
     return Int8Weight(values, scale)
 
 
-def multiply(x: jax.Array, weight: Int8Weight, how, dtype) -> jax.Array:
-    """x [T, in] times an Int8Weight: [T, out] in `dtype`, or float32 parts [P, T, out].
+def pack(weight: Int8Weight) -> PackedWeight:
+    """The form that the kernel reads.
+
+    The matrix unit wants of a thread, in every 16 inputs, number c of four in a row,
+    the inputs 2c, 2c + 1, 8 + 2c and 9 + 2c: here those of 64 inputs are neighbours.
+    """
+    thread, group, value = np.meshgrid(*map(np.arange, (4, 4, 4)), indexing="ij")
+    order = 16 * group + 8 * (value // 2) + 2 * thread + value % 2
+    cut = weight.values.reshape(len(weight.values), -1, _PACKED)
+    return PackedWeight(
+        cut[..., order.ravel()].reshape(weight.values.shape), weight.scale
+    )
+
+
+def multiply(x: jax.Array, weight, how, dtype) -> jax.Array:
+    """x [T, in] times a weight: [T, out] in `dtype`, or float32 parts [P, T, out].
 
     Args:
+      weight: PackedWeight for a Tiling, else Int8Weight.
       how: a Tiling (GPU) or Xla; more than one part gives parts.
 
     Raises:
       ValueError: the product cannot be cut like this.
     """
+    if isinstance(how, Tiling) != isinstance(weight, PackedWeight):
+        raise ValueError(f"{how} does not take a {type(weight).__name__}")
     dtype = jnp.dtype(dtype if how.parts == 1 else jnp.float32)
     sizes = x.shape[0], x.shape[1], weight.values.shape[0]
     if not how.serves(*sizes, dtype.itemsize):
@@ -125,9 +163,70 @@ def _by_xla(x, weight, parts, dtype):
     return (made * weight.scale).astype(dtype)
 
 
-def _swizzled(itemsize):
+def _swizzled(minor_bytes, itemsize):
     """Shared memory that the matrix unit and copies read without conflicts."""
-    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
+    tiling = plgpu.TilingTransform((8, minor_bytes // itemsize))
+    return tiling, plgpu.SwizzleTransform(minor_bytes)
+
+
+def _widen(packed):
+    """Values of a PackedWeight in registers as bfloat16, where products take them.
+
+    Exact, by four instructions for two values: the seven low bits make 128 and more,
+    the highest one 128 or 256, and their difference is the value.
+    """
+    rows, depth = packed.shape
+    blocks = depth // _PACKED
+
+    @plgpu.inline_mgpu(
+        arg_types=(_PACKED_LAYOUT,),
+        return_type=plgpu.ShapeDtypeStruct((rows, depth), jnp.bfloat16, layout=_WGMMA),
+    )
+    def widen(ctx, packed):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        words = ir.VectorType.get((4,), i32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        layout = mgpu.WGMMA_LAYOUT
+        made = np.empty(layout.registers_shape((rows, depth)), dtype=object)
+        for place in np.ndindex(packed.registers.shape):
+            tile, block, half = place[0], place[1], place[4]
+            loaded = vector.bitcast(words, packed.registers[place])
+            for group in range(4):
+                word = vector.extract(loaded, [], [group])
+                for side in range(2):
+                    column = 8 * block + 2 * group + side
+                    two = vector.bitcast(
+                        pair,
+                        vector.broadcast(
+                            ir.VectorType.get((1,), i32), _two_values(word, side)
+                        ),
+                    )
+                    made[tile, column, 0, 0, half, 0, 0, 0, 0] = two
+        assert packed.registers.shape[1] == blocks
+        return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
+
+    return widen(packed)
+
+
+def _two_values(word, side):
+    """Two of the four bytes of a word, as bfloat16 in one register."""
+    i32 = ir.IntegerType.get_signless(32)
+    places = ("0x4140", "0x4342")[side]
+    return llvm.inline_asm(
+        i32,
+        [word],
+        f"""
+        {{
+        .reg .b32 s<3>;
+        prmt.b32 s0, $1, 0x43, {places};
+        and.b32 s1, s0, 0xff7fff7f;
+        and.b32 s2, s0, 0xff80ff80;
+        sub.bf16x2 $0, s1, s2;
+        }}
+        """,
+        "=r,r",
+    )
 
 
 # Compiled once for all layers of a model.
@@ -163,19 +262,23 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
             shares = {"collective_axes": "cta"} if cut.cluster > 1 else {}
             plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_s.at[slot], bar, **shares)
 
-        def add_step(sums, step, _):
+        def load(step):
             slot = lax.rem(step, stages)
             plgpu.barrier_wait(full.at[slot])
-            narrow = plgpu.load(
-                values_s.at[group, slot], layout=plgpu.Layout.WGMMA_UPCAST_2X
-            )
-            wide = plgpu.layout_cast(narrow.astype(x.dtype), _WGMMA)
-            plgpu.wgmma(sums, wide, x_s.at[slot].T)
+            return plgpu.load(values_s.at[group, slot], layout=_PACKED_LAYOUT)
+
+        def multiply(sums, step, packed, then=None):
+            slot = lax.rem(step, stages)
+            plgpu.wgmma(sums, _widen(packed), x_s.at[slot].T)
+            following = None if then is None else then()
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[slot])
+            return following
 
         @pl.when(group == cut.groups)
         def _copy():
+            if cut.registers:
+                plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
             lax.fori_loop(0, steps, copy, None)
 
             def drain(step, _):
@@ -185,8 +288,16 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
 
         @pl.when(group < cut.groups)
         def _compute():
+            if cut.registers:
+                plgpu.set_max_registers(cut.registers, action="increase")
+
             def run(sums):
-                lax.fori_loop(0, steps, functools.partial(add_step, sums), None)
+                # While a step is multiplied the next one is loaded.
+                def one(step, packed):
+                    return multiply(sums, step, packed, lambda: load(step + 1))
+
+                last = lax.fori_loop(0, steps - 1, one, load(jnp.int32(0)))
+                multiply(sums, jnp.int32(steps - 1), last)
                 return sums[...]
 
             sums = pl.run_scoped(run, plgpu.ACC((cut.rows, num_tokens), jnp.float32))
@@ -230,10 +341,10 @@ def _scratch(cut, stages, num_tokens, x_dtype, dtype):
         )
     return [
         plgpu.RefUnion(
-            plgpu.SMEM(values, jnp.int8, transforms=_swizzled(1)),
-            plgpu.SMEM(results, dtype, transforms=_swizzled(item)),
+            plgpu.SMEM(values, jnp.int8, transforms=_swizzled(64, 1)),
+            plgpu.SMEM(results, dtype, transforms=_swizzled(128, item)),
         ),
-        plgpu.SMEM((stages, num_tokens, _DEPTH), x_dtype, transforms=_swizzled(2)),
+        plgpu.SMEM((stages, num_tokens, _DEPTH), x_dtype, transforms=_swizzled(128, 2)),
         plgpu.Barrier(num_arrivals=1 + cut.groups, num_barriers=stages),
         free,
     ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.gpu import hopper_mixed_type_matmul_mgpu as shipped
 
-from experiments.int8_product import Int8Weight, Tiling, Xla, multiply
+from experiments.int8_product import Int8Weight, Tiling, Xla, multiply, pack
 from pallas_kernels import timing
 
 _BYTES = 300e6  # of all weights of a program: several times an L2
@@ -19,34 +19,34 @@ _REPEATS, _SECONDS = 5, 0.04
 _WHOLE = (
     Tiling(groups=4),
     Tiling(groups=3),
-    Tiling(groups=2),
     Tiling(groups=2, ctas=2),
     Tiling(groups=1, ctas=2),
+    Tiling(groups=1, ctas=3),
     Tiling(groups=2, rows=128),
-    Tiling(groups=1, rows=128, ctas=2),
 )
 _LONG = (
     Tiling(groups=4, parts=8),
-    Tiling(groups=4, parts=4),
     Tiling(groups=2, parts=4),
     Tiling(groups=2, parts=4, ctas=2),
     Tiling(groups=2, parts=8, ctas=2),
     Tiling(groups=1, parts=4, ctas=2),
+    Tiling(groups=1, parts=2, ctas=2),
 )
 _CANDIDATES = {
     "qkv": (
         Tiling(groups=3, parts=4),
-        Tiling(groups=2, parts=2),
+        Tiling(groups=4, parts=4),
         Tiling(groups=2, parts=4, ctas=2),
         Tiling(groups=1, parts=2, ctas=2),
-        Tiling(groups=4, parts=4),
+        Tiling(groups=1, parts=4, ctas=2),
     ),
     "out": _LONG,
     "gate_up": (*_WHOLE, Tiling(groups=3, cluster=2)),
-    "down": (*_LONG, Tiling(groups=4, parts=8, cluster=2)),
-    "lm_head": _WHOLE,
+    "down": _LONG,
+    "lm_head": (Tiling(groups=2), *_WHOLE[2:5], Tiling(groups=1, rows=128, ctas=2)),
 }
 _XLA_PARTS = {"qkv": (1, 2, 4), "out": (1, 4), "down": (1, 4, 8)}
+KINDS = ("kernel", "xla", "shipped", "bfloat16")
 
 
 def product_sizes(config) -> dict[str, tuple[int, int]]:
@@ -62,33 +62,42 @@ def product_sizes(config) -> dict[str, tuple[int, int]]:
     }
 
 
-def chosen(num_tokens: int, config) -> dict:
-    """How each product is made in 8 bits for so many rows; on a CPU by XLA."""
+def chosen(num_tokens: int, config, rows=()) -> dict:
+    """How each product is made in 8 bits for so many tokens; on a CPU by XLA.
+
+    rows: of `sweep`, the best of which for the nearest number of tokens comes first.
+
+    Raises:
+      ValueError: no tiling fits.
+    """
+    if jax.default_backend() != "gpu":
+        return dict.fromkeys(product_sizes(config), Xla())
     made = {}
-    for name, (size_in, size_out) in product_sizes(config).items():
-        ways = _CHOSEN[name] if jax.default_backend() == "gpu" else ()
-        fits = (w for w in ways if w.serves(num_tokens, size_in, size_out))
-        made[name] = next(fits, Xla())
+    for name, sizes in product_sizes(config).items():
+        known = [row for row in rows if row["product"] == name and "us" in row]
+        known = [row for row in known if row["kind"] == "kernel"]
+        known.sort(key=lambda row: (abs(row["rows"] - num_tokens), row["us"]))
+        ways = {str(way): way for way in _CANDIDATES[name]}
+        ways = [ways[row["way"]] for row in known] + list(ways.values())
+        fits = [way for way in ways if way.serves(num_tokens, *sizes)]
+        if not fits:
+            raise ValueError(f"no tiling serves {num_tokens} tokens of {name}")
+        made[name] = fits[0]
     return made
 
 
-# The first that fits.
-_CHOSEN = {
-    "qkv": (Tiling(groups=3, parts=4), Tiling(groups=2, parts=4)),
-    "out": (Tiling(groups=4, parts=8), Tiling(groups=2, parts=4)),
-    "gate_up": (Tiling(groups=3), Tiling(groups=2)),
-    "down": (Tiling(groups=4, parts=8), Tiling(groups=2, parts=4)),
-    "lm_head": (Tiling(groups=2),),
-}
-
-
-def median_us(function, *args):
+def median_us(function, *args, is_serial=False):
     """Microseconds of a call of a function, compiled, many in flight; and its result.
 
     Each call takes the result of the last one: a graph of the same places stays.
+    is_serial: nothing runs beside each other, whatever XLA's flags say (GPU).
     """
+    options = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
     program = jax.jit(
-        lambda old, *args: function(*args), donate_argnums=0, keep_unused=True
+        lambda old, *args: function(*args),
+        donate_argnums=0,
+        keep_unused=True,
+        compiler_options=options if is_serial else None,
     )
     old = jax.eval_shape(function, *args)
     made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
@@ -106,7 +115,7 @@ def median_us(function, *args):
     return 1e6 * float(np.median([seconds(count) for _ in range(_REPEATS)])), made
 
 
-def sweep(config, num_tokens: int, read_rate: float):
+def sweep(config, num_tokens: int, read_rate: float, kinds=KINDS):
     """Yields a row per product and way: microseconds, and the share of the read rate.
 
     A way that fails is a row with its error. The weights of one program lie in several
@@ -115,30 +124,32 @@ def sweep(config, num_tokens: int, read_rate: float):
     for name, (size_in, size_out) in product_sizes(config).items():
         size = size_in * size_out
         x = jax.random.normal(jax.random.key(0), (num_tokens, size_in), jnp.bfloat16)
-        ints = _arrays(size_in, size_out, jnp.int8, min(24, max(2, int(_BYTES / size))))
+        ints = _arrays(size_in, size_out, min(24, max(2, int(_BYTES / size))))
+        packed = [jax.jit(pack)(weight) for weight in ints]
         expected = multiply(x, ints[0], Xla(), jnp.float32)
         row = dict(product=name, rows=num_tokens, size_in=size_in, size_out=size_out)
         for kind, way, function in _int8_ways(name, num_tokens, size_in, size_out):
-            made = row | {"weights": "int8", "kind": kind, "way": str(way)}
-            is_scaled = kind != "shipped"
-            made |= _timed(
-                function, ints, x, read_rate, size, expected if is_scaled else None
-            )
-            yield made
-        count = max(2, int(_BYTES / size / 2))
-        wide = [(w.values * 0.01).astype(jnp.bfloat16).T for w in ints[:count]]
-        del ints
+            if kind not in kinds:
+                continue
+            made = row | {"kind": kind, "way": str(way)}
+            right = None if kind == "shipped" else expected  # which knows no scale
+            weights = packed if kind == "kernel" else ints
+            yield made | _timed(function, weights, x, read_rate, size, right)
+        if "bfloat16" not in kinds:
+            continue
+        wide = [(w.values * 0.01).astype(jnp.bfloat16).T for w in ints[::2]]
+        del ints, packed
         for parts in _XLA_PARTS.get(name, (1,)):
-            made = row | {"weights": "bfloat16", "kind": "xla", "way": f"{parts} parts"}
+            made = row | {"kind": "bfloat16", "way": f"{parts} parts"}
             function = _bf16_product(parts)
             yield made | _timed(function, wide, x, read_rate, 2 * size, None)
 
 
-def _arrays(size_in, size_out, dtype, count):
+def _arrays(size_in, size_out, count):
     keys = jax.random.split(jax.random.key(1), count)
 
     def values(key):
-        return jax.random.randint(key, (size_out, size_in), -127, 128, dtype)
+        return jax.random.randint(key, (size_out, size_in), -127, 128, jnp.int8)
 
     scale = jnp.full(size_out, 1 / 127 / size_in**0.5, jnp.float32)
     return [Int8Weight(values(key), scale) for key in keys]
@@ -196,7 +207,10 @@ def _timed(function, weights, x, read_rate, num_bytes, expected):
     """Microseconds, share of the read rate and error of one way, or what it raised."""
     try:
         us, results = median_us(
-            lambda x, weights: [function(x, w) for w in weights], x, weights
+            lambda x, weights: [function(x, w) for w in weights],
+            x,
+            weights,
+            is_serial=jax.default_backend() == "gpu",
         )
     except Exception as error:  # one way of many
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}

@@ -143,6 +143,22 @@ def test_8_bit_products_of_a_model_are_those_of_its_rounded_weights(tiny_model):
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_inputs_lie_as_the_matrix_unit_takes_them():
+    values = jnp.tile(jnp.arange(-64, 64, dtype=jnp.int8), (2, 2))
+    packed = int8_product.pack(int8_product.Int8Weight(values, jnp.ones(2)))
+    for block in range(4):
+        for thread in range(4):
+            start = 64 * block + 16 * thread
+            mine = np.asarray(packed.values[1, start : start + 16])
+            first = 64 * (block % 2) - 64 + 2 * thread
+            expected = [
+                first + 16 * group + step for group in range(4) for step in (0, 1, 8, 9)
+            ]
+            assert mine.tolist() == expected
+    with pytest.raises(ValueError, match="does not take a PackedWeight"):
+        int8_product.multiply(values, packed, int8_product.Xla(), jnp.float32)
+
+
 def test_parts_of_an_8_bit_product_sum_to_it():
     x = jax.random.normal(jax.random.key(0), (8, 96))
     weight = int8_product.quantise(jax.random.normal(jax.random.key(1), (96, 24)))
@@ -170,7 +186,7 @@ def test_a_step_of_8_bit_drafts_compiles_in_place_for_a_gpu():
     )  # fmt: skip
     params = model.param_shapes(config, jnp.bfloat16)
     quantised = jax.eval_shape(
-        functools.partial(aligned_steps.quantise, config), params
+        functools.partial(aligned_steps.quantise, config, is_packed=True), params
     )
     products = dict.fromkeys(
         aligned_steps.PRODUCTS, int8_product.Tiling(groups=2, parts=1)
