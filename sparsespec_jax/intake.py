@@ -20,7 +20,7 @@ def check_prompt(model, prompt, sampling, max_length):
             + ("" if total > model.config.max_length else " or raise it")
         )
     if sampling.stop and model.tokenizer is None:
-        raise no_tokenizer(model, "stop strings (other than stop_token_ids) need")
+        raise no_tokenizer(model, "stop strings need", instead="stop_token_ids")
     largest, vocab = max(sampling.stop_token_ids, default=0), model.config.vocab_size
     if largest >= vocab:
         raise ValueError(

@@ -47,17 +47,17 @@ def encode_prompt(prompt, model):
     return tokens
 
 
-def no_tokenizer(model, needs):
+def no_tokenizer(model, needs, *, instead):
     """The error of what `needs` a tokenizer, for a model that has none, and why."""
     return ValueError(
         f"{needs} a tokenizer, and model {model.name!r} has none: "
-        f"{model.tokenizer_problem}. Give token ids, or load it with its tokenizer"
+        f"{model.tokenizer_problem}. Give {instead}, or load it with its tokenizer"
     )
 
 
 def _tokenizer(model, what):
     if model.tokenizer is None:
-        raise no_tokenizer(model, f"{what} needs")
+        raise no_tokenizer(model, f"{what} needs", instead="token ids")
     return model.tokenizer
 
 
@@ -69,12 +69,13 @@ def _items(prompt):
             raise ValueError(f"{what}: {instead}")
     try:
         shape = getattr(prompt, "shape", None)
-        if hasattr(prompt, "__array__"):  # one copy, also from a device
+        is_row = not isinstance(shape, tuple) or len(shape) == 1
+        if is_row and hasattr(prompt, "__array__"):  # one copy, also from a device
             prompt = np.asanyarray(prompt).tolist()
-        items = list(prompt)
+        items = list(prompt) if is_row else []
     except Exception as error:  # whatever the prompt's own class raises
         raise ValueError(f"{what}: it cannot be read as a list ({error})") from error
-    if isinstance(shape, tuple) and len(shape) != 1:
+    if not is_row:
         raise ValueError(
             f"{what} of shape {shape}: a prompt is one row of ids; give each row as a "
             "prompt of its own"

@@ -32,14 +32,13 @@ class TokenizerConfig:
         self._keys = self._read()
         self.special_tokens: dict[str, str] = {}
         for key, value in self._keys.items():
-            # Other names are the model's own, such as image_token.
-            is_own = key.endswith("_token") and isinstance(value, str)
-            if key in _NAMES or is_own:
+            # Other names are the model's own, such as image_token; add_bos_token is no
+            # token.
+            is_text = isinstance(value, str) or "content" in _object(value)
+            if key in _NAMES or (key.endswith("_token") and is_text):
                 self._name_token(key, value)
-        extra = self._keys.get("extra_special_tokens")
-        if isinstance(extra, dict):
-            for key, value in extra.items():
-                self._name_token(key, value)
+        for key, value in _object(self._keys.get("extra_special_tokens")).items():
+            self._name_token(key, value)
         self.chat_template = self._chat_template(directory / "chat_template.jinja")
 
     def add_tokens(self, backend: tokenizers.Tokenizer) -> None:
@@ -57,25 +56,29 @@ class TokenizerConfig:
             token = self._added_token(f"added_tokens_decoder.{token_id}", entry)
             if known.get(token_id) == token:
                 continue
-            there = backend.id_to_token(token_id)
-            found = backend.token_to_id(token.content)
-            if found is None and there is None:
-                _add(backend, token)
-                found = backend.token_to_id(token.content)
-            elif found == token_id:
-                _add(backend, token)
-            if found != token_id:
-                raise ValueError(
-                    f"{self._path}: added_tokens_decoder gives token {token.content!r} "
-                    f"the id {token_id}, which in tokenizer.json "
-                    + (f"is {there!r}" if there is not None else "cannot be had")
-                    + f" (the token's would be {found}): the files are of different "
-                    "tokenizers; fetch both again from one source"
-                )
+            self._check_id(backend, token.content, token_id)
+            _add(backend, token)
+            if (free := backend.token_to_id(token.content)) != token_id:
+                raise self._conflict(token.content, token_id, f"the next one is {free}")
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         for text in (*self.special_tokens.values(), *self._unnamed()):
             if text and text not in added:
                 _add(backend, tokenizers.AddedToken(text, special=True))
+
+    def _check_id(self, backend, text: str, token_id: int) -> None:
+        """Raise if the id or the token is taken already, by another."""
+        there, own = backend.id_to_token(token_id), backend.token_to_id(text)
+        if own is not None and own != token_id:
+            raise self._conflict(text, token_id, f"there its id is {own}")
+        if own is None and there is not None:
+            raise self._conflict(text, token_id, f"there that is {there!r}")
+
+    def _conflict(self, text: str, token_id: int, reason: str) -> ValueError:
+        return ValueError(
+            f"{self._path}: added_tokens_decoder gives the token {text!r} the id "
+            f"{token_id}, which does not fit tokenizer.json: {reason}. Fetch both "
+            "files again from one source"
+        )
 
     def _read(self) -> dict[str, Any]:
         if not self._path.is_file():
@@ -134,8 +137,8 @@ class TokenizerConfig:
         found = self._keys.get("chat_template")
         if isinstance(found, list):  # several, by name
             for i, entry in enumerate(found):
-                keys = entry if isinstance(entry, dict) else {}
-                if not all(isinstance(keys.get(k), str) for k in ("name", "template")):
+                keys = [_object(entry).get(key) for key in ("name", "template")]
+                if not all(isinstance(key, str) for key in keys):
                     wanted = "an object with 'name' and 'template'"
                     self._refuse(f"chat_template[{i}]", wanted, entry)
             return {entry["name"]: entry["template"] for entry in found}
@@ -149,6 +152,10 @@ class TokenizerConfig:
             f"{self._path}: {key} must be {wanted}, got {short(value)}: mend the file "
             "or fetch it again"
         )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _add(backend: tokenizers.Tokenizer, token: tokenizers.AddedToken) -> None:
