@@ -1,7 +1,9 @@
 """Kernels around attention over a paged KV pool.
 
-Each operation is a package with the same four modules: `api` (public function),
-`reference` (the specification in plain jnp), `tpu` and `gpu` (Pallas kernels).
+Each operation is a package with the same modules: `api` (public function),
+`reference` (the specification in plain jnp), `tpu` and `gpu` (Pallas kernels), `cases`
+(named shapes of tests and measurements) and `bench` (times some of them; all together:
+`python -m pallas_kernels.bench`).
 
     from pallas_kernels.paged_attention import LaneGroup, paged_attention
     from pallas_kernels.select_tokens import select_tokens

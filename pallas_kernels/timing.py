@@ -4,6 +4,7 @@ import functools
 import gc
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def drop_programs() -> None:
     """Frees compiled programs that nobody holds.
 
     With five or more of them alive, a call of 40 us takes 0.8 us longer on an H100,
-    in old programs and in new ones (h100_partial/kernels_d64.json).
+    in old programs and in new ones (docs/kernels.md).
     """
     jax.clear_caches()
     gc.collect()
@@ -62,13 +63,20 @@ def _program_of(fn, layers, shared):
     return functools.partial(program, layers, shared), old
 
 
-def measure_rates() -> tuple[float, float]:
-    """Returns the rates of a large read and of a large copy, bytes per second."""
+class Rates(NamedTuple):
+    """What the memory of a device can do, bytes per second."""
+
+    read: float
+    copy: float  # bytes read and bytes written
+
+
+def measure_rates() -> Rates:
+    """Returns the rates of a large read and of a large copy."""
     rows = 2**14 if _is_cpu() else 2**19
     x = jnp.ones((rows, 4096), jnp.bfloat16)
     read = time_us(lambda x: x.astype(jnp.float32).sum(1), [(x,)])
     copy = time_us(lambda x: x + 1, [(x,)])
-    return x.nbytes / read * 1e6, 2 * x.nbytes / copy * 1e6
+    return Rates(x.nbytes / read * 1e6, 2 * x.nbytes / copy * 1e6)
 
 
 def measure_flop_rate(dtype) -> float:
@@ -112,3 +120,20 @@ def relative_error(actual, expected) -> float:
     actual = jnp.asarray(actual, jnp.float32)
     expected = jnp.asarray(expected, jnp.float32)
     return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+
+
+def against_reference(kernel, layers: list[tuple], shared: tuple, impl: str) -> dict:
+    """Returns time, rate and error of a small kernel, and the time of its reference."""
+    run, reference = (functools.partial(kernel, impl=i) for i in (impl, "reference"))
+    # On a GPU both take less than the host needs to launch them.
+    clock = device_us if impl == "gpu" else time_us
+    us = clock(run, layers, shared)
+    got, expected = (fn(*layers[0], *shared) for fn in (run, reference))
+    moved = sum(x.nbytes for x in (*layers[0], *got))
+    return dict(
+        us=us,
+        bytes=moved,
+        tb_per_s=moved / us / 1e6,
+        error=max(map(relative_error, got, expected)),
+        xla_us=clock(reference, layers, shared),
+    )

@@ -11,15 +11,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.cases import (
-    AttentionCase,
-    GatherCase,
-    NormCase,
-    RotateCase,
-    WriteCase,
-)
-from pallas_kernels.paged_attention import AttentionOutput, LaneGroup
-from pallas_kernels.select_cases import SelectCase
+from pallas_kernels.add_norm.cases import NormCase
+from pallas_kernels.gather_kv.cases import GatherCase
+from pallas_kernels.paged_attention import AttentionOutput
+from pallas_kernels.paged_attention.cases import AttentionCase
+from pallas_kernels.rotate_heads.cases import RotateCase
+from pallas_kernels.select_tokens.cases import SelectCase
+from pallas_kernels.write_rows.cases import WriteCase
 
 NO_PAGE = -1
 OUT_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -84,20 +82,6 @@ class GatherInputs(NamedTuple):
     target_table: np.ndarray
     indices: np.ndarray
     counts: np.ndarray
-
-
-def attention_options(case: AttentionCase) -> dict:
-    """Returns the keyword arguments of `paged_attention` for `case`."""
-    return dict(
-        groups=tuple(LaneGroup(*group) for group in case.groups),
-        mass_group=case.mass_group,
-        mass_rows=case.mass_rows,
-    )
-
-
-def select_options(case: SelectCase) -> dict:
-    """Returns the keyword arguments of `select_tokens` for `case`."""
-    return dict(cap=case.cap, num_recent=case.num_recent, per_layer=case.per_layer)
 
 
 # ------------------------------------------------------------------ attention
@@ -416,11 +400,6 @@ def write_inputs(case: WriteCase, seed: int = 0) -> WriteInputs:
     return WriteInputs(pool, rows, pages, offsets)
 
 
-def write_options(case: WriteCase) -> dict:
-    """Returns the keyword arguments of `write_rows` for `case`."""
-    return dict(copies_from=case.copies_from)
-
-
 # --------------------------------------------------------------------- rotate
 
 
@@ -437,11 +416,6 @@ def rotate_inputs(case: RotateCase, seed: int = 0) -> RotateInputs:
         scales = rng.uniform(0.5, 2.0, (2, case.head_size)).astype(dtype)
     tables = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
     return RotateInputs(qkv, *tables, *scales)
-
-
-def rotate_options(case: RotateCase) -> dict:
-    """Returns the keyword arguments of `rotate_heads` for `case`."""
-    return dict(dtype=jnp.dtype(case.dtype))
 
 
 def assert_rotations_agree(actual, expected) -> None:

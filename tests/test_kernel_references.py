@@ -9,12 +9,14 @@ import kernel_inputs as ki
 import numpy as np
 import pytest
 
-from pallas_kernels.cases import ATTENTION_CASES, GATHER_CASES, tagged
+from pallas_kernels.cases import tagged
 from pallas_kernels.common import default_impl, load_implementation
 from pallas_kernels.gather_kv import gather_kv
+from pallas_kernels.gather_kv.cases import GATHER_CASES
 from pallas_kernels.paged_attention import LaneGroup, paged_attention
-from pallas_kernels.select_cases import SELECT_CASES
+from pallas_kernels.paged_attention.cases import ATTENTION_CASES
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.select_tokens.cases import SELECT_CASES
 
 NAN = float("nan")
 attend = functools.partial(paged_attention, impl="reference")
@@ -164,7 +166,7 @@ def test_tables_heads_and_groups_by_hand():
 @small_attention
 def test_attention_agrees_with_jax_nn(case):
     inputs = ki.attention_inputs(case)
-    got = attend(*inputs, **ki.attention_options(case))
+    got = attend(*inputs, **case.options)
     size, members = case.head_size, (case.num_heads, case.group_size)
     key = np.arange(case.table_width * case.page_size)
     for lane, (token, num_rows) in enumerate(ki.lane_rows(case)):
@@ -215,7 +217,7 @@ def test_mass_and_tail_sum_to_one(case):
             page = inputs.page_table[lane, key // case.page_size]
             kv_pages[page, head, key % case.page_size, case.head_size :] = 1.0
     inputs = inputs._replace(kv_pages=kv_pages, q=np.array(inputs.q, np.float32))
-    options = ki.attention_options(case)
+    options = case.options
     got = attend(*inputs, **options)
     for lane in range(lanes[case.mass_group]):
         token, _ = rows[first + lane]
@@ -235,7 +237,7 @@ def test_mass_and_tail_sum_to_one(case):
 @small_attention
 @pytest.mark.parametrize("fault", ki.ATTENTION_FAULTS, ids=lambda fault: fault.__name__)
 def test_attention_comparison_sees_planted_faults(case, fault):
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     expected = attend(*inputs, **options)
     ki.assert_attention_close(expected, expected, case.dtype)
     for lane in np.flatnonzero(inputs.kv_lengths.max(1)):
@@ -346,7 +348,7 @@ def test_selection_of_a_layer_by_hand():
 @small_select
 def test_selection_agrees_with_a_stable_sort(case):
     inputs = ki.select_inputs(case)
-    got = select(*inputs, **ki.select_options(case))
+    got = select(*inputs, **case.options)
     for lane, head in np.ndindex(*got.counts.shape):
         length, budget = inputs.lengths[lane], inputs.budgets[lane]
         scores = inputs.scores[lane, head, :length]
@@ -367,7 +369,7 @@ def test_selection_comparison_sees_planted_faults(case, fault):
     # Only lanes that leave something out can show a score that is wrong.
     if fault is ki.swap_score_heads and case.per_layer:
         pytest.skip("one set for all heads: their order changes nothing")
-    inputs, options = ki.select_inputs(case), ki.select_options(case)
+    inputs, options = ki.select_inputs(case), case.options
     expected = select(*inputs, **options)
     ki.assert_same_selection(expected, expected)
     num_seen = 0

@@ -2,18 +2,17 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import kernel_inputs as ki
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import run_with_races
 
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.add_norm.cases import NORM_CASES
 from pallas_kernels.add_norm.gpu import NormConfig, add_norm_gpu
 from pallas_kernels.aot import compile_for
-from pallas_kernels.cases import NORM_CASES, by_name, tagged
+from pallas_kernels.cases import by_name, num_bytes, tagged
 
 EPS = 1e-5
 SMALL = tagged(NORM_CASES, "small")
@@ -59,10 +58,7 @@ def test_norm_is_that_of_the_rounded_sum():
 @small_cases
 def test_norm_on_a_gpu_agrees_with_the_reference(case):
     inputs = ki.norm_inputs(case)
-    races = plgpu.InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(add_norm_gpu, eps=EPS, interpret=races)
-    actual = jax.block_until_ready(jax.jit(kernel)(*inputs))
-    assert not gpu_callbacks.get_races().races_found, "race in shared memory"
+    actual = run_with_races(add_norm_gpu, inputs, eps=EPS)
     ki.assert_norms_agree(actual, add(*inputs))
 
 
@@ -126,10 +122,10 @@ def test_norm_on_a_gpu_shows_a_lost_eps(case):
 @pytest.mark.parametrize("target", ["v5e", "tpu7x"])
 def test_norm_compiles_for_a_tpu(target):
     pytest.importorskip("libtpu")
-    row, scale = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((136, 4096), (4096,)))
+    case = by_name(NORM_CASES, "norm_136")
     fn = functools.partial(add_norm, eps=EPS, impl="tpu")
-    compiled = compile_for(target, fn, row, row, scale)
-    assert compiled.temp_bytes <= row.size * 2
+    compiled = compile_for(target, fn, *case.shapes)
+    assert compiled.temp_bytes <= num_bytes(case.shapes[0])
 
 
 def test_norm_rejects_what_does_not_fit():

@@ -9,31 +9,22 @@ room for fewer blocks than the launch counts on.
 import functools
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.add_norm.cases import NORM_CASES
 from pallas_kernels.aot import compile_for
-from pallas_kernels.cases import (
-    ATTENTION_CASES,
-    GATHER_CASES,
-    NORM_CASES,
-    ROTATE_CASES,
-    WRITE_CASES,
-    AttentionCase,
-    GatherCase,
-    NormCase,
-    RotateCase,
-    by_name,
-)
+from pallas_kernels.cases import by_name, int32, num_bytes, tagged
 from pallas_kernels.gather_kv import gather_kv_layers
-from pallas_kernels.paged_attention import LaneGroup, paged_attention
-from pallas_kernels.prefill_cases import PREFILL_CASES
+from pallas_kernels.gather_kv.cases import GATHER_CASES
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.cases import ATTENTION_CASES, AttentionCase
 from pallas_kernels.rotate_heads import rotate_heads
-from pallas_kernels.select_cases import SELECT_CASES, SelectCase
+from pallas_kernels.rotate_heads.cases import ROTATE_CASES
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.select_tokens.cases import SELECT_CASES
 from pallas_kernels.write_rows import write_rows
+from pallas_kernels.write_rows.cases import WRITE_CASES
 
 pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is in the plugin")
 
@@ -41,44 +32,13 @@ pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is in the plu
 SHARED_BYTES = 228 << 10
 REGISTERS = 65536
 BLOCK_SHARED_BYTES = 227 << 10
-Array = jax.ShapeDtypeStruct
-ATTENTION = (
-    "verify_8k",
-    "verify_32k",
-    "verify_131k",
-    "verify_8k_edges",
-    "draft_410",
-    "draft_1638",
-    "mixed",
-    "mixed_ragged",
-    "step_2560",
-    "verify_8k_d64",
-    "verify_8k_g5",
-    "verify_8k_g8",
-    "plain_8k",
-    "prefill_12k",
-    "prefill_step",
-    "prefill_d64",
-    "prefill_g5",
-)
-SELECT = ("select_8k", "select_8k_layer", "select_32k", "select_40k", "select_131k")
-WRITE = ("write_plain", "write_136", "write_d64")
-ROTATE = (
-    "rotate_ragged",
-    "rotate_136",
-    "rotate_136_parts",
-    "rotate_d64",
-    "rotate_2184",
-)
-GATHER = ("gather_512b", "gather_410", "gather_d64")
 
 
-def int32(*shape):
-    return Array(shape, jnp.int32)
-
-
-def num_bytes(array):
-    return array.size * array.dtype.itemsize
+def h100_cases(cases):
+    """Returns a decorator that calls a test with every case of this device."""
+    return pytest.mark.parametrize(
+        "case", tagged(cases, "h100"), ids=lambda case: case.name
+    )
 
 
 @pytest.fixture
@@ -127,29 +87,10 @@ def assert_fits(kernel, warpgroups=1, blocks=1):
     assert blocks * warpgroups * 128 * allocated <= REGISTERS
 
 
-def attention_args(case: AttentionCase):
-    q_heads, lanes = case.num_heads * case.group_size, case.num_lanes
-    pool = (case.num_used_pages + 3, case.num_heads, case.page_size, 2 * case.head_size)
-    return (
-        Array((case.num_tokens, q_heads, case.head_size), jnp.bfloat16),
-        Array(pool, jnp.bfloat16),
-        int32(lanes, case.table_width),
-        int32(lanes, case.num_heads),
-        int32(lanes),
-    )
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_compiles(compile_h100, name):
-    case = by_name(ATTENTION_CASES + PREFILL_CASES, name)
-    attend = functools.partial(
-        paged_attention,
-        groups=tuple(LaneGroup(*group) for group in case.groups),
-        mass_group=case.mass_group,
-        mass_rows=case.mass_rows,
-        impl="gpu",
-    )
-    args = attention_args(case)
+@h100_cases(ATTENTION_CASES)
+def test_attention_compiles(compile_h100, case):
+    attend = functools.partial(paged_attention, **case.options, impl="gpu")
+    args = case.shapes
     result, kernels = compile_h100(attend, args)
     has_chunks = case.groups[-1][1] > 64
     expected = {"paged_attention_chunks"} if has_chunks else set()
@@ -183,40 +124,21 @@ def mass_bytes(case: AttentionCase) -> int:
     return int(lanes * case.num_heads * keys * per_key)
 
 
-@pytest.mark.parametrize("name", SELECT)
-def test_selection_compiles(compile_h100, name):
-    case: SelectCase = by_name(SELECT_CASES, name)
-    lanes = len(case.lengths)
-    select = functools.partial(
-        select_tokens,
-        cap=case.cap,
-        num_recent=case.num_recent,
-        per_layer=case.per_layer,
-        impl="gpu",
-    )
-    scores = Array((lanes, case.num_heads, case.num_candidates), jnp.float32)
-    result, kernels = compile_h100(select, (scores, int32(lanes), int32(lanes)))
+@h100_cases(SELECT_CASES)
+def test_selection_compiles(compile_h100, case):
+    select = functools.partial(select_tokens, **case.options, impl="gpu")
+    result, kernels = compile_h100(select, case.shapes)
     assert_fits(kernels["select_tokens"], warpgroups=4)
     # A list per layer needs the sum over heads and one list before it is repeated.
-    summed = num_bytes(scores) // case.num_heads + 4 * lanes * (case.cap + 64)
+    scores, lengths, _ = case.shapes
+    summed = num_bytes(scores) // case.num_heads + 4 * lengths.size * (case.cap + 64)
     assert result.temp_bytes <= (2 * summed if case.per_layer else 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_layers"), [*((name, 1) for name in GATHER), (GATHER[0], 8)]
-)
-def test_gather_compiles_in_place(compile_h100, name, num_layers):
-    case: GatherCase = by_name(GATHER_CASES, name)
-    lanes, ps = case.num_lanes, case.page_size
-    widths = [-(-rows // ps) for rows in (case.context, case.cap)]
-    shape = (lanes * sum(widths), case.num_heads, ps, 2 * case.head_size)
-    pool = Array(shape, jnp.bfloat16)
-    args = (
-        (pool,) * num_layers,
-        *(int32(lanes, width) for width in widths),
-        int32(num_layers, lanes, case.num_heads, case.cap),
-        int32(num_layers, lanes, case.num_heads),
-    )
+def assert_gather_is_in_place(compile_h100, case, num_layers):
+    pool, *tables, indices, counts = case.shapes
+    lists = (int32(num_layers, *array.shape) for array in (indices, counts))
+    args = ((pool,) * num_layers, *tables, *lists)
     gather = functools.partial(gather_kv_layers, impl="gpu")
     result, kernels = compile_h100(gather, args, donate_argnums=0)
     assert_fits(kernels["gather_kv"], blocks=8)
@@ -224,39 +146,37 @@ def test_gather_compiles_in_place(compile_h100, name, num_layers):
     assert result.alias_bytes == num_layers * num_bytes(pool)
 
 
-@pytest.mark.parametrize("name", WRITE)
-def test_write_compiles_in_place(compile_h100, name):
-    case = by_name(WRITE_CASES, name)
-    rows = Array((case.num_rows, case.num_heads, 2 * case.head_size), jnp.bfloat16)
-    shape = (case.num_pages, case.num_heads, case.page_size, 2 * case.head_size)
-    pool, place = Array(shape, jnp.bfloat16), int32(case.num_places, 1)
-    write = functools.partial(write_rows, copies_from=case.copies_from, impl="gpu")
-    args = (pool, rows, place, place)
-    result, kernels = compile_h100(write, args, donate_argnums=0)
+@h100_cases(GATHER_CASES)
+def test_gather_compiles_in_place(compile_h100, case):
+    assert_gather_is_in_place(compile_h100, case, num_layers=1)
+
+
+def test_gather_of_several_layers_compiles_in_place(compile_h100):
+    case = by_name(GATHER_CASES, "gather_512b")
+    assert_gather_is_in_place(compile_h100, case, num_layers=8)
+
+
+@h100_cases(WRITE_CASES)
+def test_write_compiles_in_place(compile_h100, case):
+    write = functools.partial(write_rows, **case.options, impl="gpu")
+    result, kernels = compile_h100(write, case.shapes, donate_argnums=0)
     assert_fits(kernels["write_rows"], blocks=8)
     assert result.temp_bytes == 0
-    assert result.alias_bytes == num_bytes(pool)
+    assert result.alias_bytes == num_bytes(case.shapes[0])
 
 
-@pytest.mark.parametrize("name", ROTATE)
-def test_rotation_compiles(compile_h100, name):
-    case: RotateCase = by_name(ROTATE_CASES, name)
-    table = Array((case.num_tokens, case.head_size // 2), jnp.float32)
-    dtype = jnp.dtype(case.dtype)
-    scales = [Array((case.head_size,), dtype)] * 2 if case.is_normed else []
-    args = (Array(*case.projection), table, table, *scales)
-    rotate = functools.partial(rotate_heads, eps=1e-6, dtype=dtype, impl="gpu")
-    result, kernels = compile_h100(rotate, args)
+@h100_cases(ROTATE_CASES)
+def test_rotation_compiles(compile_h100, case):
+    rotate = functools.partial(rotate_heads, eps=1e-6, **case.options, impl="gpu")
+    result, kernels = compile_h100(rotate, case.shapes)
     assert_fits(kernels["rotate_heads"], blocks=4)
     assert result.temp_bytes <= 64  # the addresses of two results
 
 
 @pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
-def test_norm_compiles(compile_h100, case: NormCase):
-    x, scale = (Array(s, jnp.dtype(case.dtype)) for s in (case.shape, case.shape[1:]))
-    y = Array((case.num_parts, *case.shape), jnp.float32) if case.num_parts else x
+def test_norm_compiles(compile_h100, case):
     add = functools.partial(add_norm, eps=1e-6, impl="gpu")
-    result, kernels = compile_h100(add, (x, y, scale))
+    result, kernels = compile_h100(add, case.shapes)
     # Eight parts come with few tokens only.
     assert_fits(kernels["add_norm"], blocks=2 if case.num_parts > 4 else 4)
     assert result.temp_bytes <= 64  # the addresses of two results

@@ -12,18 +12,14 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.aot import TPU_TARGETS, compile_for
-from pallas_kernels.cases import (
-    ATTENTION_CASES,
-    GATHER_CASES,
-    AttentionCase,
-    by_name,
-    tagged,
-)
+from pallas_kernels.cases import by_name, int32, num_bytes, tagged
 from pallas_kernels.gather_kv import gather_kv
-from pallas_kernels.paged_attention import LaneGroup, paged_attention, tpu_sizes
+from pallas_kernels.gather_kv.cases import GATHER_CASES
+from pallas_kernels.paged_attention import paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
-from pallas_kernels.select_cases import SELECT_CASES
+from pallas_kernels.paged_attention.cases import ATTENTION_CASES, AttentionCase
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.select_tokens.cases import SELECT_CASES
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in the wheel libtpu")
 
@@ -44,37 +40,8 @@ all_targets = pytest.mark.parametrize("target", TPU_TARGETS)
 Array = jax.ShapeDtypeStruct
 
 
-def int32(*shape):
-    return Array(shape, jnp.int32)
-
-
-def attention_args(case: AttentionCase):
-    dtype = jnp.dtype(case.dtype)
-    row_size, lanes = 2 * case.head_size, case.num_lanes
-    q_heads = case.num_heads * case.group_size
-    return (
-        Array((case.num_tokens, q_heads, case.head_size), dtype),
-        Array(
-            (case.num_used_pages + 3, case.num_heads, case.page_size, row_size), dtype
-        ),
-        int32(lanes, case.table_width),
-        int32(lanes, case.num_heads),
-        int32(lanes),
-    )
-
-
 def attention_fn(case: AttentionCase):
-    return functools.partial(
-        paged_attention,
-        groups=tuple(LaneGroup(*group) for group in case.groups),
-        mass_group=case.mass_group,
-        mass_rows=case.mass_rows,
-        impl="tpu",
-    )
-
-
-def num_bytes(array) -> int:
-    return array.size * array.dtype.itemsize
+    return functools.partial(paged_attention, **case.options, impl="tpu")
 
 
 ATTENTION_COMPILATIONS = [
@@ -90,7 +57,7 @@ ATTENTION_COMPILATIONS = [
     ids=[f"{case.name}-{target}" for case, target in ATTENTION_COMPILATIONS],
 )
 def test_attention_compiles_without_copying_the_pool(case, target):
-    args = attention_args(case)
+    args = case.shapes
     compiled = compile_for(target, attention_fn(case), *args)
     # Query rows are regrouped by KV head, padded to whole tiles, and put back (a draft
     # lane's 4 rows fill 8); groups are joined. The pool is many times larger.
@@ -107,14 +74,14 @@ def test_attention_compiles_without_copying_the_pool(case, target):
 def test_float32_attention_compiles(target):
     for name in ("verify_g5", "verify_g8"):  # D = 128 and 64
         case = by_name(ATTENTION_CASES, name)
-        compile_for(target, attention_fn(case), *attention_args(case))
+        compile_for(target, attention_fn(case), *case.shapes)
 
 
 @pytest.mark.parametrize(
     "case", tagged(ATTENTION_CASES, "tpu"), ids=lambda case: case.name
 )
 def test_attention_fits_the_smallest_vmem(case):
-    _, pool, table, *_ = attention_args(case)
+    _, pool, table, *_ = case.shapes
     for index, (_, num_queries) in enumerate(case.groups):
         sizes = tpu_sizes.plan_sizes(
             pool.shape,
@@ -133,16 +100,8 @@ def test_attention_fits_the_smallest_vmem(case):
     "case", tagged(SELECT_CASES, "tpu"), ids=lambda case: case.name
 )
 def test_selection_compiles(case, target):
-    fn = functools.partial(
-        select_tokens,
-        cap=case.cap,
-        num_recent=case.num_recent,
-        per_layer=case.per_layer,
-        impl="tpu",
-    )
-    lanes = len(case.lengths)
-    scores = Array((lanes, case.num_heads, case.num_candidates), jnp.float32)
-    assert compile_for(target, fn, scores, int32(lanes), int32(lanes)).temp_bytes == 0
+    fn = functools.partial(select_tokens, **case.options, impl="tpu")
+    assert compile_for(target, fn, *case.shapes).temp_bytes == 0
 
 
 @all_targets
@@ -152,24 +111,9 @@ def test_selection_compiles(case, target):
     ids=lambda case: case.name,
 )
 def test_gather_compiles_in_place(case, target):
-    source_width = -(-case.context // case.page_size)
-    target_width = -(-case.cap // case.page_size)
-    num_pages = case.num_lanes * (source_width + target_width) + 3
-    pool = Array(
-        (num_pages, case.num_heads, case.page_size, 2 * case.head_size),
-        jnp.dtype(case.dtype),
-    )
-    indices = int32(case.num_lanes, case.num_lists, case.cap)
-    compiled = compile_for(
-        target,
-        functools.partial(gather_kv, impl="tpu"),
-        pool,
-        int32(case.num_lanes, source_width),
-        int32(case.num_lanes, target_width),
-        indices,
-        int32(case.num_lanes, case.num_lists),
-        donate_argnums=0,
-    )
+    pool, _, _, indices, _ = case.shapes
+    gather = functools.partial(gather_kv, impl="tpu")
+    compiled = compile_for(target, gather, *case.shapes, donate_argnums=0)
     assert compiled.alias_bytes == num_bytes(pool)
     # Which half of a word each index wants is listed by target page, 64 numbers in a
     # row of 128; the index lists are padded to whole pages.
@@ -194,7 +138,7 @@ def test_a_layer_leaves_the_pool_in_place(target):
         pool = gather_kv(pool, table[first:], drafts, *chosen, impl="tpu")
         return result.out, pool
 
-    args = (*attention_args(case), int32(lanes, -(-cap // case.page_size)))
+    args = (*case.shapes, int32(lanes, -(-cap // case.page_size)))
     compiled = compile_for(target, layer, *args, donate_argnums=1)
     pool_bytes = num_bytes(args[1])
     assert compiled.alias_bytes == pool_bytes
@@ -211,7 +155,7 @@ def test_an_unknown_target_is_refused():
 
 def test_the_gates_see_a_copied_pool():
     case = by_name(ATTENTION_CASES, "draft_1638")
-    q, pool, *rest = attention_args(case)
+    q, pool, *rest = case.shapes
     num_pages, num_heads, page_size, row_size = pool.shape
     stored = Array((num_pages, page_size, num_heads, row_size), pool.dtype)
 
@@ -226,12 +170,11 @@ def test_the_gates_see_too_much_vmem():
     case = by_name(ATTENTION_CASES, "verify_131k")
     fn = functools.partial(
         attention_tpu.paged_attention_tpu,
-        groups=tuple(LaneGroup(*group) for group in case.groups),
-        mass_group=0,
+        **case.options,
         tuning=tpu_sizes.Tuning(vmem_bytes=400 << 20),
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
-        compile_for("v5p", fn, *attention_args(case))
+        compile_for("v5p", fn, *case.shapes)
 
 
 def test_the_gates_see_an_operation_without_code():

@@ -14,20 +14,15 @@ import jax.numpy as jnp
 import kernel_inputs as ki
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import PLAIN, RACES, compile_interpreted
 
-from pallas_kernels import bench, timing
-from pallas_kernels.cases import (
-    ATTENTION_CASES,
-    GATHER_CASES,
-    by_name,
-    tagged,
-)
+from pallas_kernels.cases import by_name, tagged
 from pallas_kernels.gather_kv import gather_kv, gather_kv_layers
 from pallas_kernels.gather_kv import gpu as gather_gpu
+from pallas_kernels.gather_kv.cases import GATHER_CASES
 from pallas_kernels.paged_attention import gpu as attention_gpu
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.cases import ATTENTION_CASES
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
@@ -35,12 +30,10 @@ from pallas_kernels.paged_attention.gpu_layout import (
     AttentionConfig,
 )
 from pallas_kernels.paged_attention.gpu_mass import pack, unpack
-from pallas_kernels.select_cases import SELECT_CASES
 from pallas_kernels.select_tokens import gpu as select_gpu
 from pallas_kernels.select_tokens import select_tokens
+from pallas_kernels.select_tokens.cases import SELECT_CASES
 
-PLAIN = plgpu.InterpretGPUParams()
-RACES = plgpu.InterpretGPUParams(detect_races=True)
 # Cases that add little to the others and take the longest.
 SLOW = {"prefill_first", "step_d64", "verify_g5", "verify_long"}
 
@@ -51,22 +44,6 @@ ATTENTION = tuple(
 )
 SELECT = tagged(SELECT_CASES, "small")
 GATHER = tagged(GATHER_CASES, "small")
-
-
-def compile_interpreted(fn, inputs):
-    """Returns `fn` compiled for arrays like `inputs`; raises after a race."""
-    compiled = (
-        jax.jit(fn)
-        .lower(*map(jnp.asarray, inputs))
-        .compile({"xla_backend_optimization_level": 0})
-    )
-
-    def run(inputs):
-        result = jax.block_until_ready(compiled(*map(jnp.asarray, inputs)))
-        assert not gpu_callbacks.get_races().races_found, "race in shared memory"
-        return result
-
-    return run
 
 
 def case_params(cases, with_races):
@@ -92,7 +69,7 @@ def assert_faults_are_seen(run, check, inputs, expected, faults, lane):
 
 def attention_setup(case, interpret, config=None):
     """Returns the compiled kernel, its check, inputs and the expected result."""
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     expected = paged_attention(*inputs, **options, impl="reference")
     kernel = functools.partial(
         attention_gpu.paged_attention_gpu,
@@ -163,7 +140,7 @@ def test_attention_of_heads_without_keys():
     lengths = inputs.kv_lengths.copy()
     lengths[0, 1], lengths[1, 0], lengths[2, 1] = 0, 0, 5  # of 9 queries
     inputs = inputs._replace(kv_lengths=lengths)
-    options = ki.attention_options(case)
+    options = case.options
     check(run(inputs), paged_attention(*inputs, **options, impl="reference"))
 
 
@@ -175,7 +152,7 @@ def test_masses_of_several_calls_share_a_buffer(name):
     case = dataclasses.replace(
         case, extra_columns=case.extra_columns + width - case.table_width
     )
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     expected = paged_attention(*inputs, **options, impl="reference")
     buffer = jnp.full((3, *expected.mass.shape), 7.0)
     for place in (2, 0):
@@ -189,7 +166,7 @@ def test_masses_of_several_calls_share_a_buffer(name):
 
 def test_a_buffer_of_masses_has_whole_steps_of_keys():
     case = by_name(ATTENTION, "verify_edges")
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     mass = paged_attention(*inputs, **options, impl="reference").mass
     assert mass.shape[-1] % (BLOCK * MASS_BLOCKS)
     with pytest.raises(NotImplementedError, match="multiples of 1024"):
@@ -227,7 +204,7 @@ def test_every_tuned_attention_entry_is_used(monkeypatch):
     for case in ATTENTION:
         inputs = tuple(map(jnp.asarray, ki.attention_inputs(case)))
         with pytest.raises(ZeroDivisionError):
-            attention_gpu.paged_attention_gpu(*inputs, **ki.attention_options(case))
+            attention_gpu.paged_attention_gpu(*inputs, **case.options)
     assert all(s["config"] is attention_gpu.TUNED[s["head_size"]] for s in used)
     assert {spec["head_size"] for spec in used} == set(attention_gpu.TUNED)
 
@@ -243,7 +220,7 @@ def test_every_tuned_attention_entry_is_used(monkeypatch):
 )
 def test_attention_refuses_what_it_cannot_serve(change, message):
     case = dataclasses.replace(by_name(ATTENTION, "one_key"), **change)
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     with pytest.raises(NotImplementedError, match=message):
         paged_attention(*map(jnp.asarray, inputs), **options, impl="gpu_interpret")
 
@@ -253,7 +230,7 @@ def test_attention_refuses_what_it_cannot_serve(change, message):
 
 def select_setup(case, interpret, config=None):
     """Returns the compiled kernel, inputs and the expected result."""
-    inputs, options = ki.select_inputs(case), ki.select_options(case)
+    inputs, options = ki.select_inputs(case), case.options
     expected = select_tokens(*inputs, **options, impl="reference")
     kernel = functools.partial(
         select_gpu.select_tokens_gpu, **options, interpret=interpret, config=config
@@ -384,7 +361,7 @@ def test_gather_refuses_small_pages():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
 def test_attention_on_the_device(case):
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     inputs = tuple(map(jnp.asarray, inputs))
     expected = paged_attention(*inputs, **options, impl="reference")
     actual = paged_attention(*inputs, **options, impl="gpu")
@@ -394,7 +371,7 @@ def test_attention_on_the_device(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SELECT_CASES, ids=lambda case: case.name)
 def test_selection_on_the_device(case):
-    inputs, options = ki.select_inputs(case), ki.select_options(case)
+    inputs, options = ki.select_inputs(case), case.options
     inputs = tuple(map(jnp.asarray, inputs))
     expected = select_tokens(*inputs, **options, impl="reference")
     ki.assert_same_selection(select_tokens(*inputs, **options, impl="gpu"), expected)
@@ -411,58 +388,3 @@ def test_gather_on_the_device(case):
     actual = gather_kv_layers(*inputs, impl="gpu")
     for layer in range(2):
         ki.assert_same_bits(actual[layer], expected[layer])
-
-
-# -------------------------------------------------------------------- benchmark
-
-
-def test_benchmark_inputs_have_needles_and_nan(monkeypatch):
-    monkeypatch.setattr(bench, "_LAYERS", 2)
-    monkeypatch.setattr(bench, "_POOL_BYTES", 1e5)
-    case = dataclasses.replace(
-        bench.ATTENTION["mixed"],
-        groups=((2, 1), (1, 9)),
-        kv_lengths=(41, 64, 200),
-        num_heads=2,
-        mass_group=1,
-    )
-    layers, (pool, kv_lengths, q_lengths) = bench.attention_layers(case)
-    q, table = layers[0]
-    assert jnp.isnan(pool[table[0, 0], :, 41:]).all()
-    assert not jnp.isnan(pool[table[0, 0], :, :41]).any()
-    assert not jnp.isnan(pool[table[1, 0]]).any()
-    options = ki.attention_options(case)
-    args = (q, pool, table, kv_lengths, q_lengths)
-    result = paged_attention(*args, **options, impl="reference")
-    # A needle gives its key nearly all of the probability.
-    values = pool[table[0, 0], 0, :41, case.head_size :].astype(jnp.float32)
-    distance = jnp.abs(result.out[0, 0].astype(jnp.float32) - values).max(1).min()
-    assert distance < 0.1
-
-
-def _time_little(monkeypatch):
-    for name, value in (("MIN_PROGRAMS", 1), ("REPEATS", 1), ("SECONDS", 0.0)):
-        monkeypatch.setattr(timing, name, value)
-
-
-def test_benchmark_refuses_calls_side_by_side(monkeypatch):
-    flag = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
-    monkeypatch.setenv("XLA_FLAGS", flag)
-    with pytest.raises(ValueError, match="CONCURRENT"):
-        bench.run([], "reference", "none", None)
-
-
-def test_benchmark_of_new_rows_runs(monkeypatch):
-    monkeypatch.setattr(bench, "_LAYERS", 1)
-    _time_little(monkeypatch)
-    result = bench.bench_write("write_136", "reference")
-    assert result["exact"] and result["us"] > 0 and result["xla_scatter_us"] > 0
-
-
-@pytest.mark.parametrize("name", ["rotate_d64", "norm_136"])
-def test_benchmark_of_small_kernels_runs(name, monkeypatch):
-    monkeypatch.setattr(bench, "_LAYERS", 1)
-    _time_little(monkeypatch)
-    run = bench.bench_rotate if name in bench.ROTATE else bench.bench_norm
-    result = run(name, "reference")
-    assert result["error"] == 0.0 and result["us"] > 0 and result["xla_us"] > 0

@@ -3,24 +3,23 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import kernel_inputs as ki
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import PLAIN, RACES, compile_interpreted
 
-from pallas_kernels.cases import ATTENTION_CASES, by_name
-from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.cases import by_name, tagged
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.cases import ATTENTION_CASES
 from pallas_kernels.paged_attention.gpu import (
     TUNED_PREFILL,
     _split_groups,
     paged_attention_gpu,
 )
 from pallas_kernels.paged_attention.gpu_chunk import PrefillConfig, lane_order
-from pallas_kernels.prefill_cases import CHUNK_CASES, PREFILL_CASES, num_flops
 
+CHUNKS = tagged(ATTENTION_CASES, "chunk")
 # Lane groups of these tests that are chunks.
 SMALL_CHUNK = dict(min_queries=10, min_ctas=1)
 THREE = dict(
@@ -42,29 +41,22 @@ SLOW = {("chunk_g8", "two"), ("prefill_first", "one"), ("step", "two")}
 
 def chunk_case(name):
     """Returns a case as its chunks see it: bfloat16, no mass of the last group."""
-    case = by_name(CHUNK_CASES + ATTENTION_CASES, name)
+    case = by_name(ATTENTION_CASES, name)
     last = len(case.groups) - 1
     mass_group = None if case.mass_group == last else case.mass_group
     return dataclasses.replace(case, dtype="bfloat16", mass_group=mass_group)
 
 
-def compiled_chunks(case, detect_races=False, **config):
+def compiled_chunks(case, interpret=PLAIN, **config):
     """Returns the interpreted kernel, compiled; it raises after a race."""
     kernel = functools.partial(
         paged_attention_gpu,
-        **ki.attention_options(case),
-        interpret=plgpu.InterpretGPUParams(detect_races=detect_races),
+        **case.options,
+        interpret=interpret,
         prefill=PrefillConfig(**SMALL_CHUNK, **config),
     )
-    inputs = map(jnp.asarray, ki.attention_inputs(case))
-    compiled = jax.jit(kernel).lower(*inputs).compile()
-
-    def run(inputs):
-        result = jax.block_until_ready(compiled(*map(jnp.asarray, inputs)))
-        assert not gpu_callbacks.get_races().races_found, "race in shared memory"
-        return result
-
-    return run
+    inputs = ki.attention_inputs(case)
+    return compile_interpreted(kernel, inputs, optimization_level=3)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +78,9 @@ def compiled_chunks(case, detect_races=False, **config):
 def test_chunks_equal_the_reference(name, config):
     case = chunk_case(name)
     inputs = ki.attention_inputs(case)
-    expected = paged_attention(*inputs, **ki.attention_options(case), impl="reference")
-    has_races_checked = name in ("chunk_edges", "step")
-    run = compiled_chunks(case, has_races_checked, **CONFIGS[config])
+    expected = paged_attention(*inputs, **case.options, impl="reference")
+    interpret = RACES if name in ("chunk_edges", "step") else PLAIN
+    run = compiled_chunks(case, interpret, **CONFIGS[config])
     ki.assert_attention_close(run(inputs), expected, "bfloat16")
 
 
@@ -102,7 +94,7 @@ def ragged():
 
 def test_chunks_show_faults(ragged):
     case, run, inputs, result = ragged
-    expected = paged_attention(*inputs, **ki.attention_options(case), impl="reference")
+    expected = paged_attention(*inputs, **case.options, impl="reference")
     ki.assert_attention_close(result, expected, "bfloat16")
     for fault in ki.ATTENTION_FAULTS:
         with pytest.raises(AssertionError):
@@ -181,7 +173,7 @@ def test_flops_of_a_chunk_are_counted_exactly():
         for keys in row
         for i in range(count)
     )
-    assert num_flops(case) == seen * 4 * case.group_size * case.head_size
+    assert case.num_flops == seen * 4 * case.group_size * case.head_size
 
 
 def test_chunks_refuse_a_scale_that_is_not_positive():
@@ -190,7 +182,7 @@ def test_chunks_refuse_a_scale_that_is_not_positive():
     with pytest.raises(NotImplementedError, match="scale is -1.0"):
         paged_attention_gpu(
             *inputs,
-            **ki.attention_options(case),
+            **case.options,
             scale=-1.0,
             prefill=PrefillConfig(**SMALL_CHUNK),
         )
@@ -198,11 +190,11 @@ def test_chunks_refuse_a_scale_that_is_not_positive():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", ["two", "three", "no_turns"])
-@pytest.mark.parametrize("name", [*(case.name for case in CHUNK_CASES), "step"])
+@pytest.mark.parametrize("name", [*(case.name for case in CHUNKS), "step"])
 def test_chunks_on_the_device(name, config):
     case = chunk_case(name)
     inputs = tuple(map(jnp.asarray, ki.attention_inputs(case)))
-    options = ki.attention_options(case)
+    options = case.options
     expected = paged_attention(*inputs, **options, impl="reference")
     prefill = PrefillConfig(**SMALL_CHUNK, **CONFIGS[config])
     actual = paged_attention_gpu(*inputs, **options, prefill=prefill)
@@ -214,9 +206,9 @@ def test_chunks_on_the_device(name, config):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["prefill_6k", "prefill_step", "prefill_d64"])
 def test_large_chunks_on_the_device(name):
-    case = by_name(PREFILL_CASES, name)
+    case = by_name(ATTENTION_CASES, name)
     inputs = tuple(map(jnp.asarray, ki.attention_inputs(case)))
-    options = dict(groups=tuple(LaneGroup(*g) for g in case.groups))
+    options = dict(groups=case.options["groups"])
     expected = paged_attention(*inputs, **options, impl="reference")
     actual = paged_attention(*inputs, **options, impl="gpu")
     ki.assert_attention_close(actual, expected, "bfloat16")

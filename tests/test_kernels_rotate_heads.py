@@ -2,17 +2,16 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import kernel_inputs as ki
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import run_with_races
 
 from pallas_kernels.aot import compile_for
-from pallas_kernels.cases import ROTATE_CASES, by_name, tagged
+from pallas_kernels.cases import by_name, num_bytes, tagged
 from pallas_kernels.rotate_heads import rotate_heads
+from pallas_kernels.rotate_heads.cases import ROTATE_CASES
 from pallas_kernels.rotate_heads.gpu import RotateConfig, rotate_heads_gpu
 
 EPS = 1e-5
@@ -83,7 +82,7 @@ def test_parts_give_what_their_rounded_sum_gives():
     case = by_name(ROTATE_CASES, "rotate_parts")
     inputs = ki.rotate_inputs(case)
     whole = (inputs.qkv[0] + inputs.qkv[1] + inputs.qkv[2]).astype(jnp.bfloat16)
-    actual = rotate(*inputs, **ki.rotate_options(case))
+    actual = rotate(*inputs, **case.options)
     expected = rotate(*inputs._replace(qkv=whole))
     for got, wanted in zip(actual, expected, strict=True):
         ki.assert_same_bits(got, wanted)
@@ -108,12 +107,8 @@ def test_a_rotation_keeps_the_product_of_two_tokens_equally_far_apart():
 @small_cases
 def test_rotation_on_a_gpu_agrees_with_the_reference(case):
     inputs = ki.rotate_inputs(case)
-    races = plgpu.InterpretGPUParams(detect_races=True)
-    options = ki.rotate_options(case)
-    kernel = functools.partial(rotate_heads_gpu, eps=EPS, interpret=races, **options)
-    actual = jax.block_until_ready(jax.jit(kernel)(*inputs))
-    assert not gpu_callbacks.get_races().races_found, "race in shared memory"
-    ki.assert_rotations_agree(actual, rotate(*inputs, **options))
+    actual = run_with_races(rotate_heads_gpu, inputs, eps=EPS, **case.options)
+    ki.assert_rotations_agree(actual, rotate(*inputs, **case.options))
 
 
 @pytest.mark.parametrize("name", ["rotate_bf16", "rotate_parts"])
@@ -122,7 +117,7 @@ def test_a_token_does_not_depend_on_its_neighbours(num_tokens, name):
     case = by_name(ROTATE_CASES, name)
     qkv, *tables = ki.rotate_inputs(case)
     kernel = functools.partial(
-        rotate_heads, eps=EPS, impl="gpu_interpret", **ki.rotate_options(case)
+        rotate_heads, eps=EPS, impl="gpu_interpret", **case.options
     )
     every = kernel(qkv, *tables)
     last = [x[-num_tokens:] for x in tables[:2]]
@@ -177,7 +172,7 @@ def test_rotation_on_a_gpu_shows_faults(fault):
     "case", [c for c in SMALL if c.num_parts], ids=lambda c: c.name
 )
 def test_rotation_on_a_gpu_shows_a_lost_part(case):
-    inputs, options = ki.rotate_inputs(case), ki.rotate_options(case)
+    inputs, options = ki.rotate_inputs(case), case.options
     fewer = inputs._replace(qkv=inputs.qkv[:-1])
     actual = rotate_heads(*fewer, eps=EPS, impl="gpu_interpret", **options)
     with pytest.raises(AssertionError):
@@ -191,23 +186,14 @@ def test_rotation_on_a_gpu_shows_a_lost_eps():
         ki.assert_rotations_agree(actual, rotate(*inputs))
 
 
-def rotate_shapes(case):
-    """Returns the shapes of the arguments of a case."""
-    array, dtype = jax.ShapeDtypeStruct, jnp.dtype(case.dtype)
-    table = array((case.num_tokens, case.head_size // 2), jnp.float32)
-    scale = array((case.head_size,), dtype) if case.is_normed else None
-    return array(*case.projection), table, table, scale, scale
-
-
 @pytest.mark.parametrize("target", ["v5e", "tpu7x"])
 @pytest.mark.parametrize("name", ["rotate_136", "rotate_136_parts", "rotate_d64"])
 def test_rotation_compiles_for_a_tpu(target, name):
     pytest.importorskip("libtpu")
     case = by_name(ROTATE_CASES, name)
-    args, options = rotate_shapes(case), ki.rotate_options(case)
-    fn = functools.partial(rotate_heads, eps=EPS, impl="tpu", **options)
-    compiled = compile_for(target, fn, *args)
-    assert compiled.temp_bytes <= 2 * args[0].size * args[0].dtype.itemsize
+    fn = functools.partial(rotate_heads, eps=EPS, impl="tpu", **case.options)
+    compiled = compile_for(target, fn, *case.shapes)
+    assert compiled.temp_bytes <= 2 * num_bytes(case.shapes[0])
 
 
 def test_rotation_rejects_what_does_not_fit():
@@ -258,6 +244,6 @@ def test_config_rejects_other_numbers_of_lanes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ROTATE_CASES, ids=lambda case: case.name)
 def test_rotation_on_the_device(case):
-    inputs, options = ki.rotate_inputs(case), ki.rotate_options(case)
+    inputs, options = ki.rotate_inputs(case), case.options
     actual = rotate_heads(*inputs, eps=EPS, impl="gpu", **options)
     ki.assert_rotations_agree(actual, rotate(*inputs, **options))

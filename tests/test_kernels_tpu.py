@@ -16,20 +16,16 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.cases import (
-    ATTENTION_CASES,
-    GATHER_CASES,
-    AttentionCase,
-    by_name,
-    tagged,
-)
+from pallas_kernels.cases import by_name, tagged
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv import tpu as gather_tpu
+from pallas_kernels.gather_kv.cases import GATHER_CASES
 from pallas_kernels.paged_attention import paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
-from pallas_kernels.select_cases import SELECT_CASES
+from pallas_kernels.paged_attention.cases import ATTENTION_CASES, AttentionCase
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.select_tokens import tpu as select_tpu
+from pallas_kernels.select_tokens.cases import SELECT_CASES
 
 # Copies happen when they are waited for, so a missing wait reads NaN ...
 ON_WAIT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
@@ -77,7 +73,7 @@ def assert_faults_are_seen(run, check, inputs, expected, faults, lanes):
 
 @case_params(ATTENTION_CASES, eager=("page_edges", "verify_long", "verify_g8"))
 def test_attention_equals_the_reference_and_shows_faults(case, interpret):
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     expected = paged_attention(*inputs, **options, impl="reference")
     kernel = functools.partial(
         attention_tpu.paged_attention_tpu, **options, interpret=interpret
@@ -108,7 +104,7 @@ TUNED = {
 def test_attention_does_not_depend_on_its_tuning(name):
     case_name, sizes = TUNED[name]
     case = by_name(ATTENTION_CASES, case_name)
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     inputs.kv_lengths[0, 1] = 1  # a head with fewer keys than queries
     tuning = tpu_sizes.Tuning(**sizes)
     planned = [
@@ -137,7 +133,7 @@ def test_attention_does_not_depend_on_its_tuning(name):
 
 def test_attention_is_reached_through_the_public_function():
     case = by_name(ATTENTION_CASES, "one_key")
-    inputs, options = ki.attention_inputs(case), ki.attention_options(case)
+    inputs, options = ki.attention_inputs(case), case.options
     actual = paged_attention(*inputs, **options, impl="tpu_interpret")
     expected = paged_attention(*inputs, **options, impl="reference")
     ki.assert_attention_close(actual, expected, case.dtype)
@@ -150,7 +146,7 @@ def test_attention_says_what_it_cannot_serve():
     with pytest.raises(NotImplementedError, match="pages of 4 rows of 256 bfloat16"):
         paged_attention(
             *map(jnp.asarray, ki.attention_inputs(case)),
-            **ki.attention_options(case),
+            **case.options,
             impl="tpu",
         )
     with pytest.raises(NotImplementedError, match="narrower table"):
@@ -169,7 +165,7 @@ def test_attention_says_what_it_cannot_serve():
 
 @case_params(SELECT_CASES, eager=("few", "recent", "layer"))
 def test_selection_equals_the_reference_and_shows_faults(case, interpret):
-    inputs, options = ki.select_inputs(case), ki.select_options(case)
+    inputs, options = ki.select_inputs(case), case.options
     expected = select_tokens(*inputs, **options, impl="reference")
     kernel = functools.partial(
         select_tpu.select_tokens_tpu, **options, interpret=interpret

@@ -2,17 +2,16 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import kernel_inputs as ki
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import run_with_races
 
 from pallas_kernels.aot import compile_for
-from pallas_kernels.cases import WRITE_CASES, by_name, tagged
+from pallas_kernels.cases import by_name, num_bytes, tagged
 from pallas_kernels.write_rows import write_rows
+from pallas_kernels.write_rows.cases import WRITE_CASES
 from pallas_kernels.write_rows.gpu import write_rows_gpu
 
 SMALL = tagged(WRITE_CASES, "small")
@@ -58,22 +57,19 @@ def test_write_agrees_with_numpy_bit_for_bit(case):
         page, offset = inputs.pages[place, column], inputs.offsets[place, column]
         if 0 <= page < case.num_pages:
             expected[page, head, offset] = inputs.rows[row, head]
-    ki.assert_same_bits(write(*inputs, **ki.write_options(case)), expected)
+    ki.assert_same_bits(write(*inputs, **case.options), expected)
 
 
 @small_cases
 def test_write_on_a_gpu_equals_the_reference(case):
-    inputs, options = ki.write_inputs(case), ki.write_options(case)
-    races = plgpu.InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(write_rows_gpu, **options, interpret=races)
-    actual = jax.block_until_ready(jax.jit(kernel)(*map(jnp.asarray, inputs)))
-    assert not gpu_callbacks.get_races().races_found, "race in shared memory"
+    inputs, options = ki.write_inputs(case), case.options
+    actual = run_with_races(write_rows_gpu, inputs, **options)
     ki.assert_same_bits(actual, write(*inputs, **options))
 
 
 def test_write_on_a_gpu_shows_faults():
     case = by_name(WRITE_CASES, "write_step")
-    inputs, options = ki.write_inputs(case), ki.write_options(case)
+    inputs, options = ki.write_inputs(case), case.options
     expected = write(*inputs, **options)
     run = functools.partial(write_rows, impl="gpu_interpret")
     offsets = inputs.offsets.copy()
@@ -95,22 +91,11 @@ def test_write_on_a_gpu_shows_faults():
 def test_write_is_in_place_on_a_tpu(target):
     pytest.importorskip("libtpu")
     case = by_name(WRITE_CASES, "write_136")
-    fn = functools.partial(write_rows, impl="tpu", **ki.write_options(case))
-    args = write_shapes(case)
-    compiled = compile_for(target, fn, *args, donate_argnums=0)
-    pool_bytes = args[0].size * args[0].dtype.itemsize
+    fn = functools.partial(write_rows, impl="tpu", **case.options)
+    compiled = compile_for(target, fn, *case.shapes, donate_argnums=0)
+    pool_bytes = num_bytes(case.shapes[0])
     assert compiled.alias_bytes == pool_bytes
     assert compiled.temp_bytes < pool_bytes / 64
-
-
-def write_shapes(case):
-    """Returns the shapes of the arguments of a case."""
-    array, H, D = jax.ShapeDtypeStruct, case.num_heads, case.head_size
-    dtype, lists = jnp.dtype(case.dtype), 1 if case.is_shared else H
-    rows = array((case.num_rows, H, 2 * D), dtype)
-    place = array((case.num_places, lists), jnp.int32)
-    pool = array((case.num_pages, H, case.page_size, 2 * D), dtype)
-    return pool, rows, place, place
 
 
 def test_write_rejects_what_does_not_fit():
@@ -137,7 +122,7 @@ def test_write_on_a_gpu_refuses_other_head_sizes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", WRITE_CASES, ids=lambda case: case.name)
 def test_write_on_the_device(case):
-    inputs, options = ki.write_inputs(case), ki.write_options(case)
+    inputs, options = ki.write_inputs(case), case.options
     inputs = tuple(map(jnp.asarray, inputs))
     expected = write(*inputs, **options)
     ki.assert_same_bits(write_rows(*inputs, **options, impl="gpu"), expected)
