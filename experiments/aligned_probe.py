@@ -175,9 +175,10 @@ def measure(probe: Probe, write) -> dict:
         }
         row[weights] = made
         write(row)
-        k = max(probe.choices)  # each takes a minute to compile
-        made["cycle"] = {k: probe.ms([(probe.cycle[k], None)], weights)}
-        write(row)
+        made["cycle"] = {}
+        for k in reversed(probe.choices):
+            made["cycle"][k] = probe.ms([(probe.cycle[k], None)], weights)
+            write(row)
     return row
 
 
@@ -211,14 +212,11 @@ def speedups(row: dict, load: dict, rates: dict) -> dict:
         full, half = (k + 1) * weights, (k / 2 + 1) * weights
         cycles = {
             "mixed": ((k + 1) * row["mixed_ms"][k], full),
+            "aligned": (row["bfloat16"]["cycle"][k]["ms"], full),
             "aligned by steps": (row["bfloat16"]["cycle_by_steps"][k]["ms"], full),
+            "aligned int8": (row["int8"]["cycle"][k]["ms"], half),
             "aligned int8 by steps": (row["int8"]["cycle_by_steps"][k]["ms"], half),
         }
-        if k in row["bfloat16"]["cycle"]:
-            cycles |= {
-                "aligned": (row["bfloat16"]["cycle"][k]["ms"], full),
-                "aligned int8": (row["int8"]["cycle"][k]["ms"], half),
-            }
         made[k] = {
             name: {
                 "cycle_ms": ms,

@@ -282,8 +282,9 @@ def int8_forward(
     """
     dtype, c = model.params_dtype(params), config
 
-    def product(x, weights, name, dtype=dtype):
-        return int8_product.multiply(x, weights[name], products[name], dtype)
+    def product(x, weights, name, dtype=dtype, size_out=None):
+        way = products[name]
+        return int8_product.multiply(x, weights[name], way, dtype, size_out)
 
     norm = functools.partial(add_norm, eps=c.norm_eps, impl=impl)
     cos, sin = jax.lax.optimization_barrier(rope_tables(positions, c))
@@ -309,4 +310,5 @@ def int8_forward(
         inner = product(normed, weights, "gate_up").reshape(len(x), 2, -1)
         y = product(nn.silu(inner[:, 0]) * inner[:, 1], weights, "down")
     _, hidden = norm(x, y, params["final_norm"]["scale"])
-    return product(hidden, quantised, "lm_head", jnp.float32), tuple(new_caches)
+    scores = product(hidden, quantised, "lm_head", jnp.float32, c.vocab_size)
+    return scores, tuple(new_caches)

@@ -1,10 +1,12 @@
 """Products of a few tokens with 8-bit weights: a kernel for Hopper GPUs, and XLA's.
 
-Weights are int8 [out, in] with one scale per output, x is [tokens, in] in bfloat16 and
-stays so: weights are widened in registers, where the matrix unit takes them as its left
-operand, so tokens are its columns. One warpgroup copies weights and tokens into shared
-memory, some others multiply, 64 or 128 outputs each. `parts` cuts the long axis over
-CTAs; their sums are left to the kernel behind, as `sparsespec_jax.model` does.
+Weights are int8 with one scale per output, x is [tokens, in] in bfloat16 and stays so:
+weights are widened in registers, where the matrix unit takes them as its left operand,
+so tokens are its columns. They are packed: what a warpgroup multiplies at once, 64
+outputs by 128 inputs, lies together in the order in which threads take it. One more
+warpgroup of each CTA copies weights and tokens into shared memory. `parts` cuts the
+long axis over CTAs; their sums are left to the kernel behind, as `sparsespec_jax.model`
+does.
 """
 
 from __future__ import annotations
@@ -23,19 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_DEPTH = 128  # inputs of one step
+_ROWS, _DEPTH = 64, 128  # outputs and inputs of a block
+_BLOCK = 32, 256  # the shape of a packed block: a copy takes 256 of an axis at most
 _SHARED_BYTES = 222 * 1024  # of a multiprocessor that CTAs may take
 _MOST_STAGES = 8
-_COPY_REGISTERS = 40
+_PADDED = 768  # outputs are padded to multiples, which all tilings divide
 _WGMMA = plgpu.Layout.WGMMA
-_PACKED = 64  # inputs among which the order is changed
-# Of 64 outputs by 64 inputs: 16 neighbours in a thread, four threads in a row.
-_PACKED_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, _PACKED), (16, _PACKED), (8, _PACKED), (16,))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
+_PACKED = plgpu.Layout.WG_STRIDED(_BLOCK, vec_size=16)
 
 
 class Int8Weight(NamedTuple):
@@ -46,9 +42,9 @@ class Int8Weight(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """The same for the kernel: inputs in the order in which threads take them."""
+    """The same for the kernel, see `pack`; outputs may be padded."""
 
-    values: jax.Array  # int8 [out, in], every 64 inputs permuted
+    values: jax.Array  # int8 [out / 64, in / 128, 32, 256]
     scale: jax.Array  # float32 [out]
 
 
@@ -60,33 +56,30 @@ class Tiling:
       ValueError: a size that the kernel does not have.
     """
 
-    groups: int = 4  # warpgroups of a CTA that multiply
-    rows: int = 64  # outputs of each, 64 or 128
+    groups: int = 4  # warpgroups of a CTA that multiply, 64 outputs each
     parts: int = 1  # cuts of the long axis
     ctas: int = 1  # of a multiprocessor, which share its memory
     cluster: int = 1  # CTAs that read tokens together
-    registers: int = 0  # of a thread that multiplies; 0: as many as all threads
 
     def __post_init__(self):
-        sizes = (self.groups, self.parts, self.ctas, self.cluster)
-        if min(sizes) < 1 or self.rows not in (64, 128):
-            raise ValueError(f"{self}: rows are 64 or 128, all else at least 1")
+        if min(self.groups, self.parts, self.ctas, self.cluster) < 1:
+            raise ValueError(f"{self}: all sizes are at least 1")
 
     @property
     def outputs(self):
         """Outputs of a cluster."""
-        return self.groups * self.rows * self.cluster
+        return self.groups * _ROWS * self.cluster
 
     def stages(self, num_tokens):
         """Steps of weights and tokens in flight."""
-        step = _DEPTH * (self.groups * self.rows + 2 * num_tokens)
+        step = _DEPTH * (self.groups * _ROWS + 2 * num_tokens)
         return min(_MOST_STAGES, _SHARED_BYTES // self.ctas // step)
 
     def serves(self, num_tokens, size_in, size_out, out_bytes=4):
         """Whether the kernel can be cut like this for a product."""
         stages = self.stages(num_tokens)
         return (
-            size_out % self.outputs == 0
+            _padded(size_out) % self.outputs == 0
             and size_in % (_DEPTH * self.parts) == 0
             and num_tokens % (8 * self.cluster) == 0
             and stages >= 2
@@ -113,26 +106,42 @@ def quantise(kernel: jax.Array) -> Int8Weight:
     return Int8Weight(values, scale)
 
 
+def _padded(size_out):
+    """Outputs of a packed weight; a few are never padded much."""
+    return size_out if size_out % 512 == 0 else -(-size_out // _PADDED) * _PADDED
+
+
 def pack(weight: Int8Weight) -> PackedWeight:
     """The form that the kernel reads.
 
-    The matrix unit wants of a thread, in every 16 inputs, number c of four in a row,
-    the inputs 2c, 2c + 1, 8 + 2c and 9 + 2c: here those of 64 inputs are neighbours.
+    Of 64 outputs by 16 inputs the matrix unit wants of thread 32 w + 4 r + c the rows
+    16 w + r and that + 8, and of both the inputs 2c, 2c + 1, 8 + 2c and 9 + 2c. Here a
+    thread finds those of 64 inputs of one row as 16 neighbours, first of one row, then
+    of the other, then the same of the next 64 inputs; threads lie behind each other.
     """
-    thread, group, value = np.meshgrid(*map(np.arange, (4, 4, 4)), indexing="ij")
-    order = 16 * group + 8 * (value // 2) + 2 * thread + value % 2
-    cut = weight.values.reshape(len(weight.values), -1, _PACKED)
+    size_out, size_in = weight.values.shape
+    padding = _padded(size_out) - size_out
+    values = jnp.pad(weight.values, ((0, padding), (0, 0)))
+    axes = "tile warp half row | step block group side column pair"
+    sizes = dict(warp=4, half=2, row=8, block=2, group=4, side=2, column=4, pair=2)
+    sizes |= dict(tile=len(values) // _ROWS, step=size_in // _DEPTH)
+    names = axes.replace("|", "").split()
+    cut = values.reshape([sizes[name] for name in names])
+    order = "tile step block half warp row column group side pair".split()
+    turned = cut.transpose([names.index(name) for name in order])
     return PackedWeight(
-        cut[..., order.ravel()].reshape(weight.values.shape), weight.scale
+        turned.reshape(sizes["tile"], sizes["step"], *_BLOCK),
+        jnp.pad(weight.scale, (0, padding)),
     )
 
 
-def multiply(x: jax.Array, weight, how, dtype) -> jax.Array:
+def multiply(x: jax.Array, weight, how, dtype, size_out=None) -> jax.Array:
     """x [T, in] times a weight: [T, out] in `dtype`, or float32 parts [P, T, out].
 
     Args:
       weight: PackedWeight for a Tiling, else Int8Weight.
       how: a Tiling (GPU) or Xla; more than one part gives parts.
+      size_out: outputs, if the weight is padded.
 
     Raises:
       ValueError: the product cannot be cut like this.
@@ -140,12 +149,13 @@ def multiply(x: jax.Array, weight, how, dtype) -> jax.Array:
     if isinstance(how, Tiling) != isinstance(weight, PackedWeight):
         raise ValueError(f"{how} does not take a {type(weight).__name__}")
     dtype = jnp.dtype(dtype if how.parts == 1 else jnp.float32)
-    sizes = x.shape[0], x.shape[1], weight.values.shape[0]
+    size_out = size_out or len(weight.scale)
+    sizes = x.shape[0], x.shape[1], size_out
     if not how.serves(*sizes, dtype.itemsize):
         raise ValueError(f"{how} does not fit tokens, inputs and outputs {sizes}")
     if isinstance(how, Xla):
         return _by_xla(x, weight, how.parts, dtype)
-    made = _by_kernel(x, *weight, tiling=how, dtype=dtype)
+    made = _by_kernel(x, *weight, tiling=how, dtype=dtype, size_out=size_out)
     return made[0] if how.parts == 1 else made
 
 
@@ -163,50 +173,37 @@ def _by_xla(x, weight, parts, dtype):
     return (made * weight.scale).astype(dtype)
 
 
-def _swizzled(minor_bytes, itemsize):
+def _swizzled(itemsize):
     """Shared memory that the matrix unit and copies read without conflicts."""
-    tiling = plgpu.TilingTransform((8, minor_bytes // itemsize))
-    return tiling, plgpu.SwizzleTransform(minor_bytes)
+    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
 
 
-def _widen(packed):
-    """Values of a PackedWeight in registers as bfloat16, where products take them.
+@plgpu.inline_mgpu(
+    arg_types=(_PACKED,),
+    return_type=plgpu.ShapeDtypeStruct((_ROWS, _DEPTH), jnp.bfloat16, layout=_WGMMA),
+)
+def _widen(ctx, packed):
+    """A packed block as bfloat16, in the registers where products take it.
 
     Exact, by four instructions for two values: the seven low bits make 128 and more,
     the highest one 128 or 256, and their difference is the value.
     """
-    rows, depth = packed.shape
-    blocks = depth // _PACKED
-
-    @plgpu.inline_mgpu(
-        arg_types=(_PACKED_LAYOUT,),
-        return_type=plgpu.ShapeDtypeStruct((rows, depth), jnp.bfloat16, layout=_WGMMA),
-    )
-    def widen(ctx, packed):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        words = ir.VectorType.get((4,), i32)
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        layout = mgpu.WGMMA_LAYOUT
-        made = np.empty(layout.registers_shape((rows, depth)), dtype=object)
-        for place in np.ndindex(packed.registers.shape):
-            tile, block, half = place[0], place[1], place[4]
-            loaded = vector.bitcast(words, packed.registers[place])
-            for group in range(4):
-                word = vector.extract(loaded, [], [group])
-                for side in range(2):
-                    column = 8 * block + 2 * group + side
-                    two = vector.bitcast(
-                        pair,
-                        vector.broadcast(
-                            ir.VectorType.get((1,), i32), _two_values(word, side)
-                        ),
-                    )
-                    made[tile, column, 0, 0, half, 0, 0, 0, 0] = two
-        assert packed.registers.shape[1] == blocks
-        return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
-
-    return widen(packed)
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    words, one_word = (ir.VectorType.get((n,), i32) for n in (4, 1))
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    layout = mgpu.WGMMA_LAYOUT
+    made = np.empty(layout.registers_shape((_ROWS, _DEPTH)), dtype=object)
+    for number, register in enumerate(packed.registers.flat):
+        block, half = divmod(number, 2)
+        loaded = vector.bitcast(words, register)
+        for group in range(4):
+            word = vector.extract(loaded, [], [group])
+            for side in range(2):
+                two = vector.broadcast(one_word, _two_values(word, side))
+                column = 8 * block + 2 * group + side
+                made[0, column, 0, 0, half] = vector.bitcast(pair, two)
+    return mgpu.FragmentedArray(_registers=made, _layout=layout, _is_signed=None)
 
 
 def _two_values(word, side):
@@ -230,10 +227,10 @@ def _two_values(word, side):
 
 
 # Compiled once for all layers of a model.
-@functools.partial(jax.jit, static_argnames=("tiling", "dtype"))
-def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
+@functools.partial(jax.jit, static_argnames=("tiling", "dtype", "size_out"))
+def _by_kernel(x, values, scale, *, tiling: Tiling, dtype, size_out):
     """Returns parts [P, T, out] of the product, P = 1 in `dtype`."""
-    (num_tokens, size_in), size_out = x.shape, values.shape[0]
+    num_tokens, size_in = x.shape
     cut, stages = tiling, tiling.stages(num_tokens)
     steps = size_in // _DEPTH // cut.parts
 
@@ -241,11 +238,6 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
         values_s, out_s = shared
         part, group = lax.axis_index("part"), lax.axis_index("warpgroup")
         cta = lax.axis_index("tile") * cut.cluster + lax.axis_index("cta")
-        first = pl.multiple_of(cta * cut.groups * cut.rows, cut.groups * cut.rows)
-
-        def outputs(index):
-            start = pl.multiple_of(first + index * cut.rows, cut.rows)
-            return pl.ds(start, cut.rows)
 
         def copy(step, _):
             slot = lax.rem(step, stages)
@@ -254,18 +246,18 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
             def _wait():
                 plgpu.barrier_wait(free.at[slot])
 
-            start = pl.multiple_of((part * steps + step) * _DEPTH, _DEPTH)
-            inputs, bar = pl.ds(start, _DEPTH), full.at[slot]
+            step, bar = part * steps + step, full.at[slot]
             for i in range(cut.groups):
-                source = values_ref.at[outputs(i), inputs]
-                plgpu.copy_gmem_to_smem(source, values_s.at[i, slot], bar)
+                block = values_ref.at[cta * cut.groups + i, step]
+                plgpu.copy_gmem_to_smem(block, values_s.at[i, slot], bar)
+            inputs = pl.ds(pl.multiple_of(step * _DEPTH, _DEPTH), _DEPTH)
             shares = {"collective_axes": "cta"} if cut.cluster > 1 else {}
             plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_s.at[slot], bar, **shares)
 
         def load(step):
             slot = lax.rem(step, stages)
             plgpu.barrier_wait(full.at[slot])
-            return plgpu.load(values_s.at[group, slot], layout=_PACKED_LAYOUT)
+            return plgpu.load(values_s.at[group, slot], layout=_PACKED)
 
         def multiply(sums, step, packed, then=None):
             slot = lax.rem(step, stages)
@@ -277,8 +269,6 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
 
         @pl.when(group == cut.groups)
         def _copy():
-            if cut.registers:
-                plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
             lax.fori_loop(0, steps, copy, None)
 
             def drain(step, _):
@@ -288,9 +278,6 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
 
         @pl.when(group < cut.groups)
         def _compute():
-            if cut.registers:
-                plgpu.set_max_registers(cut.registers, action="increase")
-
             def run(sums):
                 # While a step is multiplied the next one is loaded.
                 def one(step, packed):
@@ -300,21 +287,24 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype):
                 multiply(sums, jnp.int32(steps - 1), last)
                 return sums[...]
 
-            sums = pl.run_scoped(run, plgpu.ACC((cut.rows, num_tokens), jnp.float32))
+            sums = pl.run_scoped(run, plgpu.ACC((_ROWS, num_tokens), jnp.float32))
+            start = (cta * cut.groups + group) * _ROWS
+            outputs = pl.ds(pl.multiple_of(start, _ROWS), _ROWS)
             factor = plgpu.load(
-                scale_ref.at[outputs(group)], layout=_WGMMA.reduce(1), optimized=False
+                scale_ref.at[outputs], layout=_WGMMA.reduce(1), optimized=False
             )
             sums = (sums * lax.broadcast_in_dim(factor, sums.shape, [0])).astype(dtype)
             place = out_s.at[group, pl.ds(0, num_tokens)]
             place.T[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(place, out_ref.at[part, :, outputs(group)])
+            # Copies leave out what lies behind the outputs.
+            plgpu.copy_smem_to_gmem(place, out_ref.at[part, :, outputs])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((cut.parts, num_tokens, size_out), dtype),
-        grid=(size_out // cut.outputs, cut.parts),
+        grid=(len(scale) // cut.outputs, cut.parts),
         grid_names=("tile", "part"),
         cluster=(cut.cluster,),
         cluster_names=("cta",),
@@ -331,8 +321,8 @@ def _scratch(cut, stages, num_tokens, x_dtype, dtype):
     Results take the place of the weights, of which none are left then.
     """
     item = jnp.dtype(dtype).itemsize
-    values = cut.groups, stages, cut.rows, _DEPTH
-    results = cut.groups, stages * _DEPTH // item, cut.rows
+    values = cut.groups, stages, *_BLOCK
+    results = cut.groups, stages * _DEPTH // item, _ROWS
     if cut.cluster == 1:
         free = plgpu.Barrier(num_arrivals=cut.groups, num_barriers=stages)
     else:
@@ -341,10 +331,10 @@ def _scratch(cut, stages, num_tokens, x_dtype, dtype):
         )
     return [
         plgpu.RefUnion(
-            plgpu.SMEM(values, jnp.int8, transforms=_swizzled(64, 1)),
-            plgpu.SMEM(results, dtype, transforms=_swizzled(128, item)),
+            plgpu.SMEM(values, jnp.int8),
+            plgpu.SMEM(results, dtype, transforms=_swizzled(item)),
         ),
-        plgpu.SMEM((stages, num_tokens, _DEPTH), x_dtype, transforms=_swizzled(128, 2)),
+        plgpu.SMEM((stages, num_tokens, _DEPTH), x_dtype, transforms=_swizzled(2)),
         plgpu.Barrier(num_arrivals=1 + cut.groups, num_barriers=stages),
         free,
     ]

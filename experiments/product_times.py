@@ -19,31 +19,32 @@ _REPEATS, _SECONDS = 5, 0.04
 _WHOLE = (
     Tiling(groups=4),
     Tiling(groups=3),
+    Tiling(groups=3, cluster=2),
+    Tiling(groups=3, cluster=4),
     Tiling(groups=2, ctas=2),
-    Tiling(groups=1, ctas=2),
     Tiling(groups=1, ctas=3),
-    Tiling(groups=2, rows=128),
 )
 _LONG = (
     Tiling(groups=4, parts=8),
+    Tiling(groups=4, parts=8, cluster=2),
     Tiling(groups=2, parts=4),
+    Tiling(groups=2, parts=4, cluster=4),
     Tiling(groups=2, parts=4, ctas=2),
-    Tiling(groups=2, parts=8, ctas=2),
     Tiling(groups=1, parts=4, ctas=2),
     Tiling(groups=1, parts=2, ctas=2),
 )
 _CANDIDATES = {
     "qkv": (
         Tiling(groups=3, parts=4),
+        Tiling(groups=3, parts=4, cluster=2),
+        Tiling(groups=3, parts=4, cluster=4),
         Tiling(groups=4, parts=4),
-        Tiling(groups=2, parts=4, ctas=2),
         Tiling(groups=1, parts=2, ctas=2),
-        Tiling(groups=1, parts=4, ctas=2),
     ),
     "out": _LONG,
-    "gate_up": (*_WHOLE, Tiling(groups=3, cluster=2)),
+    "gate_up": _WHOLE,
     "down": _LONG,
-    "lm_head": (Tiling(groups=2), *_WHOLE[2:5], Tiling(groups=1, rows=128, ctas=2)),
+    "lm_head": _WHOLE,
 }
 _XLA_PARTS = {"qkv": (1, 2, 4), "out": (1, 4), "down": (1, 4, 8)}
 KINDS = ("kernel", "xla", "shipped", "bfloat16")
@@ -163,7 +164,7 @@ def _int8_ways(name, num_tokens, size_in, size_out):
     for kind, way in ways:
         item = jnp.dtype(dtype).itemsize if way.parts == 1 else 4
         if way.serves(num_tokens, size_in, size_out, item):
-            yield kind, way, lambda x, w, way=way: multiply(x, w, way, dtype)
+            yield kind, way, lambda x, w, way=way: multiply(x, w, way, dtype, size_out)
     for config in _shipped_configs(num_tokens, size_out):
         yield "shipped", config, lambda x, w, config=config: _shipped(x, w, config)
 

@@ -143,20 +143,31 @@ def test_8_bit_products_of_a_model_are_those_of_its_rounded_weights(tiny_model):
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_inputs_lie_as_the_matrix_unit_takes_them():
-    values = jnp.tile(jnp.arange(-64, 64, dtype=jnp.int8), (2, 2))
-    packed = int8_product.pack(int8_product.Int8Weight(values, jnp.ones(2)))
-    for block in range(4):
-        for thread in range(4):
-            start = 64 * block + 16 * thread
-            mine = np.asarray(packed.values[1, start : start + 16])
-            first = 64 * (block % 2) - 64 + 2 * thread
-            expected = [
-                first + 16 * group + step for group in range(4) for step in (0, 1, 8, 9)
-            ]
-            assert mine.tolist() == expected
+def test_packed_blocks_lie_as_threads_take_them():
+    rows, columns = np.meshgrid(np.arange(128), np.arange(256), indexing="ij")
+    values = {"rows": jnp.int8(rows % 128), "columns": jnp.int8(columns % 128)}
+    packed = {
+        name: np.asarray(
+            int8_product.pack(int8_product.Int8Weight(x, jnp.ones(128))).values[1, 1]
+        ).reshape(4, 128, 16)  # of a thread, 16 values at a time
+        for name, x in values.items()
+    }
+    for number, thread in ((0, 0), (1, 5), (2, 38), (3, 127)):
+        warp, row, column = thread // 32, thread % 32 // 4, thread % 4
+        mine = packed["rows"][number, thread]
+        assert set(mine.tolist()) == {64 + 16 * warp + 8 * (number % 2) + row}
+        first = 64 * (number // 2) + 2 * column
+        expected = [first + 16 * g + i for g in range(4) for i in (0, 1, 8, 9)]
+        assert packed["columns"][number, thread].tolist() == expected
+
+
+def test_a_packed_weight_is_padded_and_goes_to_the_kernel_alone():
+    weight = int8_product.Int8Weight(jnp.ones((1000, 128), jnp.int8), jnp.ones(1000))
+    packed = int8_product.pack(weight)
+    assert packed.values.shape == (24, 1, 32, 256) and packed.scale.shape == (1536,)
+    assert int(packed.values.sum()) == 1000 * 128
     with pytest.raises(ValueError, match="does not take a PackedWeight"):
-        int8_product.multiply(values, packed, int8_product.Xla(), jnp.float32)
+        int8_product.multiply(jnp.ones((8, 128)), packed, int8_product.Xla(), "float32")
 
 
 def test_parts_of_an_8_bit_product_sum_to_it():
