@@ -14,17 +14,23 @@ same too: the exit status is 1 if one differs from plain decoding (shared noise)
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from experiments import contexts as contexts_lib
 from experiments import launch, record
 from experiments import measure as measure_lib
-from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model, sizes
+from sparsespec_jax import (
+    Engine,
+    EngineConfig,
+    SamplingParams,
+    SpeculationConfig,
+    load_model,
+    sizes,
+)
 from sparsespec_jax.selection import load_policy, resolve_policy
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to measure.")
@@ -108,16 +114,21 @@ def make_speculation(policy, ratio):
     )
 
 
-def make_engine(model, speculation):
-    """An engine for contexts of any length up to the prefixes'."""
-    config = EngineConfig(
+def engine_config(longest):
+    """The engine's sizes for contexts of up to `longest` tokens."""
+    return EngineConfig(
         num_slots=_SLOTS.value,
         page_size=_PAGE.value,
-        max_length=_LENGTH.value + _TOKENS.value + 1,
+        max_length=longest + _TOKENS.value + 1,
         prefill_chunk=256,
         prefill_lanes=_LANES.value,
         impl=_IMPL.value,
     )
+
+
+def make_engine(model, speculation, contexts):
+    """An engine for these contexts."""
+    config = engine_config(max(map(len, contexts)))
     return Engine(model, speculation=speculation, engine=config)
 
 
@@ -127,16 +138,19 @@ def measure(model, contexts, wanted, write):
     `write(rows, num_looping)` is called after each row.
     """
     plain = continue_contexts(
-        make_engine(model, SpeculationConfig(num_draft_tokens=0)), contexts
+        make_engine(model, SpeculationConfig(num_draft_tokens=0), contexts), contexts
     )
     tokens = [r.token_ids for r in plain]
     keep = [i for i, ids in enumerate(tokens) if not contexts_lib.is_looping(ids)]
+    if not keep:
+        sys.exit("every continuation loops: use other contexts or another temperature")
     lengths = [len(contexts[i]) for i in keep]
     rows, engines = [], {}
     for policy, ratio in wanted:
         if policy not in engines:
             largest = max(r for p, r in wanted if p == policy)
-            engines[policy] = make_engine(model, make_speculation(policy, largest))
+            speculation = make_speculation(policy, largest)
+            engines[policy] = make_engine(model, speculation, contexts)
         engines[policy].set_budget(budget_ratio=ratio, min_budget=_FLOOR.value)
         start = time.perf_counter()
         results = continue_contexts(engines[policy], contexts)
@@ -150,7 +164,7 @@ def measure(model, contexts, wanted, write):
                 [results[i] for i in keep],
                 lengths,
                 policy=policy,
-                model_config=model.config,
+                model=model,
             ),
         }
         rows.append(row)
@@ -165,29 +179,41 @@ def measure(model, contexts, wanted, write):
     return rows
 
 
-def load_or_make_contexts(model):
-    """Contexts of --contexts, or fresh ones, written there if a name is given."""
-    path = pathlib.Path(_CONTEXTS.value) if _CONTEXTS.value else None
-    if path and path.exists():
-        return json.loads(path.read_text())
-    start = time.perf_counter()
-    engine = contexts_lib.plain_engine(
-        model,
+def load_contexts(model):
+    """Contexts of --contexts if that file exists, else None; ValueError if unfit."""
+    if not (_CONTEXTS.value and pathlib.Path(_CONTEXTS.value).exists()):
+        return None
+    contexts = contexts_lib.load_contexts(_CONTEXTS.value)
+    contexts_lib.check_contexts(
+        contexts, model, source=_CONTEXTS.value, max_tokens=_TOKENS.value + 1
+    )
+    return contexts
+
+
+def plain_options():
+    """Options of the engine that writes texts to cut contexts from."""
+    return contexts_lib.plain_options(
         length=_LENGTH.value,
         num_slots=_PREFIXES.value,
         page_size=_PAGE.value,
         impl=_IMPL.value,
     )
-    chats = contexts_lib.prompts(_PREFIXES.value)
+
+
+def make_contexts(model, prompts):
+    """Fresh contexts, written to --contexts if that is given."""
+    start = time.perf_counter()
+    speculation, config = plain_options()
+    engine = Engine(model, speculation=speculation, engine=config)
     texts = contexts_lib.free_runs(
-        engine, chats, length=_LENGTH.value, seed=_SEED.value
+        engine, prompts, length=_LENGTH.value, seed=_SEED.value
     )
     contexts = contexts_lib.cut(texts, seed=_SEED.value)
     print(
         f"{len(contexts)} contexts in {time.perf_counter() - start:.0f} s", flush=True
     )
-    if path:
-        path.write_text(json.dumps(contexts) + "\n")
+    if _CONTEXTS.value:
+        contexts_lib.write_contexts(_CONTEXTS.value, contexts)
     return contexts
 
 
@@ -197,21 +223,48 @@ def parse_row(text, own=None):
     `own` is a user's Policy, known by its name besides the project's.
     """
     name, _, ratio = text.partition(":")
+    try:
+        ratio = float(ratio)
+    except ValueError:
+        raise ValueError(f"--rows takes policy:budget_ratio, got {text!r}") from None
     policy = own if own and name == own.name else resolve_policy(name)
-    return policy, SpeculationConfig(budget_ratio=float(ratio)).budget_ratio
+    return policy, SpeculationConfig(budget_ratio=ratio).budget_ratio
+
+
+def prepare():
+    """(model, wanted rows, contexts or None, prompts to make contexts from).
+
+    Everything that can be known before the work is checked here.
+
+    Raises:
+        ValueError: an option, the model or a file does not fit.
+    """
+    own = load_policy(_POLICY_FILE.value) if _POLICY_FILE.value else None
+    wanted = [parse_row(row, own) for row in _ROWS.value]
+    speculations = [make_speculation(*row) for row in wanted]
+    for (policy, _), speculation in zip(wanted, speculations, strict=True):
+        sizes.check_cascade(speculation, policy)
+    SamplingParams(temperature=_TEMPERATURE.value)
+    model = load_model(_MODEL.value, dtype=_DTYPE.value)
+    contexts, prompts = load_contexts(model), None
+    if contexts is None:
+        contexts_lib.check_length(_LENGTH.value)
+        prompts = contexts_lib.encode_chats(
+            model, contexts_lib.prompts(_PREFIXES.value), length=_LENGTH.value
+        )
+        sizes.resolve(model, *plain_options())
+    longest = max(map(len, contexts)) if contexts else _LENGTH.value
+    for speculation in (SpeculationConfig(num_draft_tokens=0), *speculations):
+        sizes.resolve(model, speculation, engine_config(longest))
+    return model, wanted, contexts, prompts
 
 
 def main():
     """Make contexts, measure every policy, write the results file."""
-    try:
-        own = load_policy(_POLICY_FILE.value) if _POLICY_FILE.value else None
-        wanted = [parse_row(row, own) for row in _ROWS.value]
-        for policy, ratio in wanted:
-            sizes.check_cascade(make_speculation(policy, ratio), policy)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    model = load_model(_MODEL.value, dtype=_DTYPE.value)
-    contexts = load_or_make_contexts(model)
+    with launch.checking():
+        model, wanted, contexts, prompts = prepare()
+    if contexts is None:
+        contexts = make_contexts(model, prompts)
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
 

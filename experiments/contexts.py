@@ -19,9 +19,9 @@ import json
 import pathlib
 import random
 
-from absl import app, flags
+from absl import flags
 
-from experiments import launch
+from experiments import fingerprint, launch, record, signals
 from experiments.prompts import as_chat, load_prompts
 from sparsespec_jax import (
     Engine,
@@ -29,6 +29,7 @@ from sparsespec_jax import (
     SamplingParams,
     SpeculationConfig,
     load_model,
+    sizes,
 )
 
 _TASKS = (
@@ -60,25 +61,36 @@ def prompts(count):
     return [as_chat(task.format(topic)) for task, topic in pairs[:count]]
 
 
-def plain_engine(model, *, length, num_slots, page_size, impl, prefill_chunk=32):
-    """An Engine without drafts for texts of at most `length` tokens."""
-    return Engine(
-        model,
-        speculation=SpeculationConfig(num_draft_tokens=0),
-        engine=EngineConfig(
-            num_slots=num_slots,
-            page_size=page_size,
-            max_length=length,
-            prefill_chunk=prefill_chunk,
-            impl=impl,
-        ),
+def plain_options(*, length, num_slots, page_size, impl, prefill_chunk=32):
+    """(SpeculationConfig, EngineConfig) for texts of `length` tokens, no drafts."""
+    return SpeculationConfig(num_draft_tokens=0), EngineConfig(
+        num_slots=num_slots,
+        page_size=page_size,
+        max_length=length,
+        prefill_chunk=prefill_chunk,
+        impl=impl,
     )
 
 
-def free_runs(engine, chats, *, length, seed):
-    """Token ids of a text of `length` tokens for each chat, it included, at T = 1."""
-    for index, chat in enumerate(chats):
-        ids = engine.model.tokenizer.encode_chat(chat)
+def encode_chats(model, chats, *, length):
+    """Token ids of chats that are to become texts of `length` tokens.
+
+    Raises:
+      ValueError: the model has no tokenizer or chat format, or a chat is that long.
+    """
+    encoded = [model.require_tokenizer().encode_chat(chat) for chat in chats]
+    for index, ids in enumerate(encoded):
+        if len(ids) >= length:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens, its text is to have {length}: "
+                "ask for longer texts"
+            )
+    return encoded
+
+
+def free_runs(engine, prompts, *, length, seed):
+    """Token ids of a text of `length` tokens for each prompt, it included, at T = 1."""
+    for index, ids in enumerate(prompts):
         law = SamplingParams(
             temperature=1.0,
             seed=seed + index,
@@ -113,6 +125,16 @@ def finish(engine):
     return sorted(results, key=lambda result: result.prompt_index)
 
 
+def check_length(length, *, ranges=RANGES):
+    """ValueError if texts of `length` tokens give no context of any range."""
+    needed = min(high for _, high in ranges)
+    if length < needed:
+        raise ValueError(
+            f"texts of {length} tokens give no context: {needed} are needed for one of "
+            f"the lengths {', '.join(f'{low}-{high}' for low, high in ranges)}"
+        )
+
+
 def cut(texts, *, seed, ranges=RANGES):
     """One context per text and range: token ids up to a random place in the range."""
     rng = random.Random(seed)
@@ -135,7 +157,7 @@ def load_contexts(path) -> list[list[int]]:
     """Token ids of the contexts in a JSON file.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it holds something else.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -143,34 +165,81 @@ def load_contexts(path) -> list[list[int]]:
             f"contexts: there is no file {path}; `python -m experiments.contexts` "
             "writes one"
         )
-    return json.loads(path.read_text())
+    try:
+        contexts = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"contexts: {path} is damaged: {error}") from None
+    if not isinstance(contexts, list) or not contexts:
+        raise ValueError(f"contexts: {path} is not a list of contexts (token ids)")
+    for index, context in enumerate(contexts):
+        if not (isinstance(context, list) and context and all(map(_is_id, context))):
+            raise ValueError(f"contexts: {path}: context {index} is no list of ids")
+    return contexts
 
 
-def load_continuations(path, contexts, *, max_tokens, seed):
+def _is_id(item):
+    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+
+
+def check_contexts(contexts, model, *, source, max_tokens, at_least=1):
+    """ValueError, with the context's number, if one does not suit model or purpose.
+
+    Args:
+      contexts: lists of token ids.
+      model: a Model.
+      source: where they come from, for the message.
+      max_tokens: what is to come behind each.
+      at_least: tokens that each must have.
+    """
+    limit, vocab_size = model.config.max_length, model.config.vocab_size
+    for index, context in enumerate(contexts):
+        where, length = f"{source}: context {index}", len(context)
+        if length < at_least:
+            raise ValueError(f"{where} has {length} tokens, {at_least} are needed")
+        if length + max_tokens > limit:
+            raise ValueError(
+                f"{where} has {length} tokens, which with {max_tokens} behind it is "
+                f"more than the {limit} that {model.name} was made for"
+            )
+        if max(context) >= vocab_size:
+            raise ValueError(
+                f"{where} has the token id {max(context)}, the vocabulary of "
+                f"{model.name} ends at {vocab_size}: it was made for another model"
+            )
+
+
+def load_continuations(path, contexts, model, *, max_tokens, seed):
     """{temperature: token ids of each context} of a file that `main` wrote.
 
     Contexts may be the first ones of those that were continued.
 
     Raises:
-      ValueError: no such file, or one made of other contexts, lengths or seeds.
+      ValueError: no such file, or one of another model, contexts, lengths or seeds.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not pathlib.Path(path).is_file():
         raise ValueError(f"continuations: there is no file {path}")
-    found = json.loads(path.read_text())
-    made_of = {
-        "context_lengths": [len(context) for context in contexts],
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    found["context_lengths"] = found["context_lengths"][: len(contexts)]
-    for name, wanted in made_of.items():
-        if found[name] != wanted:
-            raise ValueError(f"{path} was made with {name} {found[name]}, not {wanted}")
+    found = record.read_json(path)
+    recorded = found.get("inputs")
+    if not recorded:
+        raise ValueError(
+            f"{path} does not say which contexts it continues (an earlier version "
+            "wrote it): write it again with `python -m experiments.contexts`"
+        )
+    recorded = recorded | {"contexts": recorded["contexts"][: len(contexts)]}
+    wanted = continuation_inputs(model, contexts, max_tokens=max_tokens, seed=seed)
+    if changed := record.differences(recorded, wanted, wanted):
+        raise ValueError(f"{path} continues something else: {changed}")
     return {
         float(temperature): texts[: len(contexts)]
         for temperature, texts in found["texts"].items()
     }
+
+
+def continuation_inputs(model, contexts, *, max_tokens, seed):
+    """What continuations follow from, beside kernels and device."""
+    hashes = [fingerprint.of_tokens(context) for context in contexts]
+    law = {"max_tokens": max_tokens, "seed": seed}
+    return {"contexts": hashes, **fingerprint.of_model(model), **law}
 
 
 def parse_ranges(values):
@@ -210,8 +279,9 @@ def _define_flags():
 def main():
     """Write contexts, then their plain continuations."""
     values = flags.FLAGS
-    try:
+    with launch.checking():
         ranges = parse_ranges(values.ranges)
+        temperatures = list(map(_temperature, values.temperatures))
         count = values.num_prefixes
         chats = (
             load_prompts(values.prompts, chat=True)
@@ -220,40 +290,51 @@ def main():
         )
         if len(chats) < count:
             raise ValueError(f"{values.prompts} holds {len(chats)} of {count} prompts")
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    model = load_model(values.model, dtype=values.dtype)
-    longest = max(high for _, high in ranges)
-    engine = plain_engine(
-        model,
-        length=min(longest + values.max_tokens + 1, model.config.max_length),
-        num_slots=count * values.samples_per_prompt,
-        page_size=values.page_size,
-        impl=values.impl,
-        prefill_chunk=values.prefill_chunk,
-    )
-    chats = chats[:count] * values.samples_per_prompt
+        model = load_model(values.model, dtype=values.dtype)
+        longest = max(high for _, high in ranges)
+        chats = encode_chats(model, chats[:count], length=longest)
+        behind = values.max_tokens + 1 if values.continuations else 0
+        options = plain_options(
+            length=longest + behind,
+            num_slots=count * values.samples_per_prompt,
+            page_size=values.page_size,
+            impl=values.impl,
+            prefill_chunk=values.prefill_chunk,
+        )
+        sizes.resolve(model, *options)
+    engine = Engine(model, speculation=options[0], engine=options[1])
+    chats *= values.samples_per_prompt
     texts = free_runs(engine, chats, length=longest, seed=values.seed)
     contexts = cut(texts, seed=values.seed, ranges=ranges)
-    _write(values.output, contexts)
+    write_contexts(values.output, contexts)
     print(f"{len(contexts)} contexts", flush=True)
     if values.continuations:
-        law = dict(max_tokens=values.max_tokens + 1, seed=values.seed)
-        lengths = [len(context) for context in contexts]
-        found = {"context_lengths": lengths, **law, "texts": {}}
-        for name in values.temperatures:
+        law = dict(max_tokens=behind, seed=values.seed)
+        inputs = continuation_inputs(model, contexts, **law)
+        found = {"inputs": inputs, "texts": {}}
+        for name, temperature in zip(values.temperatures, temperatures, strict=True):
             results = continue_contexts(
-                engine, contexts, temperature=float(name), **law
+                engine, contexts, temperature=temperature, **law
             )
             found["texts"][name] = [list(r.token_ids) for r in results]
             print(f"continued at temperature {name}", flush=True)
         _write(values.continuations, found)
 
 
+def _temperature(text):
+    return SamplingParams(temperature=float(text)).temperature
+
+
+def write_contexts(path, contexts):
+    """Write contexts for `load_contexts`, whole or not at all."""
+    _write(path, contexts)
+
+
 def _write(path, value):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value) + "\n")
+    record.write_text(path, json.dumps(value))
+    signals.kept(path)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import contexts, launch, record
-from experiments.prompts import load_prompts
+from experiments.prompts import encode_prompts, load_prompts
 from sparsespec_jax import (
     Engine,
     EngineConfig,
@@ -31,7 +31,6 @@ from sparsespec_jax import (
     sizes,
 )
 from sparsespec_jax.model import causal_attend, forward, logits
-from sparsespec_jax.text import encode_prompt
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type.")
@@ -99,17 +98,16 @@ def compare(model, plain, speculative, max_length) -> list[dict]:
 
 def main():
     """Decode both ways, compare, write the report."""
-    try:
+    with launch.checking():
         prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
         model = load_model(_MODEL.value, dtype=_DTYPE.value)
-        encoded = [encode_prompt(p, model) for p in prompts]
+        encoded = encode_prompts(prompts, model)
         max_length = max(map(len, encoded)) + _TOKENS.value
         config = EngineConfig(
             num_slots=_SLOTS.value, page_size=_PAGE.value, max_length=max_length
         )
-        sizes.resolve(model, SpeculationConfig(), config)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
+        for speculation in (SpeculationConfig(num_draft_tokens=0), SpeculationConfig()):
+            sizes.resolve(model, speculation, config)
     header = record.results_header(
         flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]),
         commit=_COMMIT.value,

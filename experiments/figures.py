@@ -7,19 +7,20 @@ Needs the extra `plots`. A study names its axes; a row's interval is its error b
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 
 from absl import flags
 
-from experiments import launch, record
+from experiments import launch, record, signals
 
 
 def study_directories(results):
-    """Run directories of studies below `results`, by name."""
+    """Run directories of studies with a row or more below `results`, by name."""
     found = []
     for path in sorted(pathlib.Path(results).glob("**/summary.json")):
-        if "claim" in json.loads(path.read_text()):
+        if "claim" in record.read_json(path) and record.load(path.parent)[1]:
             found.append(path.parent)
     return found
 
@@ -60,7 +61,7 @@ def draw(directory):
 
     directory = pathlib.Path(directory)
     _, records = record.load(directory)
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = record.read_json(directory / "summary.json")
     lines = lines_of(summary, records)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for label, points in lines.items():
@@ -82,14 +83,20 @@ def draw(directory):
     axes.legend(fontsize="small")
     for suffix in ("png", "svg"):
         metadata = {"Date": None} if suffix == "svg" else {}  # the same file each time
-        figure.savefig(directory / f"figure.{suffix}", dpi=120, metadata=metadata)
+        with signals.deferred():
+            figure.savefig(directory / f"figure.{suffix}", dpi=120, metadata=metadata)
+            signals.kept(directory / f"figure.{suffix}")
     pyplot.close(figure)
     return directory / "figure.png"
 
 
 def main():
     """Draw every study found."""
-    for directory in study_directories(flags.FLAGS.results):
+    with launch.checking():
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError('figures need matplotlib: pip install -e ".[plots]"')
+        found = study_directories(flags.FLAGS.results)
+    for directory in found:
         print(draw(directory))
 
 

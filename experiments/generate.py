@@ -6,7 +6,8 @@ Both modes run in one process on the same prompts, seeds and kernels; plain deco
 is the same engine without drafts. The exit status is 1 if a token differs that must
 not. Writes config.json, environment.json, results.jsonl, journal.jsonl and summary.json
 to --output_dir; after an interruption, --resume decodes what is missing: unfinished
-requests go on from the tokens in the journal, about a second old at most.
+requests go on from the tokens in the journal. After Ctrl-C or SIGTERM none is lost,
+after a kill those of about a second.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ import dataclasses
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from experiments import config as config_lib
-from experiments import equality, launch, record
-from experiments.prompts import load_prompts
+from experiments import equality, fingerprint, launch, record, signals
+from experiments.prompts import encode_prompts, load_prompts
 from sparsespec_jax import Engine, load_model, sizes
 from sparsespec_jax.metrics import RequestMetrics
 from sparsespec_jax.results import RequestProgress
-from sparsespec_jax.text import encode_prompt
 
 _CONFIG = flags.DEFINE_string(
     "config", "demo", "Name of a module in experiments/configs; flags override it."
@@ -33,7 +33,10 @@ _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Run directory. Default: runs/generate-DATE-TIME."
 )
 _JOURNAL_SECONDS = flags.DEFINE_float(
-    "journal_seconds", 1.0, "Time between two syncs of what requests have emitted."
+    "journal_seconds",
+    1.0,
+    "Time between two syncs of what requests have emitted.",
+    lower_bound=0,
 )
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --output_dir.")
 
@@ -78,26 +81,21 @@ def decode_missing(engine, prompts, config, *, mode, directory, journal_seconds)
     bar = tqdm(
         total=len(missing) * config.max_tokens, desc=mode, unit="tok", mininterval=1
     )
-    with bar:
+    with bar, signals.at_end(bar.close), signals.at_end(lambda: journal.sync(engine)):
         engine.warm_up()
         start, num_steps = time.perf_counter(), 0
         bar.unpause()
         while engine.has_work:
-            results, num_steps = engine.step(), num_steps + 1
-            for result in results:
-                bar.total -= config.max_tokens - len(result.token_ids)
-                directory.append(
-                    {
-                        "mode": mode,
-                        "index": result.prompt_index,
-                        "session": directory.session,
-                        "step": num_steps,
-                        "elapsed_s": time.perf_counter() - start,
-                        **_result_record(result),
-                    }
-                )
-            journal.write(engine)
-            bar.update(engine.num_emitted_tokens - bar.n)
+            with signals.deferred():  # a step, and all that is recorded of it
+                results, num_steps = engine.step(), num_steps + 1
+                seconds = time.perf_counter() - start
+                for result in results:
+                    place = {"session": directory.session, "step": num_steps}
+                    place["elapsed_s"] = seconds
+                    directory.append(_result_record(mode, place, result))
+                    bar.total -= config.max_tokens - len(result.token_ids)
+                journal.write(engine)
+                bar.update(engine.num_emitted_tokens - bar.n)
 
 
 class Journal:
@@ -121,8 +119,11 @@ class Journal:
 
     def write(self, engine):
         """Append what is new, if the last time is long enough ago."""
-        if time.monotonic() - self._written < self._seconds:
-            return
+        if time.monotonic() - self._written >= self._seconds:
+            self.sync(engine)
+
+    def sync(self, engine):
+        """Append what is new."""
         entries = []
         for progress in engine.progress(self._known):
             known = self._known.get(progress.request_id, 0)
@@ -170,8 +171,11 @@ class Journal:
         )
 
 
-def _result_record(result):
+def _result_record(mode, place, result):
     return {
+        "mode": mode,
+        "index": result.prompt_index,
+        **place,
         "prompt_token_ids": list(result.prompt_token_ids),
         "token_ids": list(result.token_ids),
         "text": result.text,
@@ -182,7 +186,7 @@ def _result_record(result):
     }
 
 
-def encode_prompts(model, config) -> list[list[int]]:
+def checked_prompts(model, config) -> list[list[int]]:
     """Token ids of the config's prompts.
 
     Raises:
@@ -190,19 +194,14 @@ def encode_prompts(model, config) -> list[list[int]]:
     """
     prompts = load_prompts(config.prompts, chat=config.chat)
     prompts = prompts[: config.num_prompts or None]
-    encoded = []
-    for number, prompt in enumerate(prompts):
-        try:
-            ids = encode_prompt(prompt, model)
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from None
+    encoded = encode_prompts(prompts, model)
+    for number, ids in enumerate(encoded):
         if len(ids) + config.max_tokens > model.config.max_length:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, which with max_tokens "
                 f"({config.max_tokens}) is more than the {model.config.max_length} the "
                 "model was made for: lower --max_tokens"
             )
-        encoded.append(ids)
     return encoded
 
 
@@ -224,23 +223,21 @@ def run(model, prompts, config, directory, *, journal_seconds=1.0):
     environment = record.describe_environment()
     stats, tokens = {}, {}
     for mode in equality.MODES:
-        engine = Engine(
-            model,
-            speculation=config.speculation(mode),
-            engine=engine_config(config, prompts),
-        )
-        if mode == equality.MODES[0]:
-            directory.write_environment(environment | {"impl": engine.impl})
-        decode_missing(
-            engine,
-            prompts,
-            config,
-            mode=mode,
-            directory=directory,
-            journal_seconds=journal_seconds,
-        )
+        options = config.speculation(mode), engine_config(config, prompts)
+        with Engine(model, speculation=options[0], engine=options[1]) as engine:
+            if mode == equality.MODES[0]:
+                directory.write_environment(environment | {"impl": engine.impl})
+            decode_missing(
+                engine,
+                prompts,
+                config,
+                mode=mode,
+                directory=directory,
+                journal_seconds=journal_seconds,
+            )
+            empty = engine.stats(0.0)
         records = [r for r in directory.records if r["mode"] == mode]
-        stats[mode] = equality.stats_of(records, like=engine.stats(0.0))
+        stats[mode] = equality.stats_of(records, like=empty)
         tokens[mode] = {r["index"]: r["token_ids"] for r in records}
     comparison = equality.compare(*(tokens[mode] for mode in equality.MODES))
     summary = {mode: stats[mode].to_dict() for mode in equality.MODES}
@@ -267,25 +264,29 @@ def print_report(config, directory, stats, comparison):
 def main():
     """Check everything, then run; a bad flag or input ends it in one line."""
     output_dir = _OUTPUT_DIR.value or time.strftime("runs/generate-%Y%m%d-%H%M%S")
-    try:
+    known = {"launcher": "generate"}
+    with launch.checking():
         if _RESUME.value and not _OUTPUT_DIR.value:
             raise ValueError("--resume needs the --output_dir of the run")
         config = config_from_flags()
-        as_dict = dataclasses.asdict(config)
-        record.check(output_dir, config=as_dict, resume=_RESUME.value)
+        of_run = dict(config=dataclasses.asdict(config), resume=_RESUME.value)
+        record.check(output_dir, inputs=known, **of_run)
+        if _RESUME.value:
+            signals.resumable("add --resume to go on")
         load_prompts(config.prompts, chat=config.chat)
         model = load_model(config.model, dtype=config.dtype)
-        prompts = encode_prompts(model, config)
+        prompts = checked_prompts(model, config)
         for mode in equality.MODES:
-            sizes.resolve(
+            found = sizes.resolve(
                 model, config.speculation(mode), engine_config(config, prompts)
             )
-        directory = record.RunDirectory(
-            output_dir, config=as_dict, resume=_RESUME.value
-        )
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-        raise app.UsageError(str(error)) from None
+        inputs = fingerprint.of_run("generate", model, impl=found.impl, prompts=prompts)
+        directory = record.RunDirectory(output_dir, inputs=inputs, **of_run)
+    again = "" if _OUTPUT_DIR.value else f" --output_dir {output_dir}"
+    signals.resumable(f"add --resume{again} to go on")
     with directory:
+        if len(directory.records) == len(equality.MODES) * len(prompts):
+            print(f"{output_dir} is finished: nothing to decode", file=sys.stderr)
         stats, comparison = run(
             model, prompts, config, directory, journal_seconds=_JOURNAL_SECONDS.value
         )

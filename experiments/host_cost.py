@@ -167,8 +167,14 @@ def measure_loop(num_requests, context, num_steps, lag, dispatch_s, device_s):
 
 def main():
     """Time every load and print a line each."""
+    with launch.checking():
+        counts = list(map(int, _REQUESTS.value))
+        if not counts or min(counts) < 1:
+            raise ValueError("--num_requests takes numbers of at least 1")
+        for count in counts:
+            make_shape(count, _CONTEXT.value)
     rows = []
-    for count in map(int, _REQUESTS.value):
+    for count in counts:
         rows.append(measure(count, _CONTEXT.value, _STEPS.value))
         seconds = 1e-3 * _DISPATCH_MS.value, 1e-3 * _DEVICE_MS.value
         rows[-1]["loop_ms_by_lag"] = [

@@ -4,8 +4,8 @@
         --suffix h100
 
 A study is written if a part holds one of its rows; rows come in the study's order, and
-study_everything has them all. Parts may differ in what changes no token: slots, pages
-and chunks.
+study_everything has them all. Parts must be of the same contexts, model and policies,
+and may differ in what changes no token: slots, pages, chunks and kernels.
 """
 
 from __future__ import annotations
@@ -14,60 +14,74 @@ import json
 import pathlib
 import re
 
-from absl import app, flags
+from absl import flags
 
-from experiments import record
-from experiments.study import as_json, recorded
+from experiments import launch, record, signals
+from experiments.study import as_json, recorded, split
 from experiments.study_config import load_study, study_names
 
 _FOLDERS = re.compile(r"(?<=[ =,])/[^ ,]*/")  # of the machine that measured
-_FREE = ("num_slots", "page_size", "prefill_chunk", "prefill_lanes", "impl", "study")
+_FREE = (
+    "num_slots", "page_size", "prefill_chunk", "prefill_lanes", "impl", "study",
+    "kernels",
+)  # fmt: skip
 
 
 def join(parts, output, *, suffix):
     """{study: (rows found, rows wanted)} of the run directories written.
 
     Raises:
-      ValueError: parts of different settings, or an output directory exists.
+      ValueError: no runs of one study, or of different settings or contexts; or an
+        output directory exists.
     """
-    configs, found, commits = [], {}, {}
-    for part in parts:
+    settings, found, commits = [], {}, {}
+    for part in map(pathlib.Path, parts):
         config, records = record.load(part)
-        configs.append({k: v for k, v in config.items() if k not in _FREE})
-        if configs[-1] != configs[0]:
-            raise ValueError(
-                f"{part} has another setting: {configs[-1]}, not {configs[0]}"
-            )
+        inputs = record.read_json(part / "inputs.json")
+        settings.append((config, inputs))
+        for first, now in zip(settings[0], settings[-1], strict=True):
+            names = (first.keys() | now.keys()) - set(_FREE)
+            if changed := record.differences(first, now, sorted(names)):
+                raise ValueError(f"{part} is of another run than {parts[0]}: {changed}")
         found |= {json.dumps(recorded(r["row"]), sort_keys=True): r for r in records}
-        environment = json.loads((pathlib.Path(part) / "environment.json").read_text())
+        environment = record.read_json(part / "environment.json")
         environment["command"] = _FOLDERS.sub("", environment["command"])
         commits[environment.get("commit")] = None
     environment["commits"] = list(commits)  # of all parts; the rest is the last one's
+    config, inputs = settings[0]
+    if inputs.get("launcher") != "study":
+        raise ValueError(f"{parts[0]} holds no run of experiments.study")
+    cache = {name: config[name] for name in ("head_dim", "kv_bits")}
+    free = {name: value for name, value in config.items() if name not in _FREE}
     written = {}
     for name in study_names():
         study, header = load_study(name)
-        keys = [json.dumps(as_json(row), sort_keys=True) for row in study.rows]
+        wanted, _ = split(lambda row: row.for_model(**cache), study.rows)
+        keys = [json.dumps(as_json(row), sort_keys=True) for row in wanted]
         rows = [found[key] for key in keys if key in found]
         if not rows:
             continue
-        config = configs[0] | {"study": name}
         path = pathlib.Path(output) / f"study_{name}_{suffix}"
-        with record.RunDirectory(path, config=config, resume=False) as directory:
+        with record.RunDirectory(
+            path, config=free | {"study": name}, inputs=inputs, resume=False
+        ) as directory:
             directory.write_environment(environment)
             for row in rows:
                 directory.append(row | {"row": recorded(row["row"])})
             summary = {"claim": study.claim, "header": header, "x": study.x}
             summary |= {"series": study.series, "y": study.y}
             directory.write_summary(summary)
+        signals.kept(path)
         written[name] = len(rows), len(keys)
     return written
 
 
-def main(argv):
+def main(parts):
     """Join the parts named on the command line."""
-    if len(argv) < 2:
-        raise app.UsageError("name the run directories to join")
-    written = join(argv[1:], flags.FLAGS.output, suffix=flags.FLAGS.suffix)
+    with launch.checking():
+        if not parts:
+            raise ValueError("name the run directories to join")
+        written = join(parts, flags.FLAGS.output, suffix=flags.FLAGS.suffix)
     for name, (rows, wanted) in written.items():
         print(f"{name}: {rows} of {wanted} rows")
 
@@ -75,4 +89,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Where the directories go.", required=True)
     flags.DEFINE_string("suffix", None, "study_NAME_SUFFIX.", required=True)
-    app.run(main)
+    launch.run(main, takes_arguments=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.intake import check_prompt, make_request
+from sparsespec_jax.scheduler import Scheduler
 from sparsespec_jax.selection import resolve_policy
 
 
@@ -53,9 +56,10 @@ class Load:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        for name in ("num_requests", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        # A request's first token comes with its prompt: one more is decoded.
+        for name, least in {"num_requests": 1, "new_tokens": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
         if self.num_draft_tokens < 1:
             raise ValueError("num_draft_tokens must be at least 1: k = 0 always runs")
         self.sampling(0), self.speculation(), self.engine(1, None)
@@ -96,6 +100,29 @@ class Load:
             prefill_lanes=self.prefill_lanes,
             lag=self.lag,
         )
+
+
+def check_requests(model, prompts, laws, speculation, config):
+    """ValueError if an engine of these options cannot serve one of the requests.
+
+    Args:
+        model: a Model.
+        prompts: lists of token ids.
+        laws: SamplingParams of each.
+        speculation: SpeculationConfig.
+        config: EngineConfig.
+    """
+    found = sizes.resolve(model, speculation, config)
+    scheduler = Scheduler(
+        found.shape,
+        kv_policy=config.kv_policy,
+        num_host_chunks=found.num_host_chunks,
+        chunk_pages=config.host_chunk_pages,
+    )
+    for number, (prompt, law) in enumerate(zip(prompts, laws, strict=True)):
+        check_prompt(model, prompt, law, found.max_length)
+        request = make_request(model, prompt, law, speculation, request_id=number)
+        scheduler.check(request)
 
 
 _SMOLLM2 = Load(

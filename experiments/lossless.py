@@ -15,7 +15,7 @@ import json
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from experiments import contexts as contexts_lib
 from experiments import launch, record
@@ -54,10 +54,11 @@ def make_requests(model):
         float(t) for t in _TEMPERATURES.value for _ in range(_REQUESTS.value)
     ]
     texts = contexts_lib.prompts(len(temperatures))
+    tokenizer = model.require_tokenizer()
     law = SamplingParams(max_tokens=_TOKENS.value, ignore_eos=True)
     return [
         (
-            model.tokenizer.encode_chat(text),
+            tokenizer.encode_chat(text),
             dataclasses.replace(law, temperature=temperature, seed=index),
         )
         for index, (text, temperature) in enumerate(
@@ -124,7 +125,11 @@ def configurations():
 
 def main():
     """Decode plainly once, speculatively in every configuration, and compare."""
-    try:
+    with launch.checking():
+        lists = {"temperatures": _TEMPERATURES, "lags": _LAGS, "page_sizes": _PAGES}
+        for name, flag in lists.items():
+            if not flag.value:
+                raise ValueError(f"--{name} is empty: name at least one")
         model = load_model(_MODEL.value, dtype="float32")
         requests = make_requests(model)
         plain_options = options_of(requests, k=0, lag=1, page_size=16)
@@ -134,8 +139,6 @@ def main():
         ]
         for pair in (plain_options, *options):
             sizes.resolve(model, *pair)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
     header["temperatures"] = [law.temperature for _, law in requests]

@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 
+from sparsespec_jax.model import params_dtype
+
 _RESAMPLES = 2000
 _RANGES = ((500, 1000), (1000, 2000), (2000, 4000), (4000, 8192))
+_OTHERS = ((0, 500), (8192, 1 << 20))  # named only if there is a context
 
 
 def mean_and_error(values):
@@ -35,12 +38,18 @@ def conditional_acceptance(metrics):
     ]
 
 
-def score_share(policy, *, num_rows, group_size, head_dim):
+def kv_bits(model):
+    """Bits of one value in the model's KV cache, which has the type of its weights."""
+    return 8 * params_dtype(model.params).itemsize
+
+
+def score_share(policy, *, num_rows, group_size, head_dim, kv_bits):
     """KV caches' worth that scoring moves per verification, besides attention.
 
     Mass writes and reads one logit per (row, query head, key) in the type of the KV;
     a policy that needs keys reads K once more. Anchored policies score in every n-th
-    layer only. Per-step policies read K in each draft step (num_rows - 1 of them).
+    layer only. Per-step policies read K in each draft step (num_rows - 1 of them), or
+    their index, whose size is the same for K and V of any type (`kv_bits` a value).
     """
     share = 0.0
     if "keys" in policy.needs:
@@ -52,28 +61,30 @@ def score_share(policy, *, num_rows, group_size, head_dim):
     if policy.per_step:
         read = 0.5
         if policy.index_bits is not None:
-            read = policy.index_bits / (32 * head_dim)
+            read = policy.index_bits / (2 * kv_bits * head_dim)
         return read * (num_rows - 1)
     return share / policy.anchor_every
 
 
-def summarise(results, lengths, *, policy, model_config):
+def summarise(results, lengths, *, policy, model):
     """One row's figures over contexts of the given lengths, in all and by range."""
     accepted = [r.metrics.mean_accepted_draft_tokens for r in results]
     total = sum((r.metrics for r in results[1:]), start=results[0].metrics)
+    others = [r for r in _OTHERS if any(r[0] <= n < r[1] for n in lengths)]
     by_range = {
         f"{low}-{high}": mean_and_error(
             [a for a, n in zip(accepted, lengths, strict=True) if low <= n < high]
         )
-        for low, high in _RANGES
+        for low, high in (*_RANGES, *others)
     }
     share = 0.0
     if total.kv_tokens_read.gather:  # a draft cache was filled: something selected
         share = score_share(
             policy,
             num_rows=total.max_draft_tokens + 1,
-            group_size=model_config.group_size,
-            head_dim=model_config.head_dim,
+            group_size=model.config.group_size,
+            head_dim=model.config.head_dim,
+            kv_bits=kv_bits(model),
         )
     reads = total.kv_tokens_read
     moved = reads.decode

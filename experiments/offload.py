@@ -16,9 +16,10 @@ from __future__ import annotations
 import gc
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import launch, record
+from experiments import launch, record, time_split
+from experiments.loads import check_requests
 from experiments.models import random_model
 from experiments.pressure import (
     MODES,
@@ -88,7 +89,7 @@ def main():
         prompt_length=_PROMPT.value,
         new_tokens=_NEW.value,
     )
-    try:
+    with launch.checking():
         speculation = SpeculationConfig(
             num_draft_tokens=_K.value,
             acceptor="forced",
@@ -97,11 +98,13 @@ def main():
         pages = pool_pages(
             load, share=_SHARE.value, page_size=_PAGE.value, speculation=speculation
         )
+        if _TRACE.value:
+            time_split.check_can_trace("--notrace")
         for mode in MODES:
             engine_config(mode, pages)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    model = random_model(_MODEL.value, _DTYPE.value)
+        model = random_model(_MODEL.value, _DTYPE.value)
+        for mode in MODES:
+            check_requests(model, *load, speculation, engine_config(mode, pages))
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
     runs = {mode: [] for mode in MODES}
@@ -119,6 +122,8 @@ def main():
     print(metrics_of(runs))
     if _TRACE.value:
         first = runs["offload"][0]["busiest_step"]
+        if not runs["offload"][0]["spilled_gib"]:
+            sys.exit("no page moved, so no copies to trace: lower --pool_share")
         results["copies"] = trace_copies(
             model, load, speculation, engine_config("offload", pages), first
         )

@@ -76,7 +76,9 @@ def run_mode(model, load, speculation, config, *, copies=True):
         "ms_per_step": 1e3 * ends[-1] / engine.num_steps,
         "mean_running": float(history[:, 1].mean()),
         "mean_utilisation": float(history[:, 0].mean()),
-        "mean_utilisation_while_pressed": float(history[pressed, 0].mean()),
+        "mean_utilisation_while_pressed": float(history[pressed, 0].mean())
+        if pressed.any()
+        else None,
         "spilled_gib": usage["spilled_pages"] * page_bytes / 2**30,
         "restored_gib": usage["restored_pages"] * page_bytes / 2**30,
         "recompute_ratio": usage["recomputed_tokens"] / tokens,
@@ -106,7 +108,9 @@ def busiest_step(moved: np.ndarray, width: int) -> int:
 
     moved: pages spilled and restored before each step, [steps, 2].
     """
-    width = min(width, len(moved) - 1)
+    width = max(1, min(width, len(moved) - 1))
+    if len(moved) <= width:
+        return 0
     return int((moved[width:] - moved[:-width]).min(axis=1).argmax())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 
+from sparsespec_jax.text import encode_prompt
+
 # A prompt is text, a list of chat messages or a list of token ids.
 Prompt = str | list[dict] | list[int]
 
@@ -38,10 +40,12 @@ def load_prompts(path: str, *, chat: bool) -> list[Prompt]:
     A .txt file holds one prompt per non-empty line. A line of a .jsonl file is a
     string, or an object with exactly one of ``prompt`` (text), ``messages`` (list of
     ``{"role", "content"}``) and ``token_ids`` (list of integers); its other keys are
-    ignored.
+    ignored. Lines end at a line feed, or a carriage return and a line feed, and nowhere
+    else.
 
     Args:
-        path: the file; "" for the built-in problems.
+        path: the file, UTF-8 with or without a byte-order mark; "" for the built-in
+            problems.
         chat: wrap text prompts as the user turn of a chat.
 
     Raises:
@@ -53,16 +57,11 @@ def load_prompts(path: str, *, chat: bool) -> list[Prompt]:
     suffix = pathlib.Path(path).suffix
     if suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts: {path} must end in .txt or .jsonl")
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"prompts: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"prompts: {path} is not UTF-8 text") from None
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if line.strip():
-            prompt = line if suffix == ".txt" else _parse(line, f"{path}:{number}")
+            parse = _parse_text if suffix == ".txt" else _parse
+            prompt = parse(line, f"{path}:{number}")
             as_text = isinstance(prompt, str)
             prompts.append(as_chat(prompt) if as_text and chat else prompt)
     if not prompts:
@@ -70,9 +69,44 @@ def load_prompts(path: str, *, chat: bool) -> list[Prompt]:
     return prompts
 
 
+def encode_prompts(prompts, model) -> list[list[int]]:
+    """Token ids of the prompts; ValueError that says which one the model refuses."""
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        try:
+            encoded.append(encode_prompt(prompt, model))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+    return encoded
+
+
+def _read_lines(path):
+    """Lines of a text file without their ends; other separators are text."""
+    try:
+        text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"prompts: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"prompts: {path}:{number} is not UTF-8 text") from None
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _parse_text(line, where) -> str:
+    if "\0" in line:
+        raise ValueError(
+            f"prompts: {where} holds a NUL byte: save the file as UTF-8 text"
+        )
+    return line
+
+
 def _parse(line, where) -> Prompt:
     try:
-        value = json.loads(line)
+        value = json.loads(
+            line, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ValueError(f"prompts: {where} is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"prompts: {where} is not JSON: {error}") from None
     if isinstance(value, str):
@@ -87,7 +121,29 @@ def _parse(line, where) -> Prompt:
     kind = found[0]
     if not kinds[kind](value[kind]):
         raise ValueError(f"prompts: {where}: {kind} is empty or of the wrong type")
+    try:
+        json.dumps(value[kind], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise ValueError(
+            f"prompts: {where}: {kind} holds \\u{code:04x}, half of a surrogate pair, "
+            "which is no character"
+        ) from None
     return value[kind]
+
+
+def _without_repeats(pairs):
+    """A dict of the pairs; which of two values is meant, nobody can say."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} is there twice")
+    return value
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _is_text(value):

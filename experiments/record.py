@@ -1,9 +1,14 @@
-"""A run directory: config.json, environment.json and two append-only files.
+"""A run directory: config.json, inputs.json, environment.json, two append-only files.
 
 Every record of results.jsonl is flushed and synced before the next request is reported,
 so a killed run keeps all finished requests; journal.jsonl holds what unfinished ones
 have emitted, synced whenever the caller likes. A line that was being written when the
 process died has no newline and is dropped when the run is resumed.
+
+Only the same launcher goes on with a run, with the same flags (config.json) and the
+same inputs (inputs.json: hashes of all else that its tokens follow from, see
+experiments.fingerprint). Device and versions of packages may be others: each session
+writes its own down (environment.json, environment.resume1.json, ...).
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ import platform
 import subprocess
 import sys
 import time
+
+from experiments import signals
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "sparsespec-jax")
 
@@ -36,58 +43,79 @@ class RunDirectory(contextlib.AbstractContextManager):
         session: 0 for the process that created the run, 1 for the first resume, ...
     """
 
-    def __init__(self, path, *, config: dict, resume: bool):
+    def __init__(self, path, *, config: dict, inputs: dict, resume: bool):
         """Create the directory, or reopen it if `resume`.
 
+        Args:
+            path: the directory.
+            config: the flags, JSON types.
+            inputs: what `fingerprint.of_run` returns.
+            resume: go on with the run that is there.
+
         Raises:
-            RunError: results exist and `resume` is false; nothing is there to resume;
-                the config differs from the recorded one; a record is damaged; or
+            RunError: a run exists and `resume` is false; nothing is there to resume;
+                config or inputs differ from the recorded ones; a record is damaged; or
                 another process holds the directory.
         """
         self.path = pathlib.Path(path)
-        results, config_path = self.path / "results.jsonl", self.path / "config.json"
-        check(path, config=config, resume=resume)
+        names = dict(config=config, inputs=inputs, resume=resume)
+        check(path, **names)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._file = open(results, "a+b")
+            self._file = open(self.path / "results.jsonl", "a+b", buffering=0)
         except OSError as error:
             raise RunError(f"output_dir {self.path}: {error.strerror}") from None
         try:
             self._lock()
-            check(path, config=config, resume=resume)  # now nobody else can change it
-            self.records = _recover(self._file, results)
-            self._journal_file = open(self.path / "journal.jsonl", "a+b")
-            if not (resume and config_path.exists()):
-                self._journal_file.truncate(0)  # of a run that got nowhere
-            self.journal = _recover(self._journal_file, self.path / "journal.jsonl")
-            if not resume or not config_path.exists():
-                for old in self.path.glob("environment*.json"):
-                    old.unlink()
-                _write_json(config_path, config)
+            check(path, **names)  # now nobody else can change it
+            self.records = _recover(self._file)
+            self._journal_file = open(self.path / "journal.jsonl", "a+b", buffering=0)
+            if not (resume and (self.path / "config.json").exists()):
+                self._begin(config, inputs)
+            self.journal = _recover(self._journal_file)
             self.session = len(list(self.path.glob("environment*.json")))
         except BaseException:
             self._file.close()
             raise
 
+    def _begin(self, config, inputs):
+        """Clear away what a run left that got nowhere; config.json comes last."""
+        self._journal_file.truncate(0)
+        for old in ("config.json", "summary.json", "environment*.json"):
+            for path in self.path.glob(old):
+                path.unlink()
+        write_json(self.path / "inputs.json", inputs)
+        write_json(self.path / "config.json", config)
+
     def write_environment(self, environment: dict) -> None:
-        """Write what this session runs on: environment.json, or one per resume."""
+        """Write what this session runs on: environment.json, or one per resume.
+
+        Says on stderr what differs from the first session and may round differently.
+        """
         suffix = f".resume{self.session}" if self.session else ""
-        _write_json(self.path / f"environment{suffix}.json", environment)
+        write_json(self.path / f"environment{suffix}.json", environment)
+        first = self.path / "environment.json"
+        if self.session and first.exists():
+            before, now = map(_versions, (read_json(first), environment))
+            if changed := differences(before, now, now):
+                print(f"note: near ties may fall otherwise: {changed}", file=sys.stderr)
 
     def append(self, record: dict) -> None:
         """Add one record; it survives the process once this returns."""
-        _append(self._file, [record])
-        self.records.append(record)
+        with signals.deferred():
+            _append(self._file, [record])
+            self.records.append(record)
 
     def append_to_journal(self, entries: list[dict]) -> None:
         """Add entries about unfinished requests; they survive once this returns."""
         if entries:
-            _append(self._journal_file, entries)
-            self.journal.extend(entries)
+            with signals.deferred():
+                _append(self._journal_file, entries)
+                self.journal.extend(entries)
 
     def write_summary(self, summary: dict) -> None:
         """Write summary.json, the totals over all records."""
-        _write_json(self.path / "summary.json", summary)
+        write_json(self.path / "summary.json", summary)
 
     def __exit__(self, *exc_info):
         self._file.close()
@@ -100,34 +128,40 @@ class RunDirectory(contextlib.AbstractContextManager):
             raise RunError(f"{self.path} is in use by another process") from None
 
 
-def check(path, *, config: dict, resume: bool) -> None:
-    """Raise RunError if a run with `config` could not start or resume at `path`.
+def check(path, *, config: dict, inputs: dict, resume: bool) -> None:
+    """Raise RunError if a run could not start or resume at `path`.
 
-    A directory without a finished request may be started anew: nothing is lost.
+    `inputs` may hold only those that are known so far. A directory in which nothing was
+    decoded may be started anew: nothing is lost.
     """
     path = pathlib.Path(path)
-    results, config_path = path / "results.jsonl", path / "config.json"
-    has_results = results.exists() and results.stat().st_size > 0
+    files = path / "results.jsonl", path / "journal.jsonl"
+    has_tokens = any(f.exists() and f.stat().st_size > 0 for f in files)
     if resume and not path.is_dir():
-        raise RunError(f"--resume: there is no run at {path}")
-    if resume and has_results and not config_path.exists():
-        raise RunError(f"--resume: {path} has results but no config.json")
-    if has_results and not resume:
+        raise RunError(f"there is no run at {path} to resume")
+    if resume and has_tokens and not (path / "config.json").exists():
+        raise RunError(f"{path} has results but no config.json")
+    if has_tokens and not resume:
         raise RunError(
             f"{path} already holds a run: add --resume to continue it, or name "
             "another --output_dir"
         )
-    if resume and config_path.exists():
-        config = json.loads(json.dumps(config))  # as it would be read back
-        _check_same_config(_read_json(config_path), config, config_path)
+    if resume and (path / "config.json").exists():
+        _check_same(path, config, inputs)
 
 
 def load(path) -> tuple[dict, list[dict]]:
-    """The config and the complete records of a run directory, for analysis."""
-    path = pathlib.Path(path)
-    data = (path / "results.jsonl").read_bytes()
-    records, _ = _parse(data, path / "results.jsonl")
-    return _read_json(path / "config.json"), records
+    """The config and the complete records of a run directory, for analysis.
+
+    Raises:
+        RunError: there is no run, or a file of it is damaged.
+    """
+    path = pathlib.Path(path) / "results.jsonl"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from None
+    return read_json(path.with_name("config.json")), _parse(data, path)[0]
 
 
 def describe_environment() -> dict:
@@ -164,35 +198,102 @@ def results_header(own_flags, *, commit: str | None) -> dict:
 
 def write_results(path, results: dict) -> None:
     """Write a results file, its folder included, whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(path, results)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, results)
+    signals.kept(path)
 
 
-def _check_same_config(recorded, config, path):
-    names = sorted(set(recorded) | set(config))
-    changed = [n for n in names if recorded.get(n) != config.get(n)]
-    if changed:
-        lines = [f"{n} was {recorded.get(n)!r}, now {config.get(n)!r}" for n in changed]
+def _check_same(path, config, inputs):
+    """The rule of the module's docstring for a run that is there."""
+    wanted = read_json(path / "config.json")
+    if not (path / "inputs.json").exists():
         raise RunError(
-            f"--resume: the flags differ from {path}: {'; '.join(lines)}. Resume with "
-            "the recorded values, or name another --output_dir"
+            f"{path} does not say what its prompts and its model were (no inputs.json: "
+            "an earlier version wrote it), so going on could give other tokens: name "
+            "another --output_dir"
+        )
+    recorded = read_json(path / "inputs.json")
+    if (other := recorded.get("launcher")) != inputs.get("launcher"):
+        raise RunError(
+            f"{path} holds a run of experiments.{other}: name another --output_dir"
+        )
+    config = json.loads(json.dumps(config))  # as it would be read back
+    if changed := differences(wanted, config, sorted(wanted.keys() | config.keys())):
+        raise RunError(
+            f"{path} holds a run with other flags: {changed}. Resume with the recorded "
+            "values, or name another --output_dir"
+        )
+    if changed := differences(recorded, inputs, inputs):
+        raise RunError(
+            f"{path} holds a run of other inputs: {changed}. Resume with what they "
+            "were, or name another --output_dir"
         )
 
 
+def differences(old, new, names):
+    """What of `names` differs between two dicts, in words; "" for nothing.
+
+    Lists hold a hash for each item, in order: the first one that differs is named.
+    """
+    found = []
+    for name in names:
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        if isinstance(before, list) and isinstance(now, list):
+            found.append(_first_difference(name, before, now))
+        elif isinstance(before, dict) and isinstance(now, dict):
+            found.append(differences(before, now, sorted(before.keys() | now.keys())))
+        else:
+            found.append(f"{name} was {before!r}, now {now!r}")
+    return "; ".join(found)
+
+
+def _first_difference(name: str, old: list, new: list) -> str:
+    """How two different lists first differ; `name` is that of their items, plural."""
+    place = next(
+        (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]),
+        min(len(old), len(new)),
+    )
+    before, after = old[place:], new[place:]
+    is_gone = bool(before) and after.count(before[0]) < before.count(before[0])
+    is_new = bool(after) and before.count(after[0]) < after.count(after[0])
+    if is_gone and is_new:
+        how = "was changed"
+    elif is_gone or not after:
+        how = "was removed"
+    elif is_new or not before:
+        how = "was added"
+    else:
+        how = "is in another place (reordered)"
+    return f"{name.removesuffix('s')} {place} {how} ({len(old)} then, {len(new)} now)"
+
+
+def _versions(environment):
+    devices = ", ".join(environment.get("devices", ()))
+    return {"device": devices} | environment.get("packages", {})
+
+
 def _append(file, records):
-    """Write one line per record and wait until the disk has them."""
-    for record in records:
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
-        file.write(line.encode())
-    file.flush()
-    os.fsync(file.fileno())
+    """Write one line per record and wait until the disk has them: all or none."""
+    lines = [
+        json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records
+    ]
+    data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+    end = os.fstat(file.fileno()).st_size
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(end)  # whatever comes next must not join half a line
+        raise
 
 
-def _recover(file, path):
+def _recover(file):
     """Parse all records and cut off a torn last line, in memory and on disk."""
     file.seek(0)
-    records, complete_bytes = _parse(file.read(), path)
+    records, complete_bytes = _parse(file.read(), file.name)
     file.truncate(complete_bytes)
     file.seek(0, os.SEEK_END)
     return records
@@ -207,30 +308,45 @@ def _parse(data, path):
             records.append(json.loads(line))
         except ValueError as error:
             raise RunError(f"{path}:{number} is damaged: {error}") from None
+        if not isinstance(records[-1], dict):
+            raise RunError(f"{path}:{number} is damaged: no object")
     return records, complete
 
 
-def _read_json(path):
+def read_json(path, *, of=dict):
+    """What is in a JSON file, of this type; RunError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, of):
+        raise RunError(f"{path} is damaged: it holds no object")
+    return value
 
 
-def _write_json(path, value):
-    """Write whole or not at all: a kill leaves the old file or the new one."""
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def write_json(path, value) -> None:
+    """Write a value, indented, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def write_text(path, text: str) -> None:
+    """Write whole lines or nothing: a kill leaves the old file or the new one."""
+    path = pathlib.Path(path)
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with signals.deferred():
+        with open(temporary, "wb") as file:
+            # A name of a file may be no UTF-8; in JSON what replaces it is its escape.
+            file.write(text.rstrip("\n").encode("utf-8", "backslashreplace") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _version(package):
@@ -242,7 +358,7 @@ def _version(package):
 
 def _cpu_name():
     with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        for line in pathlib.Path("/proc/cpuinfo").read_text().split("\n"):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or None

@@ -13,7 +13,7 @@ import html
 import json
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
 from experiments import launch, record
 
@@ -175,7 +175,7 @@ def file_entries(results):
     for path in sorted(pathlib.Path(results).rglob("*.json")):
         if path.parent.name.endswith(_UNFINISHED):
             continue
-        data = json.loads(path.read_text())
+        data = record.read_json(path, of=(dict, list))
         if not isinstance(data, dict) or not {"environment", "device"} & data.keys():
             continue
         name = path.parent.name if path.name == "results.json" else path.name
@@ -197,10 +197,12 @@ def _environment(data):
 def run_entries(results):
     """(entry, tables) of the run directories: studies and generate's demo."""
     for path in sorted(pathlib.Path(results).glob("**/summary.json")):
-        summary = json.loads(path.read_text())
-        environment = json.loads((path.parent / "environment.json").read_text())
+        summary = record.read_json(path)
+        environment = record.read_json(path.parent / "environment.json")
         if "claim" in summary:
             _, records = record.load(path.parent)
+            if not records:  # every row failed
+                continue
             table = study_table(summary, records)
             measured = _headline(summary, records)
             yield _entry(path, summary["claim"], measured, environment), table
@@ -332,12 +334,13 @@ def as_html(collected, folder):
 def main():
     """Write the page."""
     output = pathlib.Path(flags.FLAGS.output)
-    collected = collect(flags.FLAGS.results)
-    if not collected:
-        raise app.UsageError(f"--results {flags.FLAGS.results} holds no results")
+    with launch.checking():
+        collected = collect(flags.FLAGS.results)
+        if not collected:
+            raise ValueError(f"--results {flags.FLAGS.results} holds no results")
     make = as_html if output.suffix == ".html" else as_markdown
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(make(collected, output.parent))
+    record.write_text(output, make(collected, output.parent))
     print(f"{output}: {len(collected)} results")
 
 

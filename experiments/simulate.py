@@ -13,15 +13,17 @@ in a process of its own; about 2 minutes on two cores.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
+import signal
 import sys
+from multiprocessing import resource_tracker
 
 from absl import flags
 
-from experiments import launch, record
-from experiments.kv_trace import Replay, TraceOptions
+from experiments import launch, record, signals
+from experiments.kv_trace import Replay, TraceOptions, make_shape
 from sparsespec_jax.config import KV_POLICIES
 
 _REQUESTS = flags.DEFINE_integer(
@@ -51,34 +53,70 @@ _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot sa
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
-def replay(options, policy):
-    """One policy over the trace."""
-    return Replay(options, policy).run()
+def replay_into(sender, options, policy):
+    """Send what one policy over the trace cost."""
+    sender.send(Replay(options, policy).run())
+
+
+def replay_all(calls, num_workers):
+    """Yield the row of each (options, policy) when its process ends; some at a time."""
+    context = multiprocessing.get_context("spawn")  # jax has threads: no fork
+    calls, running = list(calls), {}
+
+    def stop():
+        for process in running.values():
+            process.terminate()
+
+    with signals.at_end(stop):
+        while calls or running:
+            while calls and len(running) < num_workers:
+                receiver, sender = context.Pipe(duplex=False)
+                call = sender, *calls.pop(0)
+                process = context.Process(target=replay_into, args=call, daemon=True)
+                with signals.deferred():
+                    _start_without_interrupts(process)
+                    running[receiver] = process
+                sender.close()
+            for receiver in multiprocessing.connection.wait(running):
+                process = running.pop(receiver)
+                try:
+                    yield receiver.recv()
+                except EOFError:
+                    sys.exit("a replay ended before its time; its error is above")
+                process.join()
+
+
+def _start_without_interrupts(process):
+    """Start a process that leaves Ctrl-C to this one: it inherits what is blocked."""
+    resource_tracker.ensure_running()  # to start that unblocks all signals
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def main():
     """Replay every policy and write the results file after each."""
-    options = TraceOptions(
-        num_requests=_REQUESTS.value,
-        num_slots=_SLOTS.value,
-        pool_share=_SHARE.value,
-        scale=_SCALE.value,
-    )
+    with launch.checking():
+        options = TraceOptions(
+            num_requests=_REQUESTS.value,
+            num_slots=_SLOTS.value,
+            pool_share=_SHARE.value,
+            scale=_SCALE.value,
+        )
+        make_shape(options)
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value)
     header["trace"] = dataclasses.asdict(options)
+    shorter = dataclasses.replace(options, num_requests=_OTHERS.value)
+    first, *others = _POLICIES.value
+    calls = [(options, first), *((shorter, policy) for policy in others)]
     rows = []
-    context = multiprocessing.get_context("spawn")  # jax has threads: no fork
-    with concurrent.futures.ProcessPoolExecutor(_WORKERS.value, context) as pool:
-        shorter = dataclasses.replace(options, num_requests=_OTHERS.value)
-        first, *others = _POLICIES.value
-        futures = [pool.submit(replay, options, first)]
-        futures += [pool.submit(replay, shorter, policy) for policy in others]
-        for future in concurrent.futures.as_completed(futures):
-            row = future.result()
-            print({k: v for k, v in row.items() if k != "series"}, flush=True)
-            rows.append(row)
-            record.write_results(_OUTPUT.value, header | {"rows": rows})
+    for row in replay_all(calls, _WORKERS.value):
+        print({k: v for k, v in row.items() if k != "series"}, flush=True)
+        rows.append(row)
+        record.write_results(_OUTPUT.value, header | {"rows": rows})
 
 
 if __name__ == "__main__":

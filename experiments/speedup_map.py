@@ -16,12 +16,12 @@ import dataclasses
 import gc
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from experiments import launch, made_up, record
 from experiments.loads import LOADS
 from experiments.models import random_model
-from sparsespec_jax import calibrate
+from sparsespec_jax import calibrate, sizes
 from sparsespec_jax.model_config import PRESETS
 
 _LOAD = flags.DEFINE_enum(
@@ -73,11 +73,11 @@ def options_from_flags():
 
 def main():
     """Measure every number of slots and write the map."""
-    try:
+    with launch.checking():
         load, choices, fitting = options_from_flags()
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    model = random_model(load.model, load.dtype)
+        model = random_model(load.model, load.dtype)
+        for of_slots, lengths in fitting:
+            sizes.resolve(model, *made_up.options(of_slots, choices, lengths[-1]))
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value) | {
         "load": dataclasses.asdict(load),

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import launch, record
+from experiments import launch, record, time_split
 from experiments.loads import LOADS
 from experiments.made_up import make_engine, trace_steps
 from experiments.models import random_model
@@ -55,12 +55,12 @@ def options_from_flags():
 
 def main():
     """Time every k, trace it at the longest context, write the results file."""
-    try:
+    with launch.checking():
         load, choices, contexts = options_from_flags()
+        if _TRACE_STEPS.value:
+            time_split.check_can_trace("--trace_steps=0")
         model = random_model(load.model, load.dtype)
         engine = make_engine(model, load, choices, contexts[-1])
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     header = record.results_header(own_flags, commit=_COMMIT.value) | {
         "load": dataclasses.asdict(load),

@@ -7,7 +7,8 @@ The studies are the modules of experiments/studies. A row is measured either by 
 (mode "decode": drafts follow their own tokens, and every text is compared with plain
 decoding) or on a recorded dense text (mode "replay", see experiments/replay.py). Each
 finished row is a line of results.jsonl; the same command resumes after an interruption,
-and a row that fails stops no other (failures.jsonl, and the exit status).
+and a row that fails stops no other (failures.jsonl, and the exit status). Rows that
+cannot be measured, say for lack of contexts of their length, are named before the work.
 Figures: `python -m experiments.figures`; a page of all of them: `experiments.report`.
 
 Most of a row's time is compilation, on one core. `--part 2/8` measures the second of
@@ -24,15 +25,17 @@ import sys
 import traceback
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import contexts as contexts_lib
-from experiments import launch, record, replay
+from experiments import fingerprint, launch, measure, record, replay, signals
 from experiments.models import tiny_model
 from experiments.study_bench import Bench, Setting, without_budget
 from experiments.study_config import Row, load_study, smoke_rows, study_names
-from sparsespec_jax import load_model
+from sparsespec_jax import load_model, sizes
 from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
+
+_AGAIN = "the same command goes on"
 
 
 def smoke_contexts():
@@ -65,7 +68,7 @@ def run(directory, bench, rows):
             found = bench.measure(row)
         except Exception as error:  # whatever it is, the other rows are worth having
             num_failed += 1
-            _note_failure(directory.path / "failures.jsonl", row, error)
+            note_failure(directory, row, "".join(traceback.format_exception(error)))
             continue
         directory.append({"row": as_json(row), **found})
         print(json.dumps(directory.records[-1]["row"]), headline(found), flush=True)
@@ -77,11 +80,23 @@ def run(directory, bench, rows):
     return same, num_failed
 
 
-def _note_failure(path, row, error):
-    text = "".join(traceback.format_exception(error))
+def note_failure(directory, row, text):
+    """Say on stderr and in failures.jsonl why a row was not measured."""
     print(f"failed: {row}\n{text}", file=sys.stderr, flush=True)
-    with open(path, "a") as file:
-        file.write(json.dumps({"row": as_json(row), "error": text[-4000:]}) + "\n")
+    with signals.deferred(), open(directory.path / "failures.jsonl", "ab") as file:
+        line = json.dumps({"row": as_json(row), "error": text[-4000:]})
+        file.write(line.encode() + b"\n")
+
+
+def split(check, rows):
+    """([check(row) of those that can be measured], [(row, why not)])."""
+    possible, impossible = [], []
+    for row in rows:
+        try:
+            possible.append(check(row))
+        except ValueError as error:
+            impossible.append((row, str(error)))
+    return possible, impossible
 
 
 def part_of(rows, part):
@@ -145,58 +160,64 @@ def _define_flags():
 
 
 def rows_of(study, values, own):
-    """The rows to run: the study's, and the user's policy in its first place."""
+    """The study's rows of the policies and the mode wanted, the user's own first."""
     skip = [resolve_policy(name).name for name in values.skip]
     rows = [row for row in study.rows if row.policy not in skip]
-    if own:
-        rows.insert(0, dataclasses.replace(rows[0], policy=own.name))
+    if own and rows:
+        rows.insert(0, dataclasses.replace(rows[0], policy=own.name, less_index=False))
     for row in rows:
         if row.policy != replay.HINDSIGHT and not (own and row.policy == own.name):
             resolve_policy(row.policy)
+    part_of([], values.part)
     if values.mode:
         rows = [row for row in rows if row.mode == values.mode]
+    return rows
+
+
+def rows_left(rows, values):
+    """Those of the part, without what the runs of --known hold."""
     known = [old for path in values.known for old in record.load(path)[1]]
     measured = [recorded(old["row"]) for old in known]
     rows = [row for row in rows if as_json(row) not in measured]
     rows = part_of(rows, values.part)
-    return smoke_rows(rows) if values.smoke else rows
+    rows = smoke_rows(rows) if values.smoke else rows
+    if not rows:
+        raise ValueError("--skip, --mode, --known and --part leave no row to measure")
+    return rows
 
 
-def main():
-    """Measure all rows of one study."""
-    values = flags.FLAGS
-    try:
-        own = load_policy(values.policy_file) if values.policy_file else None
-        study, header = load_study(values.study)
-        rows = rows_of(study, values, own)
-        if values.smoke:
-            contexts = smoke_contexts()
-        else:
-            contexts = contexts_lib.load_contexts(values.contexts)
-            contexts = contexts[: values.num_contexts]
-        setting = Setting(
-            max_tokens=20 if values.smoke else values.max_tokens + 1,
-            num_slots=values.num_slots,
-            page_size=values.page_size,
-            impl=values.impl,
-            seed=values.seed,
-            prefill_chunk=values.prefill_chunk,
-            prefill_lanes=values.prefill_lanes,
-        )
-        continuations = None
-        if values.continuations:
-            continuations = contexts_lib.load_continuations(
-                values.continuations,
-                contexts,
-                max_tokens=setting.max_tokens,
-                seed=setting.seed,
-            )
-        if values.smoke:
-            model = tiny_model()
-        else:
-            model = load_model(values.model, dtype=values.dtype)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
+def setting_of(values):
+    """The Setting that the flags say."""
+    return Setting(
+        max_tokens=20 if values.smoke else values.max_tokens + 1,
+        num_slots=values.num_slots,
+        page_size=values.page_size,
+        impl=values.impl,
+        seed=values.seed,
+        prefill_chunk=values.prefill_chunk,
+        prefill_lanes=values.prefill_lanes,
+    )
+
+
+def load_checked_model(values, contexts, setting):
+    """The model, after a look whether the contexts are for it."""
+    if values.smoke:
+        model = tiny_model()
+    else:
+        model = load_model(values.model, dtype=values.dtype)
+    contexts_lib.check_contexts(
+        contexts, model, source=values.contexts, max_tokens=setting.max_tokens
+    )
+    return model
+
+
+def kv_of(model):
+    """Options of `Row.for_model`."""
+    return {"head_dim": model.config.head_dim, "kv_bits": measure.kv_bits(model)}
+
+
+def open_run(values, setting, model, contexts):
+    """The RunDirectory, as far as an earlier run got if it is the same one."""
     config = {
         **dataclasses.asdict(setting),
         "study": values.study,
@@ -204,21 +225,74 @@ def main():
         "dtype": values.dtype,
         "num_contexts": len(contexts),
         "smoke": values.smoke,
+        **kv_of(model),
     }
-    policies = POLICIES | ({own.name: own} if own else {})
-    resume = (pathlib.Path(values.output_dir) / "config.json").exists()
-    with record.RunDirectory(
-        values.output_dir, config=config, resume=resume
-    ) as directory:
+    policy = None
+    if values.policy_file:
+        policy = pathlib.Path(values.policy_file.rpartition(":")[0]).read_text("utf-8")
+    inputs = fingerprint.of_run(
+        "study",
+        model,
+        impl=sizes.resolve_impl(setting.impl),
+        contexts=contexts,
+        policy_file=policy,
+    )
+    resume = pathlib.Path(values.output_dir).is_dir()
+    directory = record.RunDirectory(
+        values.output_dir, config=config, inputs=inputs, resume=resume
+    )
+    signals.resumable(_AGAIN)
+    return directory
+
+
+def main():
+    """Measure all rows of one study."""
+    values = flags.FLAGS
+    if (pathlib.Path(values.output_dir) / "config.json").exists():
+        signals.resumable(_AGAIN)
+    with launch.checking():
+        own = load_policy(values.policy_file) if values.policy_file else None
+        study, header = load_study(values.study)
+        rows, setting = rows_of(study, values, own), setting_of(values)
+        if values.smoke:
+            contexts = smoke_contexts()
+        else:
+            contexts = contexts_lib.load_contexts(values.contexts)
+            contexts = contexts[: values.num_contexts]
+        model = load_checked_model(values, contexts, setting)
+        continuations = values.continuations and contexts_lib.load_continuations(
+            values.continuations,
+            contexts,
+            model,
+            max_tokens=setting.max_tokens,
+            seed=setting.seed,
+        )
+        rows, impossible = split(lambda row: row.for_model(**kv_of(model)), rows)
+        if values.smoke:  # its heads are too small for an index, and few rows are kept
+            impossible = []
+        rows = rows_left(rows, values)
+        policies = POLICIES | ({own.name: own} if own else {})
+        bench = Bench(model, contexts, setting, policies, rows, continuations)
+        rows, others = split(bench.check, rows)
+        if not rows:
+            raise ValueError(f"no row can be measured: {others[0][1]}")
+        impossible += others
+        directory = open_run(values, setting, model, contexts)
+    with directory:
         environment = record.describe_environment()
         if values.commit:
             environment["commit"] = values.commit
         directory.write_environment(environment)
-        bench = Bench(model, contexts, setting, policies, rows, continuations)
+        for row, why in impossible:
+            note_failure(directory, row, why)
+        done = [recorded(old["row"]) for old in directory.records]
+        if all(as_json(row) in done for row in rows):
+            print(f"{values.output_dir} holds all of these rows: nothing to measure")
         same, num_failed = run(directory, bench, rows)
         summary = {"claim": study.claim, "header": header, "x": study.x}
         summary |= {"series": study.series, "y": study.y}
         directory.write_summary(summary)
+    num_failed += len(impossible)
     if num_failed:
         sys.exit(f"{num_failed} rows failed: see failures.jsonl")
     if not same and values.dtype == "float32":

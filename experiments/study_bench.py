@@ -49,16 +49,53 @@ class Bench:
 
     def measure(self, row):
         """The row's figures as JSON types."""
+        chosen, start = self._chosen(row), time.perf_counter()
+        found = getattr(self, f"_{row.mode}")(row, chosen)
+        return found | {"wall_time_s": time.perf_counter() - start}
+
+    def check(self, row):
+        """The row; ValueError if it is clear before any work that it will fail."""
+        policy = self._policy(row)
+        chosen, k = self._chosen(row), row.num_draft_tokens
+        if row.mode == "decode":
+            plain = SpeculationConfig(num_draft_tokens=0)
+            for speculation in (plain, self._largest(row.speculation(policy))):
+                sizes.resolve(self.model, speculation, self._config(speculation))
+            return row
+        self._num_cycles(k)
+        # The rows of the first cycle are the context's last tokens, and select keys.
+        short = [i for i in chosen if len(self.contexts[i]) < k + 2]
+        if short:
+            raise ValueError(
+                f"context {short[0]} has {len(self.contexts[short[0]])} tokens, a "
+                f"replay of {k} drafts needs {k + 2}"
+            )
+        return row
+
+    def _policy(self, row):
+        name = "pillar" if row.policy == replay.HINDSIGHT else row.policy
+        return self.policies[name]
+
+    def _chosen(self, row):
+        """Numbers of the contexts of a row."""
         low, high = row.contexts
         chosen = [i for i, c in enumerate(self.contexts) if low <= len(c) < high]
         if not chosen:
             raise ValueError(f"no context has a length in [{low}, {high})")
-        start = time.perf_counter()
-        found = getattr(self, f"_{row.mode}")(row, chosen)
-        return found | {"wall_time_s": time.perf_counter() - start}
+        return chosen
 
-    def _engine(self, speculation):
-        """An engine that was, or now is, built for the largest budget of such rows."""
+    def _num_cycles(self, k):
+        """Cycles of a replay."""
+        num_cycles = (self.setting.max_tokens - k) // (k + 1)
+        if num_cycles < 2:
+            raise ValueError(
+                f"a replay of two cycles of {k} drafts needs {3 * k + 2} tokens, "
+                f"--max_tokens gives {self.setting.max_tokens}"
+            )
+        return num_cycles
+
+    def _largest(self, speculation):
+        """`speculation` with the largest budget of the rows that share its engine."""
         key = without_budget(speculation)
         alike = [
             other
@@ -70,22 +107,29 @@ class Bench:
             )
             if without_budget(other) == key
         ] or [speculation]
-        largest = dataclasses.replace(
+        return dataclasses.replace(
             speculation,
             budget_ratio=max(other.budget_ratio for other in alike),
             min_budget=max(other.min_budget for other in alike),
         )
+
+    def _engine(self, speculation):
+        """An engine that was, or now is, built for the largest budget of such rows."""
+        largest = self._largest(speculation)
         if self._held is None or self._held[0] != largest:
             self._held = None  # free its pool before the next one is taken
-            self._held = largest, self._make_engine(largest)
+            self.num_engines += 1
+            config = self._config(largest)
+            engine = Engine(self.model, speculation=largest, engine=config)
+            self._held = largest, engine
         engine = self._held[1]
         engine.set_budget(
             budget_ratio=speculation.budget_ratio, min_budget=speculation.min_budget
         )
         return engine
 
-    def _make_engine(self, speculation):
-        self.num_engines += 1
+    def _config(self, speculation):
+        """EngineConfig for rows that draft so, with the pages that they can need."""
         config = EngineConfig(
             num_slots=min(self.setting.num_slots, len(self.contexts)),
             page_size=self.setting.page_size,
@@ -97,8 +141,7 @@ class Bench:
         )
         impl = sizes.resolve_impl(config.impl)
         shape = sizes.make_shape(speculation, config, self._longest, impl)
-        config = dataclasses.replace(config, num_pages=self._pages(shape))
-        return Engine(self.model, speculation=speculation, engine=config)
+        return dataclasses.replace(config, num_pages=self._pages(shape))
 
     @property
     def _longest(self):
@@ -145,7 +188,7 @@ class Bench:
                 [results[i] for i in keep],
                 [len(self.contexts[i]) for i in keep],
                 policy=policy,
-                model_config=self.model.config,
+                model=self.model,
             ),
         }
 
@@ -184,11 +227,7 @@ class Bench:
         """{temperature: figures} of a row at each of the temperatures."""
         k = row.num_draft_tokens
         num_keys = -(-self._longest // 256) * 256
-        num_cycles = (self.setting.max_tokens - k) // (k + 1)
-        if num_cycles < 2:
-            raise ValueError(f"max_tokens must be at least {3 * k + 2} for two cycles")
-        hindsight = row.policy == replay.HINDSIGHT
-        policy = self.policies["pillar" if hindsight else row.policy]
+        num_cycles, policy = self._num_cycles(k), self._policy(row)
         speculation = row.speculation(policy)
         cap = max(row.min_budget, int(np.ceil(row.budget_ratio * num_keys)))
         options = replay.ReplayOptions(
@@ -201,7 +240,7 @@ class Bench:
                 num_sinks=speculation.num_sinks,
                 impl="reference",
             ),
-            hindsight=hindsight,
+            hindsight=row.policy == replay.HINDSIGHT,
         )
         num_rows = replay.rows_needed(num_cycles, k)
         heat = row.temperature if row.text_temperature is None else row.text_temperature

@@ -8,6 +8,7 @@ import pkgutil
 from dataclasses import dataclass
 
 from sparsespec_jax import SpeculationConfig
+from sparsespec_jax.selection import POLICIES
 
 MODES = ("decode", "replay")
 
@@ -31,13 +32,45 @@ class Row:
     num_guesses: int | None = None  # cascade
     text_temperature: float | None = None  # replay: of the text; None: temperature
     contexts: tuple[int, int] = (0, 1 << 20)  # only those of a length in [low, high)
+    # The bytes that a draft step reads of the policy's index come off its budget. It
+    # takes a model to say how many that is: see `for_model`.
+    less_index: bool = False
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.text_temperature is not None and self.mode != "replay":
             raise ValueError("text_temperature is of mode 'replay': decoding has one")
+        if self.less_index and self.index_bits is None:
+            raise ValueError(f"less_index: policy {self.policy!r} reads no index")
         self.speculation("pillar")
+
+    @property
+    def index_bits(self):
+        """Bits per key and KV head that the policy's index has, or None."""
+        return POLICIES[self.policy].index_bits if self.policy in POLICIES else None
+
+    def for_model(self, *, head_dim, kv_bits):
+        """The row as it is measured, with the budget that `less_index` leaves.
+
+        Args:
+          head_dim: of the model.
+          kv_bits: of a value in its KV cache.
+
+        Raises:
+          ValueError: the index alone takes the whole budget.
+        """
+        if not self.less_index:
+            return self
+        share = self.index_bits / (2 * kv_bits * head_dim)
+        left = round(self.budget_ratio - share, 4)
+        if left <= 0:
+            raise ValueError(
+                f"the index of policy {self.policy!r} has the bytes of {share:.3f} of "
+                f"the KV of heads of {head_dim} x {kv_bits} bits, budget_ratio is "
+                f"{self.budget_ratio}: --skip the policy, or take a larger model"
+            )
+        return dataclasses.replace(self, budget_ratio=left, less_index=False)
 
     def speculation(self, policy):
         """SpeculationConfig of the row with `policy`."""

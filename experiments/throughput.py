@@ -21,20 +21,26 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments import launch, record, time_split
-from experiments.loads import LOADS, Load
+from experiments.loads import LOADS, Load, check_requests
 from experiments.models import random_model
-from experiments.prompts import load_prompts
+from experiments.prompts import encode_prompts, load_prompts
 from experiments.step_clock import ClockedEngine, idle_between
 from pallas_kernels import default_impl, device_trace
 from pallas_kernels.timing import measure_flop_rate, measure_rates
-from sparsespec_jax import Engine, Model, SpeculationConfig, load_model, sizes
+from sparsespec_jax import (
+    Engine,
+    EngineConfig,
+    Model,
+    SpeculationConfig,
+    load_model,
+    sizes,
+)
 from sparsespec_jax.calibrate import load_or_measure
 from sparsespec_jax.cost_model import Chooser, accepted_drafts
 from sparsespec_jax.state import pool_bytes_per_page
-from sparsespec_jax.text import encode_prompt
 
 _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load; other flags change it."
@@ -86,11 +92,12 @@ def make_model(load: Load) -> Model:
 def make_prompts(load: Load, model: Model) -> list[list[int]]:
     """Token ids of every request's prompt."""
     if load.prompt_length:
+        if model.config.vocab_size < 30:
+            raise ValueError("random prompts need a vocabulary of 30 tokens or more")
         rng = np.random.default_rng(0)
         shape = (load.num_requests, load.prompt_length)
         return rng.integers(10, model.config.vocab_size - 10, shape).tolist()
-    texts = load_prompts(_PROMPTS.value, chat=True)
-    encoded = [encode_prompt(text, model) for text in texts]
+    encoded = encode_prompts(load_prompts(_PROMPTS.value, chat=True), model)
     return [encoded[i % len(encoded)] for i in range(load.num_requests)]
 
 
@@ -121,13 +128,20 @@ class RecordedChooser(Chooser):
         return {"steps": self.cost_model.steps, "asked": self.asked}
 
 
-def make_engine(load: Load, model: Model, prompts, speculation):
-    """(engine of the load's sizes, compiled; its RecordedChooser or None)."""
+def engine_config(load: Load, model: Model, prompts) -> EngineConfig:
+    """The engine's sizes, with a pool of the load's size for these prompts."""
     num_pages = None
     if load.kv_gib:
         per_page = pool_bytes_per_page(model.config, load.page_size, load.dtype)
         num_pages = int(load.kv_gib * 2**30) // per_page
-    config = load.engine(max(map(len, prompts)), num_pages)
+        if not num_pages:
+            raise ValueError(f"kv_gib is {load.kv_gib}, a page has {per_page} bytes")
+    return load.engine(max(map(len, prompts)), num_pages)
+
+
+def make_engine(load: Load, model: Model, prompts, speculation):
+    """(engine of the load's sizes, compiled; its RecordedChooser or None)."""
+    config = engine_config(load, model, prompts)
     make = ClockedEngine if _CLOCK.value else Engine
     engine = make(model, speculation=speculation, engine=config)
     engine.warm_up()
@@ -274,14 +288,18 @@ def _kv_share(stats: dict, num_slots: int) -> float:
 
 def main():
     """Run both modes in turn and write the results file."""
-    try:
+    with launch.checking():
         load = load_from_flags()
         if _CLOCK.value and default_impl() != "gpu":
             raise ValueError("--clock reads the clock of a GPU, this process has none")
+        if _TRACE_STEPS.value:
+            time_split.check_can_trace("--trace_steps=0")
         model = make_model(load)
         prompts = make_prompts(load, model)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
+        config = engine_config(load, model, prompts)
+        laws = [load.sampling(index) for index in range(len(prompts))]
+        for speculation in (SpeculationConfig(num_draft_tokens=0), load.speculation()):
+            check_requests(model, prompts, laws, speculation, config)
     read_rate, copy_rate = measure_rates()
     flop_rate = measure_flop_rate(load.dtype)
     balance_tokens = flop_rate / read_rate * np.dtype(load.dtype).itemsize / 2

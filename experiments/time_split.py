@@ -13,6 +13,7 @@ import re
 import jax
 import numpy as np
 
+from pallas_kernels import default_impl
 from pallas_kernels.device_trace import Kernel, load_kernels
 
 _SCOPES = {
@@ -33,6 +34,12 @@ _BY_NAME = (
 )
 CATEGORIES = ("dense", "attention", "selection", "gather", "sampling", "copies")
 _INSTRUCTION = re.compile(r"%?([\w.\-]+) = .*metadata=\{op_name=\"([^\"]*)\"")
+
+
+def check_can_trace(option: str) -> None:
+    """ValueError that names the option if a trace of this process holds no kernels."""
+    if default_impl() != "gpu":
+        raise ValueError(f"a trace needs a GPU, this process has none: give {option}")
 
 
 def scopes_of(module_name: str, plan_size: int) -> dict[str, str]:

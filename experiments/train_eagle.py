@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 from experiments import contexts as contexts_lib
-from experiments import launch, measure, record
-from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model
+from experiments import launch, measure, record, signals
+from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model, sizes
 from sparsespec_jax import model as model_lib
 from sparsespec_jax.eagle import (
     Eagle,
@@ -41,6 +41,8 @@ from sparsespec_jax.eagle import (
 )
 
 _STEP_WEIGHT = 0.8  # of each unrolled step against the one before
+_SEGMENT = 64  # tokens of a text in a batch
+_MEASURED = 97  # new tokens per held-out context
 
 
 class Text(NamedTuple):
@@ -154,7 +156,7 @@ def unrolled_loss(config, target, params, batch, num_unrolled):
 
 
 def train(
-    model, texts, *, num_steps, batch_size=4, length=64, num_unrolled=3,
+    model, texts, *, num_steps, batch_size=4, length=_SEGMENT, num_unrolled=3,
     learning_rate=1e-3, window=32, seed=0, report=print,
 ):  # fmt: skip
     """(Eagle, losses): a head trained on `texts` (run_texts) of the model."""
@@ -186,6 +188,18 @@ def train(
     return Eagle(model.config, params, window=window), losses
 
 
+def decoding_options(
+    contexts, *, num_draft_tokens, max_tokens=_MEASURED, proposer="self", **options
+):
+    """(SpeculationConfig, EngineConfig) of a measurement on contexts."""
+    speculation = SpeculationConfig(
+        num_draft_tokens=num_draft_tokens, proposer=proposer, min_budget=0
+    )
+    options = dict(num_slots=min(8, len(contexts))) | options
+    longest = max(map(len, contexts)) + max_tokens
+    return speculation, EngineConfig(max_length=longest, **options)
+
+
 def accepted_drafts(
     model, contexts, *, num_draft_tokens, max_tokens, proposer="self", temperature=0.65,
     engine=None,
@@ -194,14 +208,11 @@ def accepted_drafts(
 
     The continuations are those of a study of seed 0; the ones that loop do not count.
     """
-    options = dict(num_slots=min(8, len(contexts))) | (engine or {})
-    decoder = Engine(
-        model,
-        speculation=SpeculationConfig(
-            num_draft_tokens=num_draft_tokens, proposer=proposer, min_budget=0
-        ),
-        engine=EngineConfig(max_length=max(map(len, contexts)) + max_tokens, **options),
-    )
+    speculation, config = decoding_options(
+        contexts, num_draft_tokens=num_draft_tokens, max_tokens=max_tokens,
+        proposer=proposer, **(engine or {}),
+    )  # fmt: skip
+    decoder = Engine(model, speculation=speculation, engine=config)
     results = contexts_lib.continue_contexts(
         decoder, contexts, temperature=temperature, max_tokens=max_tokens, seed=0
     )
@@ -231,66 +242,27 @@ def split(contexts, num_held_out):
     return longest[num_held_out:], sum(groups[:num_held_out], [])
 
 
-def main():
-    """Train, save, measure."""
-    values = flags.FLAGS
-    output = pathlib.Path(values.output_dir)
-    if (output / "head").exists():
-        raise app.UsageError(
-            f"{output} already holds a head: name another --output_dir"
-        )
-    try:
-        texts = contexts_lib.load_contexts(values.contexts)
-        if values.held_out:
-            held_out = contexts_lib.load_contexts(values.held_out)
-        else:
-            texts, held_out = split(texts, values.num_held_out)
-        model = load_model(values.model, dtype=values.train_dtype)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
-    started = time.perf_counter()
-    runs = run_texts(model, texts)
-    trained_from = time.perf_counter()
-    eagle, losses = train(
-        model,
-        runs,
-        num_steps=values.steps,
-        batch_size=values.batch_size,
-        learning_rate=values.learning_rate,
-        window=values.window,
+def check_texts(values, model, texts, held_out):
+    """ValueError if a text is too short to train on, or cannot be measured on."""
+    contexts_lib.check_contexts(
+        texts, model, source=values.contexts, max_tokens=0, at_least=_SEGMENT + 2
     )
-    ended = time.perf_counter()
-    own_flags = values.get_key_flags_for_module(sys.modules[__name__])
-    results = {
-        **record.results_header(own_flags, commit=values.commit),
-        "num_texts": len(texts),
-        "num_text_tokens": sum(map(len, texts)),
-        "num_held_out": len(held_out),
-        "dense_run_s": trained_from - started,
-        "training_s": ended - trained_from,  # with its compilation
-        "losses": losses,
-        "accepted_drafts": {},
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_results(output / "results.json", results)
-    save_eagle(eagle, output / "head")
-    if values.decode_dtype != values.train_dtype:
-        model = load_model(values.model, dtype=values.decode_dtype)
-    engine = dict(
-        impl=values.impl, num_slots=values.num_slots, page_size=values.page_size
+    contexts_lib.check_contexts(
+        held_out, model, source=values.held_out or values.contexts, max_tokens=_MEASURED
     )
-    proposers = {"eagle": eagle, "ngram": "ngram", "pillar": "self"}
-    for name in values.measure:
-        found, _ = accepted_drafts(
-            model, held_out, num_draft_tokens=values.num_draft_tokens, max_tokens=97,
-            proposer=proposers[name], engine=engine,
-        )  # fmt: skip
-        results["accepted_drafts"][name] = found
-        record.write_results(output / "results.json", results)
-        print(f"{name}: {found['mean']:.2f} of {values.num_draft_tokens}", flush=True)
+    speculation, config = decoding_options(
+        held_out, num_draft_tokens=values.num_draft_tokens, **engine_flags(values)
+    )
+    sizes.resolve(model, speculation, config)
 
 
-if __name__ == "__main__":
+def engine_flags(values):
+    """What the flags say of the engine that measures."""
+    names = ("impl", "num_slots", "page_size")
+    return {name: getattr(values, name) for name in names}
+
+
+def _define_flags():
     flags.DEFINE_string("output_dir", None, "Where to write.", required=True)
     flags.DEFINE_string("model", "smollm2", "Target model.")
     flags.DEFINE_string(
@@ -330,4 +302,67 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
     flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
+
+
+def main():
+    """Train, save, measure."""
+    values = flags.FLAGS
+    output = pathlib.Path(values.output_dir)
+    with launch.checking():
+        if (output / "head").exists():
+            raise ValueError(
+                f"{output} already holds a head: name another --output_dir"
+            )
+        texts = contexts_lib.load_contexts(values.contexts)
+        if values.held_out:
+            held_out = contexts_lib.load_contexts(values.held_out)
+        else:
+            texts, held_out = split(texts, values.num_held_out)
+        model = load_model(values.model, dtype=values.train_dtype)
+        check_texts(values, model, texts, held_out)
+    started = time.perf_counter()
+    runs = run_texts(model, texts)
+    trained_from = time.perf_counter()
+    eagle, losses = train(
+        model,
+        runs,
+        num_steps=values.steps,
+        batch_size=values.batch_size,
+        learning_rate=values.learning_rate,
+        window=values.window,
+    )
+    ended = time.perf_counter()
+    own_flags = values.get_key_flags_for_module(sys.modules[__name__])
+    results = {
+        **record.results_header(own_flags, commit=values.commit),
+        "num_texts": len(texts),
+        "num_text_tokens": sum(map(len, texts)),
+        "num_held_out": len(held_out),
+        "dense_run_s": trained_from - started,
+        "training_s": ended - trained_from,  # with its compilation
+        "losses": losses,
+        "accepted_drafts": {},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with signals.deferred():  # a head is there whole, or not at all
+        record.write_results(output / "results.json", results)
+        save_eagle(eagle, output / "head")
+        signals.kept(output / "head")
+    if values.decode_dtype != values.train_dtype:
+        model = load_model(values.model, dtype=values.decode_dtype)
+    proposers = {"eagle": eagle, "ngram": "ngram", "pillar": "self"}
+    for name in values.measure:
+        found, _ = accepted_drafts(
+            model, held_out, num_draft_tokens=values.num_draft_tokens,
+            max_tokens=_MEASURED, proposer=proposers[name],
+            engine=engine_flags(values),
+        )  # fmt: skip
+        results["accepted_drafts"][name] = found
+        record.write_results(output / "results.json", results)
+        mean = "all texts loop" if found is None else f"{found['mean']:.2f}"
+        print(f"{name}: {mean} of {values.num_draft_tokens}", flush=True)
+
+
+if __name__ == "__main__":
+    _define_flags()
     launch.run(main)

@@ -37,8 +37,10 @@ def tiny(**changes):
 PROMPTS = [[5, 9, 2], list(range(1, 12)), [40], [7, 7, 7, 7, 8]]
 
 
-def open_run(path, config, *, resume=False):
-    return record.RunDirectory(path, config=dataclasses.asdict(config), resume=resume)
+def open_run(path, config, *, resume=False, kind=record.RunDirectory):
+    as_dict = dataclasses.asdict(config)
+    inputs = {"launcher": "generate"}
+    return kind(path, config=as_dict, inputs=inputs, resume=resume)
 
 
 def run_whole(path, model, config):
@@ -254,8 +256,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     tmp_path, tiny_model, whole, num_records
 ):
     config, path = tiny(), tmp_path / "run"
-    as_dict = dataclasses.asdict(config)
-    with InterruptedDirectory(path, config=as_dict, resume=False) as directory:
+    with open_run(path, config, kind=InterruptedDirectory) as directory:
         directory.max_records = num_records
         with pytest.raises(Interruption):
             generate.run(tiny_model, PROMPTS, config, directory)
@@ -347,10 +348,10 @@ def test_a_prompt_too_long_for_the_model_names_it(tmp_path, tiny_model):
     path = tmp_path / "ids.jsonl"
     path.write_text('{"token_ids": [1]}\n' + json.dumps({"token_ids": [1] * 4090}))
     with pytest.raises(ValueError, match="prompt 1 has 4090 tokens.*--max_tokens"):
-        generate.encode_prompts(tiny_model, tiny(prompts=str(path)))
+        generate.checked_prompts(tiny_model, tiny(prompts=str(path)))
     path.write_text('{"token_ids": [97]}\n')
     with pytest.raises(ValueError, match="prompt 0: token id 97 is outside"):
-        generate.encode_prompts(tiny_model, tiny(prompts=str(path)))
+        generate.checked_prompts(tiny_model, tiny(prompts=str(path)))
 
 
 # -- the command --------------------------------------------------------------------
@@ -479,6 +480,9 @@ def test_a_planted_difference_fails_the_command(tmp_path, resumed):
     assert done.returncode == 1, done.stderr
     assert "NOT LOSSLESS: first differences at prompt 4 token 7" in done.stdout
     assert "1439 of 1440 tokens identical" in done.stdout
+    # Nothing was left to do, and that is said.
+    assert f"{copy} is finished: nothing to decode\n" in done.stderr
+    assert (copy / "results.jsonl").read_text() == "".join(lines)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Prompt files: every accepted form, and each mistake with its one message."""
 
 import json
+import os
 
 import pytest
 
@@ -39,10 +40,20 @@ BAD_LINES = {
     '{"token_ids": [1, true]}': "token_ids is empty or of the wrong type",
     '{"token_ids": [-1]}': "token_ids is empty or of the wrong type",
     '{"token_ids": "12"}': "token_ids is empty or of the wrong type",
+    '{"prompt": "a", "prompt": "b"}': "the key 'prompt' is there twice",
+    '{"messages": [{"role": "user", "content": "a", "role": "b"}]}': "'role' is there",
+    '{"token_ids": [NaN]}': "NaN is no JSON number",
+    '{"prompt": "a", "weight": -Infinity}': "-Infinity is no JSON number",
+    r'"a\ud800b"': r"prompt holds \\ud800, half of a surrogate pair",
+    r'{"messages": [{"role": "user", "content": "\udfff"}]}': r"holds \\udfff, half",
+    "[" * 100_000: "is nested too deeply",
+    '"a\0b"': "is not JSON",
 }
 
 
-@pytest.mark.parametrize("line, message", BAD_LINES.items())
+@pytest.mark.parametrize(
+    "line, message", BAD_LINES.items(), ids=lambda text: ascii(text[:40])
+)
 def test_bad_prompt_lines_name_file_and_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(f'"good"\n\n{line}\n')
@@ -60,4 +71,35 @@ def test_bad_prompt_files(tmp_path):
     fails("missing.txt", "cannot read .*No such file")
     fails("a.csv", "must end in .txt or .jsonl", b"x")
     fails("empty.txt", "holds no prompt", b"\n \n")
-    fails("latin.txt", "not UTF-8", b"caf\xe9\n")
+    fails("latin.txt", "latin.txt:2 is not UTF-8", b"ok\ncaf\xe9\n")
+    fails("utf16.txt", "utf16.txt:1 holds a NUL byte", "hi\n".encode("utf-16-le"))
+    (tmp_path / "folder.jsonl").mkdir()
+    fails("folder.jsonl", "cannot read .*Is a directory")
+    if os.geteuid():  # root reads everything
+        (tmp_path / "secret.txt").touch(mode=0)
+        fails("secret.txt", "cannot read .*Permission denied")
+
+
+# What Python takes for the end of a line, and nobody who writes such a file does.
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_end_at_a_line_feed_only(tmp_path, mark, end):
+    texts = [f"one{c}prompt" for c in SEPARATORS] + ["last\u2028"]
+    text = tmp_path / "a.txt"
+    text.write_bytes(mark + end.join(texts).encode())
+    assert prompts.load_prompts(str(text), chat=False) == texts
+    # As they are, where JSON has no need to escape them.
+    texts = [t for t in texts if not any(ord(c) < 0x20 for c in t)]
+    lines = tmp_path / "a.jsonl"
+    written = [json.dumps(t, ensure_ascii=False) for t in texts]
+    lines.write_bytes(mark + end.join([*written, ""]).encode())
+    assert prompts.load_prompts(str(lines), chat=False) == texts
+
+
+def test_escaped_characters_of_json_are_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'"\ud83d\ude00 \u0000 \u2028"' + "\n")
+    assert prompts.load_prompts(str(path), chat=False) == ["\U0001f600 \0 \u2028"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,18 +12,21 @@ import pytest
 from experiments import record
 from experiments.record import RunDirectory, RunError
 
+INPUTS = {"launcher": "generate", "prompts": ["a1", "b2"], "weights": "c3"}
 CONFIG = {"model": "tiny", "stop": ("a", "b"), "seed": 3}
 
 
 def create(path, num_records=0, config=None):
-    with RunDirectory(path, config=config or CONFIG, resume=False) as run:
+    with RunDirectory(
+        path, config=config or CONFIG, inputs=INPUTS, resume=False
+    ) as run:
         run.write_environment({"python": "3"})
         for index in range(num_records):
             run.append({"index": index, "text": "π\n"})
 
 
 def resume(path, config=None):
-    return RunDirectory(path, config=config or CONFIG, resume=True)
+    return RunDirectory(path, config=config or CONFIG, inputs=INPUTS, resume=True)
 
 
 def test_records_come_back_in_order_and_continue(tmp_path):
@@ -114,7 +118,8 @@ def test_two_processes_cannot_share_a_run(tmp_path):
 
 
 def test_nan_is_refused_rather_than_written(tmp_path):
-    with RunDirectory(tmp_path / "run", config=CONFIG, resume=False) as run:
+    config = dict(config=CONFIG, inputs=INPUTS)
+    with RunDirectory(tmp_path / "run", **config, resume=False) as run:
         with pytest.raises(ValueError):
             run.append({"value": float("nan")})
         run.append({"value": 1})
@@ -122,10 +127,44 @@ def test_nan_is_refused_rather_than_written(tmp_path):
     assert records == [{"value": 1}]
 
 
+def test_a_record_that_cannot_be_written_leaves_no_half_line(tmp_path):
+    """The next one must not join it."""
+    with RunDirectory(tmp_path / "run", config={}, inputs={}, resume=False) as run:
+        run.append({"index": 0})
+        size = (tmp_path / "run" / "results.jsonl").stat().st_size
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, old[1]))
+        try:
+            with pytest.raises(OSError):
+                run.append({"index": 1, "text": "x" * 100})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert (tmp_path / "run" / "results.jsonl").stat().st_size == size
+        run.append({"index": 2})
+        assert [r["index"] for r in run.records] == [0, 2]
+    assert [r["index"] for r in record.load(tmp_path / "run")[1]] == [0, 2]
+
+
+def test_a_missing_run_is_named(tmp_path):
+    with pytest.raises(RunError, match=r"none/results\.jsonl: No such file"):
+        record.load(tmp_path / "none")
+
+
+def test_names_of_files_that_are_no_text_are_recorded(tmp_path):
+    path = os.fsdecode(b"caf\xe9.jsonl")
+    config = {"prompts": path}
+    for resume in (False, True):
+        with RunDirectory(
+            tmp_path / "run", config=config, inputs={}, resume=resume
+        ) as run:
+            run.append({"index": 0, "text": path})
+    assert record.load(tmp_path / "run")[1][0]["text"] == path
+
+
 WRITER = """
 import sys
 from experiments.record import RunDirectory
-with RunDirectory(sys.argv[1], config={}, resume=True) as run:
+with RunDirectory(sys.argv[1], config={}, inputs={}, resume=True) as run:
     run.write_environment({})
     for index in range(len(run.records), 100000):
         run.append({"index": index, "text": "x" * 5000})
@@ -144,7 +183,7 @@ def test_kill_9_keeps_every_reported_record(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             reported += [int(line) for line in process.stdout.read().split()]
         assert reported[0] == total  # nothing repeated, nothing skipped
-        with RunDirectory(path, config={}, resume=True) as run:
+        with RunDirectory(path, config={}, inputs={}, resume=True) as run:
             assert run.session == session + 1
             indices = [r["index"] for r in run.records]
         assert indices == list(range(len(indices)))

@@ -168,7 +168,7 @@ def test_conditional_acceptance_by_hand():
 
 
 def test_score_shares_by_hand():
-    shape = dict(num_rows=9, group_size=4, head_dim=128)
+    shape = dict(num_rows=9, group_size=4, head_dim=128, kv_bits=16)
     share = {n: measure.score_share(p, **shape) for n, p in POLICIES.items()}
     assert share["pillar"] == 9 * 4 / 128
     assert share["vegas"] == 2 * 4 / 128
@@ -178,6 +178,8 @@ def test_score_shares_by_hand():
     assert share["window"] == share["random"] == 0
     # 16 channels of 4 bits, and two 16-bit bounds per page of 128, against K and V.
     assert share["index"] == 8 * 16 * (4 + 32 / 128) / (2 * 128 * 16)
+    wide = measure.score_share(POLICIES["index"], **shape | {"kv_bits": 32})
+    assert wide == share["index"] / 2
 
 
 # -- studies --------------------------------------------------------------------------
@@ -208,6 +210,59 @@ def test_wrong_rows_are_refused():
         Row(budget_ratio=0.0)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "kv_bits", "index", "index_2bit"),
+    [
+        (64, 16, [0.0168, 0.0668], [0.0305, 0.0805]),  # SmolLM2 in bfloat16
+        (128, 16, [0.0334, 0.0834], [0.0402, 0.0902]),  # Qwen3-8B
+        (128, 32, [0.0417, 0.0917], [0.0451, 0.0951]),
+    ],
+)
+def test_equal_bytes_are_those_of_the_model(head_dim, kv_bits, index, index_2bit):
+    """16 channels of 4 or 2 bits, and two 16-bit bounds per page of 128 keys."""
+    rows = [r for r in load_study("equal_bytes")[0].rows if r.less_index]
+    found = {}
+    for row in rows:
+        row = row.for_model(head_dim=head_dim, kv_bits=kv_bits)
+        assert not row.less_index
+        found.setdefault((row.mode, row.policy), []).append(row.budget_ratio)
+    for mode in ("decode", "replay"):
+        assert found[mode, "index"] == index
+        assert found[mode, "index_2bit"] == index_2bit
+    bits = 16 * (4 + 32 / 128)
+    share = bits / (2 * head_dim * kv_bits)
+    assert index[0] == pytest.approx(0.05 - share, abs=1e-4)
+
+
+def test_an_index_larger_than_the_budget_is_refused():
+    row = Row(policy="index", less_index=True)
+    with pytest.raises(ValueError, match="of heads of 16 x 32 bits, budget_ratio is"):
+        row.for_model(head_dim=16, kv_bits=32)
+    with pytest.raises(ValueError, match="policy 'pillar' reads no index"):
+        Row(less_index=True)
+
+
+def test_bits_of_the_cache_follow_the_weights(tiny_model):
+    assert measure.kv_bits(tiny_model) == 32
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    assert measure.kv_bits(dataclasses.replace(tiny_model, params=params)) == 16
+
+
+def test_rows_that_cannot_be_measured_are_told_before_the_work():
+    """Too short a context for a replay is no replay from its first token on."""
+    short = Row(mode="replay", num_draft_tokens=2, contexts=(0, 50))
+    rows = [short, Row(num_draft_tokens=2), Row(contexts=(500, 1000))]
+    bench = small_bench(rows)
+    bench.contexts[1] = [5, 6, 7]
+    possible, impossible = study.split(bench.check, rows)
+    assert possible == rows[1:2] and [row for row, _ in impossible] == [short, rows[2]]
+    assert "context 1 has 3 tokens, a replay of 2 drafts needs 4" in impossible[0][1]
+    assert "no context has a length in [500, 1000)" in impossible[1][1]
+    bench.contexts[1].append(8)
+    assert bench.check(short) == short
+    assert bench.num_engines == 0
+
+
 def small_bench(rows):
     setting = study.Setting(max_tokens=20, num_slots=2, page_size=4, impl=None, seed=0)
     contexts = study.smoke_contexts()
@@ -216,10 +271,10 @@ def small_bench(rows):
 
 def test_an_interrupted_study_measures_only_what_is_missing(tmp_path):
     rows = smoke_rows([Row(), Row(policy="window"), Row(mode="replay")])
-    with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
+    with record.RunDirectory(tmp_path, config={}, inputs={}, resume=False) as directory:
         assert study.run(directory, small_bench(rows), rows[:2]) == (True, 0)
     before = directory.records
-    with record.RunDirectory(tmp_path, config={}, resume=True) as directory:
+    with record.RunDirectory(tmp_path, config={}, inputs={}, resume=True) as directory:
         assert study.run(directory, small_bench(rows), rows) == (True, 0)
     assert directory.records[:2] == before and len(directory.records) == 3
     assert [r["row"]["mode"] for r in directory.records] == [
@@ -279,7 +334,7 @@ def test_a_differing_text_is_reported(tmp_path):
     bench = small_bench(rows)
     bench._plain = lambda temperature: [(1,) * 20, (2,) * 20]
     bench._not_looping = lambda chosen, temperature: chosen
-    with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
+    with record.RunDirectory(tmp_path, config={}, inputs={}, resume=False) as directory:
         assert study.run(directory, bench, rows) == (False, 0)
 
 
@@ -290,7 +345,7 @@ def test_a_failing_row_stops_no_other(tmp_path, capsys):
     rows = smoke_rows([Row(policy="broken"), Row(policy="window")])
     bench = small_bench(rows)
     bench.policies = POLICIES | {"broken": Policy("broken", (), broken)}
-    with record.RunDirectory(tmp_path, config={}, resume=False) as directory:
+    with record.RunDirectory(tmp_path, config={}, inputs={}, resume=False) as directory:
         assert study.run(directory, bench, rows) == (True, 1)
     assert [r["row"]["policy"] for r in directory.records] == ["window"]
     failed = json.loads((tmp_path / "failures.jsonl").read_text())
@@ -315,22 +370,28 @@ def test_continuations_of_a_file_replace_plain_decoding(tmp_path):
     rows = smoke_rows([Row(policy="window")])
     decoded = small_bench(rows)._plain(0.65)
     contexts, path = study.smoke_contexts(), tmp_path / "plain.json"
-    lengths = [len(c) for c in contexts]
+    model, law = study.tiny_model(), dict(max_tokens=20, seed=0)
     texts = {"0.65": [list(t) for t in decoded]}
-    made = {"context_lengths": lengths, "max_tokens": 20, "seed": 0, "texts": texts}
-    path.write_text(json.dumps(made))
-    law = dict(max_tokens=20, seed=0)
-    found = contexts_lib.load_continuations(path, contexts, **law)
+    inputs = contexts_lib.continuation_inputs(model, contexts, **law)
+    path.write_text(json.dumps({"inputs": inputs, "texts": texts}))
+    found = contexts_lib.load_continuations(path, contexts, model, **law)
     bench = small_bench(rows)
     bench._continuations = found
     assert bench._plain(0.65) == texts["0.65"]
     assert bench.num_engines == 0  # nothing was decoded for it
     assert bench.measure(rows[0])["identical_contexts"] == 2
-    assert contexts_lib.load_continuations(path, contexts[:1], **law)[0.65] == [
-        texts["0.65"][0]
-    ]
-    with pytest.raises(ValueError, match="max_tokens 20, not 21"):
-        contexts_lib.load_continuations(path, contexts, max_tokens=21, seed=0)
+    first = contexts_lib.load_continuations(path, contexts[:1], model, **law)
+    assert first[0.65] == [texts["0.65"][0]]
+
+    def fails(message, contexts=contexts, **other):
+        with pytest.raises(ValueError, match=message):
+            contexts_lib.load_continuations(path, contexts, model, **law | other)
+
+    fails("max_tokens was 20, now 21", max_tokens=21)
+    changed = [contexts[0], [1, *contexts[1][1:]]]  # of the same length
+    fails("context 1 was changed", contexts=changed)
+    path.write_text(json.dumps({"context_lengths": [60, 41], "texts": texts}))
+    fails("does not say which contexts it continues")
 
 
 def test_parts_join_to_studies(tmp_path):
@@ -339,8 +400,11 @@ def test_parts_join_to_studies(tmp_path):
 
     rows = load_study("sweep_k")[0].rows
     for name, of_part in {"a": rows[1:], "b": [Row(policy="vegas"), rows[0]]}.items():
-        config = {"num_slots": 3, "study": "everything"}
-        with record.RunDirectory(tmp_path / name, config=config, resume=False) as part:
+        config = {"num_slots": 3, "study": "everything", "head_dim": 64, "kv_bits": 16}
+        inputs = {"launcher": "study", "contexts": ["a1", "b2"], "kernels": name}
+        with record.RunDirectory(
+            tmp_path / name, config=config, inputs=inputs, resume=False
+        ) as part:
             part.write_environment({"command": "python --contexts /tmp/s/c.json --x"})
             for row in of_part:
                 part.append(found(row))
@@ -356,9 +420,23 @@ def test_parts_join_to_studies(tmp_path):
     assert not (out / "study_ladder_gpu").exists()
     found = json.loads((out / "study_sweep_k_gpu" / "environment.json").read_text())
     assert found["command"] == "python --contexts c.json --x"
-    (tmp_path / "b" / "config.json").write_text('{"num_slots": 3, "seed": 4}')
-    with pytest.raises(ValueError, match="seed"):
-        join_studies.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c", suffix="x")
+    config = {"num_slots": 3, "seed": 4, "head_dim": 64, "kv_bits": 16}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+
+    def fails(message):
+        parts = [tmp_path / "a", tmp_path / "b"]
+        with pytest.raises(ValueError, match=message):
+            join_studies.join(parts, tmp_path / "c", suffix="x")
+
+    fails("b is of another run than .*a: seed was None, now 4")
+    (tmp_path / "b" / "config.json").write_text(
+        (tmp_path / "a" / "config.json").read_text()
+    )
+    inputs = {"launcher": "study", "contexts": ["a1", "c3"]}
+    (tmp_path / "b" / "inputs.json").write_text(json.dumps(inputs))
+    fails("context 1 was changed")
+    (tmp_path / "b" / "inputs.json").unlink()
+    fails("inputs.json: No such file")
 
 
 def test_ranges_are_checked():
@@ -382,6 +460,17 @@ def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
     _, records = record.load(run)
     assert [r["row"]["policy"] for r in records][:2] == ["oldest", "pillar"]
     assert all(r["identical_contexts"] == 2 for r in records)
+    again = (
+        "study", "--study=ablations", f"--output_dir={run}", "--smoke",
+        f"--policy_file={own_policy}",
+    )  # fmt: skip
+    done = run_module(*again)
+    assert done.returncode == 0, done.stderr
+    assert "holds all of these rows: nothing to measure" in done.stdout
+    pathlib.Path(own_policy.removesuffix(":MINE")).write_text(OWN_POLICY + "# new\n")
+    done = run_module(*again)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "holds a run of other inputs: policy_file was " in done.stderr
     done = run_module("figures", f"--results={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert (run / "figure.png").stat().st_size > 5000
@@ -422,13 +511,6 @@ def test_bad_input_ends_before_any_work(tmp_path):
     }.items():
         done = run_module("study", *arguments)
         assert done.returncode == status and message in done.stderr + done.stdout
-    for arguments, message in {
-        ("--rows=pilar:1",): "policy must be one of",
-        ("--rows=oracle:1", "--proposer=cascade"): "selects for one query",
-        ("--rows=pillar:1", "--draft_steps=2"): "need proposer='cascade'",
-    }.items():
-        done = run_module("acceptance", "--output=x", *arguments)
-        assert done.returncode == 2 and message in done.stderr + done.stdout
     assert not (tmp_path / "x").exists()
 
 
