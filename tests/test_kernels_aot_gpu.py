@@ -9,8 +9,11 @@ room for fewer blocks than the launch counts on.
 import functools
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import timing
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.add_norm.cases import NORM_CASES
 from pallas_kernels.aot import compile_for
@@ -180,3 +183,11 @@ def test_norm_compiles(compile_h100, case):
     # Eight parts come with few tokens only.
     assert_fits(kernels["add_norm"], blocks=2 if case.num_parts > 4 else 4)
     assert result.temp_bytes <= 64  # the addresses of two results
+
+
+def test_the_rate_of_copies_is_that_of_the_device():
+    """No kernel, whose own limits would be taken for those of the memory."""
+    x = jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)
+    text = compile_for("h100", timing.copy, x).compiled.as_text()
+    entry = text.partition("\nENTRY ")[2]
+    assert " copy(" in entry and " fusion(" not in entry
