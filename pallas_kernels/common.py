@@ -76,9 +76,9 @@ def as_rounded(x: jax.Array) -> jax.Array:
 
 
 def sum_of_parts(y: jax.Array, dtype: jnp.dtype, ndim: int = 2) -> jax.Array:
-    """Returns the sum over P of parts [P, T, N], in their order; [T, N] as it is.
+    """Returns the sum of parts [parts, T, M], in their order; [T, M] as it is.
 
-    `ndim` is the number of axes of the sum, if they are not T and N.
+    `ndim` is the number of axes of the sum, if they are not T and M.
     """
     if y.ndim == ndim:
         return y

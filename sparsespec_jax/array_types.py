@@ -1,6 +1,7 @@
-"""The glossary: axis letters, terms and array aliases used across the package.
+"""The glossary: axis letters, terms and array types used across the package.
 
-Axes (one letter, one meaning)::
+Axes (one letter, one meaning), beside those of `pallas_kernels/array_types.py`, which
+are T, N, H, G, D, KV, P, ps, W, X, M and L::
 
     S  slots: requests that can be decoded at the same time
     K  drafts per cycle (`num_draft_tokens`); Q = K + 1 rows of a verification
@@ -8,10 +9,8 @@ Axes (one letter, one meaning)::
     A  draft lanes of one step, at least S - floor(S / (K + 1)); 0 if nothing drafts
     Qd rows of a draft lane: 1, or with a cascade 1 + m, m guesses
     F  prefill lanes of one step;  C  tokens of one prefill chunk
-    T  tokens of one step: A * Qd + E * Q (+ F * C)
-    L  layers;  N  query heads;  H  KV heads;  G = N / H  (GQA group);  D  head size
-    P  pages of the pool;  ps  tokens per page;  W  columns of a page table
-    B  selected tokens of a draft cache (budget);  X  key columns, W * ps
+    T  tokens of one step are A * Qd + E * Q (+ F * C)
+    B  selected tokens of a draft cache (budget)
     V  vocabulary;  R  rows of logits of one step: A * Qd + E * Q
 
 Terms::
@@ -36,13 +35,6 @@ Terms::
     chunk             pages copied together to host memory or back
 """
 
-from typing import TypeAlias
+from pallas_kernels.array_types import KvPages, Mass, PageTable, Queries
 
-import jax
-
-Array: TypeAlias = jax.Array
-TokenIds: TypeAlias = jax.Array  # int32, any shape
-Logits: TypeAlias = jax.Array  # float32 [..., V]
-KvPages: TypeAlias = jax.Array  # [P, H, ps, 2 * D]; a row is K then V of one token
-PageTable: TypeAlias = jax.Array  # int32 [lanes, W]; ids outside [0, P) mean "no page"
-Mass: TypeAlias = jax.Array  # float32 [E, H, X]
+__all__ = ["KvPages", "Mass", "PageTable", "Queries"]

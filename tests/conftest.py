@@ -12,10 +12,27 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test runs at onc
 os.environ.setdefault("PJRT_NPROC", "8")
 
 import gc
+import importlib.util
 import pathlib
 
 import jax
 import pytest
+
+# Before a kernel is imported: what annotations say of arrays is checked in every call
+# of the kernels' public functions and implementations. Two modules of the `test` extra;
+# without them tests/test_kernels_types.py fails, and only that.
+if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
+    import jaxtyping
+
+    _KERNELS = pathlib.Path(__file__).parents[1] / "pallas_kernels"
+    jaxtyping.install_import_hook(
+        [
+            f"pallas_kernels.{path.parent.name}.{module}"
+            for path in sorted(_KERNELS.glob("*/api.py"))
+            for module in ("api", "reference", "tpu", "gpu")
+        ],
+        "beartype.beartype",
+    )
 
 _MAPS = pathlib.Path("/proc/self/maps")  # Linux only
 _MANY_MAPS = 20_000
@@ -43,6 +60,13 @@ def default_model():
     from sparsespec_jax import load_model
 
     return load_model("smollm2", dtype="float32")
+
+
+@pytest.fixture
+def no_type_checks(monkeypatch):
+    """Kernels as users call them: our own checks refuse what does not fit."""
+    config = pytest.importorskip("jaxtyping").config
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True, scope="module")

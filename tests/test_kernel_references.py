@@ -247,6 +247,7 @@ def test_attention_comparison_sees_planted_faults(case, fault):
             ki.assert_attention_close(faulty, expected, "bfloat16")
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_attention_rejects_what_does_not_fit():
     pool, table = pool_of([0.0, 0.0], [0.0, 0.0])
     good = dict(groups=(LaneGroup(1, 1),), impl="reference")
@@ -387,6 +388,7 @@ def test_selection_comparison_sees_planted_faults(case, fault):
     assert num_seen or case.name == "all_of_it"
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_selection_rejects_what_does_not_fit():
     scores, one = jnp.ones((1, 1, 4)), int32(1)
     for args, options, word in (
@@ -465,6 +467,7 @@ def test_gather_writes_a_donated_pool_in_place():
     assert memory.temp_size_in_bytes < args[0].nbytes
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_gather_rejects_what_does_not_fit():
     pool, table = pool_of([0.0, 0.0], [0.0, 0.0])
     for args, word in (

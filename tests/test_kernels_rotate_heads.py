@@ -196,6 +196,7 @@ def test_rotation_compiles_for_a_tpu(target, name):
     assert compiled.temp_bytes <= 2 * num_bytes(case.shapes[0])
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_rotation_rejects_what_does_not_fit():
     qkv, table, scale = jnp.zeros((2, 1, 3, 4)), jnp.zeros((2, 2)), jnp.zeros(4)
     for args, word in (
@@ -214,6 +215,7 @@ def test_rotation_rejects_what_does_not_fit():
             rotate(*args)
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_rotation_rejects_dtypes_that_do_not_fit():
     qkv, table = jnp.zeros((2, 1, 3, 4)), jnp.zeros((2, 2))
     scale = jnp.zeros(4)

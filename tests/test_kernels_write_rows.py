@@ -98,6 +98,7 @@ def test_write_is_in_place_on_a_tpu(target):
     assert compiled.temp_bytes < pool_bytes / 64
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_write_rejects_what_does_not_fit():
     pool, rows, one = numbered_pool(2), jnp.zeros((2, 1, 2)), int32([0], [1])
     for args, options, word in (

@@ -10,7 +10,7 @@ from pallas_kernels.cases import SMALL, Case
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormCase(Case):
-    """One call of `add_norm` on [T, N]."""
+    """One call of `add_norm` on [T, M]."""
 
     shape: tuple[int, int]
     num_parts: int = 0  # of what is added; 0: it comes as one array like x

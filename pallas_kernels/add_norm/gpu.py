@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.array_types import Stream, StreamParts, StreamScale
 from pallas_kernels.gpu_layouts import interpreter_of
 
 _WARP = 32
@@ -34,14 +35,14 @@ class NormConfig:
 # Compiled once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("eps", "interpret", "config"))
 def add_norm_gpu(
-    x: jax.Array,
-    y: jax.Array,
-    scale: jax.Array,
+    x: Stream,
+    y: StreamParts,
+    scale: StreamScale,
     *,
     eps: float,
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: NormConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Stream, Stream]:
     """Returns what `api.add_norm` documents, computed on a Hopper GPU."""
     config = config or NormConfig()
     num_tokens, size = x.shape

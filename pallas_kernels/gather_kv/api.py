@@ -1,8 +1,16 @@
 """Public entry of the KV row gather: argument checks, choice of implementation."""
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import (
+    Counts,
+    CountsOfLayers,
+    Indices,
+    IndicesOfLayers,
+    KvPages,
+    PageTable,
+    TargetTable,
+)
 from pallas_kernels.common import (
     check_dtype,
     check_pool,
@@ -13,14 +21,14 @@ from pallas_kernels.common import (
 
 
 def gather_kv(
-    kv_pages: jax.Array,
-    source_table: jax.Array,
-    target_table: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    kv_pages: KvPages,
+    source_table: PageTable,
+    target_table: TargetTable,
+    indices: Indices,
+    counts: Counts,
     *,
     impl: str | None = None,
-) -> jax.Array:
+) -> KvPages:
     """Returns the pool with the selected rows copied behind each other.
 
     For every lane and KV head, row `indices[lane, h, n]` of the source table goes to
@@ -53,14 +61,14 @@ def gather_kv(
 
 
 def gather_kv_layers(
-    pools: tuple[jax.Array, ...],
-    source_table: jax.Array,
-    target_table: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    pools: tuple[KvPages, ...],
+    source_table: PageTable,
+    target_table: TargetTable,
+    indices: IndicesOfLayers,
+    counts: CountsOfLayers,
     *,
     impl: str | None = None,
-) -> tuple[jax.Array, ...]:
+) -> tuple[KvPages, ...]:
     """`gather_kv` in the pools of several layers, in one launch where that is faster.
 
     Args:

@@ -16,6 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.array_types import (
+    CountsOfLayers,
+    IndicesOfLayers,
+    KvPages,
+    PageTable,
+    TargetTable,
+)
 from pallas_kernels.gpu_layouts import interpreter_of
 
 _MIN_ROWS = 8  # of one CTA
@@ -33,15 +40,15 @@ class GatherConfig:
 # Compiled once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("interpret", "config"))
 def gather_kv_gpu(
-    pools: tuple[jax.Array, ...],
-    source_table: jax.Array,
-    target_table: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    pools: tuple[KvPages, ...],
+    source_table: PageTable,
+    target_table: TargetTable,
+    indices: IndicesOfLayers,
+    counts: CountsOfLayers,
     *,
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: GatherConfig | None = None,
-) -> tuple[jax.Array, ...]:
+) -> tuple[KvPages, ...]:
     """Returns what `api.gather_kv_layers` documents, computed on a Hopper GPU."""
     config = config or GatherConfig()
     num_pages, num_heads, ps, columns = pools[0].shape

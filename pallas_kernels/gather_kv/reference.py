@@ -3,15 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import Counts, Indices, KvPages, PageTable, TargetTable
+
 
 @jax.jit
 def gather_kv_reference(
-    kv_pages: jax.Array,
-    source_table: jax.Array,
-    target_table: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
-) -> jax.Array:
+    kv_pages: KvPages,
+    source_table: PageTable,
+    target_table: TargetTable,
+    indices: Indices,
+    counts: Counts,
+) -> KvPages:
     """Returns what `api.gather_kv` documents; same arguments, no checks."""
     num_pages, num_heads, page_size, row_size = kv_pages.shape
     num_rows = num_pages * num_heads * page_size

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.array_types import Counts, Indices, KvPages, PageTable, TargetTable
+
 _LANES = 128
 _SUBLANES = 8
 
@@ -37,15 +39,15 @@ DEFAULT_TUNING = Tuning()
 
 
 def gather_kv_tpu(
-    kv_pages: jax.Array,
-    source_table: jax.Array,
-    target_table: jax.Array,
-    indices: jax.Array,
-    counts: jax.Array,
+    kv_pages: KvPages,
+    source_table: PageTable,
+    target_table: TargetTable,
+    indices: Indices,
+    counts: Counts,
     *,
     interpret: bool | pltpu.InterpretParams = False,
     tuning: Tuning = DEFAULT_TUNING,
-) -> jax.Array:
+) -> KvPages:
     """Returns what `api.gather_kv` documents; source pages must be in the pool.
 
     Raises:

@@ -2,10 +2,19 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.array_types import (
+    KvPages,
+    KvPagesOfD,
+    Mass,
+    MassBuffer,
+    PageTable,
+    PerHead,
+    PerLane,
+    Queries,
+)
 from pallas_kernels.common import (
     check_dtype,
     check_pool,
@@ -27,24 +36,23 @@ class LaneGroup(NamedTuple):
 class AttentionOutput(NamedTuple):
     """Result of `paged_attention`."""
 
-    out: jax.Array  # [T, N, D], dtype of q
-    # float32 [lanes of mass_group, H, W * page_size], or the buffer that has a place
-    # of that shape; None without mass_group
-    mass: jax.Array | None
+    out: Queries
+    # Of the lanes of mass_group, or the buffer that has a place for it; None without
+    mass: Mass | MassBuffer | None
 
 
 def paged_attention(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    kv_lengths: jax.Array,
-    q_lengths: jax.Array,
+    q: Queries,
+    kv_pages: KvPagesOfD,
+    page_table: PageTable,
+    kv_lengths: PerHead,
+    q_lengths: PerLane,
     *,
     groups: tuple[LaneGroup, ...],
     scale: float | None = None,
     mass_group: int | None = None,
     mass_rows: str = "all",
-    mass_buffer: jax.Array | None = None,
+    mass_buffer: MassBuffer | None = None,
     mass_place: int = 0,
     impl: str | None = None,
 ) -> AttentionOutput:
@@ -154,12 +162,12 @@ def _check_groups(
 
 
 def _check_buffer(
-    mass_buffer: jax.Array,
+    mass_buffer: MassBuffer,
     mass_place: int,
     groups: tuple[LaneGroup, ...],
     mass_group: int | None,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
+    kv_pages: KvPages,
+    page_table: PageTable,
 ) -> None:
     if mass_group is None:
         raise ValueError("mass_buffer is given, mass_group is None: name the group")

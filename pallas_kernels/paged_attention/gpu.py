@@ -14,6 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.array_types import (
+    KvPagesOfD,
+    MassBuffer,
+    PageTable,
+    PerHead,
+    PerLane,
+    Queries,
+)
 from pallas_kernels.gpu_layouts import interpreter_of
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 from pallas_kernels.paged_attention.gpu_attend import attend
@@ -56,12 +64,12 @@ TUNED_PREFILL = {128: PrefillConfig(), 64: PrefillConfig()}
     ),
 )
 def paged_attention_gpu(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    kv_lengths: jax.Array,
-    q_lengths: jax.Array,
-    mass_buffer: jax.Array | None = None,
+    q: Queries,
+    kv_pages: KvPagesOfD,
+    page_table: PageTable,
+    kv_lengths: PerHead,
+    q_lengths: PerLane,
+    mass_buffer: MassBuffer | None = None,
     mass_place: jax.Array | int = 0,
     *,
     groups: tuple[LaneGroup, ...],

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import KvPagesOfD, PageTable, PerHead, PerLane, Queries
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 
 _CHUNK_TOKENS = 512
@@ -19,11 +20,11 @@ _CHUNK_TOKENS = 512
     jax.jit, static_argnames=("groups", "scale", "mass_group", "mass_rows")
 )
 def paged_attention_reference(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    kv_lengths: jax.Array,
-    q_lengths: jax.Array,
+    q: Queries,
+    kv_pages: KvPagesOfD,
+    page_table: PageTable,
+    kv_lengths: PerHead,
+    q_lengths: PerLane,
     *,
     groups: tuple[LaneGroup, ...],
     scale: float | None = None,

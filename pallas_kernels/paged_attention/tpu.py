@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.array_types import KvPagesOfD, PageTable, PerHead, PerLane, Queries
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.paged_attention.api import AttentionOutput, LaneGroup
 from pallas_kernels.paged_attention.tpu_sizes import (
@@ -34,11 +35,11 @@ from pallas_kernels.paged_attention.tpu_sizes import (
 
 
 def paged_attention_tpu(
-    q: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    kv_lengths: jax.Array,
-    q_lengths: jax.Array,
+    q: Queries,
+    kv_pages: KvPagesOfD,
+    page_table: PageTable,
+    kv_lengths: PerHead,
+    q_lengths: PerLane,
     *,
     groups: tuple[LaneGroup, ...],
     scale: float | None = None,

@@ -1,8 +1,15 @@
 """Public entry of the head rotation: checks, choice of implementation."""
 
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from pallas_kernels.array_types import (
+    Angles,
+    HeadScale,
+    Projection,
+    Queries,
+    RowsOfHeads,
+)
 from pallas_kernels.common import (
     POOL_DTYPES,
     check_dtype,
@@ -12,16 +19,16 @@ from pallas_kernels.common import (
 
 
 def rotate_heads(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    q_scale: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
+    qkv: Projection,
+    cos: Angles,
+    sin: Angles,
+    q_scale: HeadScale | None = None,
+    k_scale: HeadScale | None = None,
     *,
     eps: float = 0.0,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     impl: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Queries, RowsOfHeads]:
     """Returns queries [T, H*G, D] and new KV rows [T, H, 2*D] of a fused projection.
 
     Queries and keys are turned by their position (rotary embedding, arXiv 2104.09864;
@@ -35,7 +42,7 @@ def rotate_heads(
 
     Args:
       qkv: [T, H, G + 2, D], bfloat16 or float32: of each KV head its G queries, its
-        key and its value; or float32 [P, T, H, G + 2, D], parts of a product, which
+        key and its value; or float32 [parts, T, H, G + 2, D], parts of a product, which
         are summed in their order and rounded to `dtype` before anything else.
       cos: float32 [T, D/2], of each token's position times each pair's frequency.
       sin: float32 [T, D/2].
@@ -54,7 +61,7 @@ def rotate_heads(
     meaning = "[T, H, G + 2, D], queries, key and value of each KV head"
     in_parts = qkv.ndim == 5
     shape = (None,) * (5 if in_parts else 4)
-    check_shape("qkv", qkv, shape, f"{meaning}, or parts [P, ...] of it")
+    check_shape("qkv", qkv, shape, f"{meaning}, or parts [parts, ...] of it")
     check_dtype("qkv", qkv, *((jnp.float32,) if in_parts else POOL_DTYPES))
     dtype = _dtype_of_results(qkv, dtype)
     num_tokens, _, width, head_size = qkv.shape[-4:]

@@ -14,6 +14,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.array_types import (
+    Angles,
+    HeadScale,
+    Projection,
+    Queries,
+    RowsOfHeads,
+)
 from pallas_kernels.gpu_layouts import interpreter_of, lane_rows_layout
 
 _THREADS = 128  # of a CTA
@@ -33,17 +40,17 @@ class RotateConfig:
 # Compiled once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("eps", "dtype", "interpret", "config"))
 def rotate_heads_gpu(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    q_scale: jax.Array | None,
-    k_scale: jax.Array | None,
+    qkv: Projection,
+    cos: Angles,
+    sin: Angles,
+    q_scale: HeadScale | None,
+    k_scale: HeadScale | None,
     *,
     eps: float,
     dtype: jnp.dtype | None = None,
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: RotateConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Queries, RowsOfHeads]:
     """Returns what `api.rotate_heads` documents, computed on a Hopper GPU."""
     config = config or RotateConfig()
     num_tokens, num_heads, width, head_size = qkv.shape[-4:]

@@ -5,20 +5,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import (
+    Angles,
+    HeadScale,
+    Projection,
+    Queries,
+    RowsOfHeads,
+)
 from pallas_kernels.common import as_rounded, rms_norm, sum_of_parts
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "dtype"))
 def rotate_heads_reference(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    q_scale: jax.Array | None,
-    k_scale: jax.Array | None,
+    qkv: Projection,
+    cos: Angles,
+    sin: Angles,
+    q_scale: HeadScale | None,
+    k_scale: HeadScale | None,
     *,
     eps: float,
     dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Queries, RowsOfHeads]:
     """Returns what `api.rotate_heads` documents; same arguments, no checks."""
     qkv = sum_of_parts(qkv, dtype, ndim=4)
     num_tokens, _, width, head_size = qkv.shape

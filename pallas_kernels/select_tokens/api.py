@@ -2,23 +2,23 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import PerHead, PerLane, Positions, Scores
 from pallas_kernels.common import check_dtype, check_shape, load_implementation
 
 
 class SelectedTokens(NamedTuple):
     """Result of `select_tokens`."""
 
-    indices: jax.Array  # int32 [lanes, H, cap], ascending; anything past the count
-    counts: jax.Array  # int32 [lanes, H]
+    indices: Positions  # ascending; anything past the count
+    counts: PerHead
 
 
 def select_tokens(
-    scores: jax.Array,
-    lengths: jax.Array,
-    budgets: jax.Array,
+    scores: Scores,
+    lengths: PerLane,
+    budgets: PerLane,
     *,
     cap: int,
     num_recent: int = 0,
@@ -33,9 +33,9 @@ def select_tokens(
     is exact and ascending. Indices past a count mean nothing.
 
     Args:
-      scores: float32 [lanes, H, C], larger is better; NaN and infinities only at
+      scores: float32 [lanes, H, X], larger is better; NaN and infinities only at
         or past the length of the lane.
-      lengths: int32 [lanes], number of candidates, 0..C.
+      lengths: int32 [lanes], number of candidates, 0..X.
       budgets: int32 [lanes], number wanted, 0..cap.
       cap: static size of the index lists.
       num_recent: number of last candidates that are always chosen.
@@ -47,7 +47,7 @@ def select_tokens(
       ValueError: shapes, dtypes or options that do not fit together.
       NotImplementedError: the chosen implementation cannot serve the shapes.
     """
-    check_shape("scores", scores, (None, None, None), "[lanes, H, C]")
+    check_shape("scores", scores, (None, None, None), "[lanes, H, X]")
     lanes = scores.shape[0]
     if 0 in scores.shape:
         raise ValueError(f"scores has shape {scores.shape}: no axis may be empty")

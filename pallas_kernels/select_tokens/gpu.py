@@ -22,6 +22,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.array_types import PerLane, Scores
 from pallas_kernels.gpu_layouts import interpreter_of
 from pallas_kernels.select_tokens.api import SelectedTokens
 
@@ -79,9 +80,9 @@ def choose_config(num_candidates: int) -> SelectConfig:
     static_argnames=("cap", "num_recent", "per_layer", "interpret", "config"),
 )
 def select_tokens_gpu(
-    scores: jax.Array,
-    lengths: jax.Array,
-    budgets: jax.Array,
+    scores: Scores,
+    lengths: PerLane,
+    budgets: PerLane,
     *,
     cap: int,
     num_recent: int = 0,

@@ -5,14 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import PerLane, Scores
 from pallas_kernels.select_tokens.api import SelectedTokens
 
 
 @functools.partial(jax.jit, static_argnames=("cap", "num_recent", "per_layer"))
 def select_tokens_reference(
-    scores: jax.Array,
-    lengths: jax.Array,
-    budgets: jax.Array,
+    scores: Scores,
+    lengths: PerLane,
+    budgets: PerLane,
     *,
     cap: int,
     num_recent: int = 0,

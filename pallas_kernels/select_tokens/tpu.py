@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.array_types import PerLane, Scores
 from pallas_kernels.select_tokens.api import SelectedTokens
 from pallas_kernels.select_tokens.reference import ordered_keys
 
@@ -33,9 +34,9 @@ _INT32_MAX = jnp.iinfo(jnp.int32).max
 
 
 def select_tokens_tpu(
-    scores: jax.Array,
-    lengths: jax.Array,
-    budgets: jax.Array,
+    scores: Scores,
+    lengths: PerLane,
+    budgets: PerLane,
     *,
     cap: int,
     num_recent: int = 0,

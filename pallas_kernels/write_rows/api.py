@@ -1,8 +1,8 @@
 """Public entry of the store of new KV rows: checks, choice of implementation."""
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import KvPages, NewRows, Places
 from pallas_kernels.common import (
     check_dtype,
     check_pool,
@@ -12,14 +12,14 @@ from pallas_kernels.common import (
 
 
 def write_rows(
-    kv_pages: jax.Array,
-    rows: jax.Array,
-    pages: jax.Array,
-    offsets: jax.Array,
+    kv_pages: KvPages,
+    rows: NewRows,
+    pages: Places,
+    offsets: Places,
     *,
     copies_from: int = 0,
     impl: str | None = None,
-) -> jax.Array:
+) -> KvPages:
     """Returns the pool with new rows stored, some of them in two places.
 
     Row `i` of head `h` goes to `kv_pages[pages[i, h], h, offsets[i, h]]`, bit for bit.

@@ -12,20 +12,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.array_types import KvPages, NewRows, Places
 from pallas_kernels.gpu_layouts import interpreter_of, row_layout
 
 
 # Compiled once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("copies_from", "interpret"))
 def write_rows_gpu(
-    kv_pages: jax.Array,
-    rows: jax.Array,
-    pages: jax.Array,
-    offsets: jax.Array,
+    kv_pages: KvPages,
+    rows: NewRows,
+    pages: Places,
+    offsets: Places,
     *,
     copies_from: int = 0,
     interpret: bool | plgpu.InterpretGPUParams = False,
-) -> jax.Array:
+) -> KvPages:
     """Returns what `api.write_rows` documents, computed on a Hopper GPU."""
     num_pages, num_heads, _, row_size = kv_pages.shape
     num_rows, (num_places, num_lists) = rows.shape[0], pages.shape

@@ -5,16 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import KvPages, NewRows, Places
+
 
 @functools.partial(jax.jit, static_argnames="copies_from")
 def write_rows_reference(
-    kv_pages: jax.Array,
-    rows: jax.Array,
-    pages: jax.Array,
-    offsets: jax.Array,
+    kv_pages: KvPages,
+    rows: NewRows,
+    pages: Places,
+    offsets: Places,
     *,
     copies_from: int = 0,
-) -> jax.Array:
+) -> KvPages:
     """Returns what `api.write_rows` documents; same arguments, no checks."""
     copies = rows[copies_from : copies_from + pages.shape[0] - rows.shape[0]]
     is_page = (pages >= 0) & (pages < kv_pages.shape[0])
