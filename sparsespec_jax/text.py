@@ -15,6 +15,8 @@ _INSTEAD = {
     bytes | bytearray | memoryview: "decode bytes first: bytes(...).decode('utf-8')",
     Mapping: "a chat is a list of messages: wrap a single message in []",
     Set: "a set has no order: give a list",
+    int | float | complex | np.generic: "put token ids into a list",
+    type(None): "give a text, or leave the prompt out",
 }
 
 
@@ -241,7 +243,7 @@ class OutputText:
         # Where two halves decode to the text of the whole, no character spans them.
         for cut in range(len(self._tokens) - 3, len(self._tokens) - 7, -1):
             first, last = decode(self._tokens[:cut]), decode(self._tokens[cut:])
-            if first + last == whole:
+            if last and first + last == whole:
                 self._hold(first[self._known :])
                 self._known = max(0, self._known - len(first))
                 self._tokens = self._tokens[cut:]

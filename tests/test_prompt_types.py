@@ -93,8 +93,11 @@ LOOP.append(LOOP)
 TYPES = "text, chat messages or token ids, got "
 THROUGHOUT = "holds token ids or chat messages throughout, got "
 REFUSED = {
-    "nothing": (None, TYPES + "NoneType"),
-    "number": (7, TYPES + "int"),
+    "nothing": (None, TYPES + "NoneType: give a text"),
+    "number": (7, TYPES + "int: put token ids into a list"),
+    "half a number": (0.5, TYPES + "float: put token ids into a list"),
+    "truth value": (True, TYPES + "bool: put"),
+    "numpy number": (np.int32(7), TYPES + "int32: put token ids into a list"),
     "object": (object(), TYPES + "object"),
     "class": (list, TYPES + "type"),
     "hostile": (Hostile(), TYPES + "Hostile"),

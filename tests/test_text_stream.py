@@ -172,7 +172,7 @@ BYTES = decoders.ByteLevel()
 HARD = {
     # The beginning of a text, where spaces go, may take several tokens.
     "spaces first": (
-        ["▁", "▁a", "##b", "|"],
+        ["▁", "▁a", "##b", "##"],
         decoders.Sequence(
             [
                 decoders.Replace("▁", " "),
@@ -181,8 +181,8 @@ HARD = {
                 decoders.Strip(" ", 3, 0),
             ]
         ),
-        [[0, 3, 0, 0, 1], [2, 0, 0, 1], [0, 0, 0, 0, 0, 1, 1]],
-        ["  ", "a a"],
+        [[0, 3, 1, 1], [0, 3, 0, 3, 1, 2], [2, 0, 0, 1], [0, 0, 0, 0, 0, 1, 1]],
+        ["  ", "a  a"],
     ),
     "a first space": (["▁", "▁a"], llama_decoder(), [[0, 0, 1, 1, 0, 1]], ["  "]),
     "empty pieces": (["##", "a"], decoders.WordPiece(), [[0, 0, 1, 0, 0, 1]], [" a"]),
@@ -202,6 +202,13 @@ HARD = {
         BYTES,
         [[0] * 9 + [5], [0, 0, 0, 0, 1, 2, 3, 0, 5], [0] * 6 + [1, 2, 3, 4, 0, 0]],
         [MARK + "a", "😀", MARK],
+    ),
+    # A token may be nothing at all; it ends no character.
+    "empty bytes": (
+        ["", *(spelled(bytes([b])) for b in b"\xad\xe2")],
+        BYTES,
+        [[1, 2, 0, 0, 0, 0, 0, 0, 1, 1], [2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2]],
+        ["\u2b6d"],
     ),
     "the last token differs": (
         ["a</w>", "b</w>c</w>"],
