@@ -49,6 +49,7 @@ _TOPICS = (
     "linear equations and their applications",
 )
 
+OF_SMOLLM2 = "experiments/results/contexts_smollm2.json"
 RANGES = ((500, 1000), (1000, 2000), (2000, 3000))
 
 
@@ -151,6 +152,20 @@ def is_looping(tokens, *, gram=8, share=0.4):
     windows = [tuple(tokens[i : i + gram]) for i in range(len(tokens) - gram + 1)]
     repeats = len(windows) - len(set(windows))
     return bool(windows) and repeats > share * len(windows)
+
+
+def path_for(values):
+    """The file that --contexts names, or the one that is there for --model.
+
+    Raises:
+      ValueError: none is, as the ids of another vocabulary make no text.
+    """
+    if values.contexts is None and values.model != "smollm2":
+        raise ValueError(
+            f"contexts: there are none for --model={values.model}: write some with "
+            "`python -m experiments.contexts` and name them by --contexts"
+        )
+    return values.contexts or OF_SMOLLM2
 
 
 def load_contexts(path) -> list[list[int]]:

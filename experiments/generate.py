@@ -98,6 +98,12 @@ def decode_missing(engine, prompts, config, *, mode, directory, journal_seconds)
                 bar.update(engine.num_emitted_tokens - bar.n)
 
 
+# What an entry of the journal has; `first` counts the tokens of the entries before.
+_ENTRY = {
+    "mode", "index", "first", "token_ids", "logprobs", "params_versions", "metrics"
+}  # fmt: skip
+
+
 class Journal:
     """What unfinished requests of one mode have emitted, in a run directory."""
 
@@ -108,7 +114,7 @@ class Journal:
 
     def submit(self, engine, prompt, sampling, index):
         """Queue a prompt where an earlier session left it."""
-        progress = self._progress(index)
+        progress = progress_of(self._directory, self._mode, index)
         if progress is None:
             engine.add_request(prompt, sampling, prompt_index=index)
             return
@@ -142,33 +148,35 @@ class Journal:
         self._directory.append_to_journal(entries)
         self._written = time.monotonic()
 
-    def _progress(self, index):
-        """RequestProgress of a prompt by the journal; None if it has nothing."""
-        place = (self._mode, index)
-        entries = [
-            e for e in self._directory.journal if (e["mode"], e["index"]) == place
-        ]
-        if not entries:
-            return None
-        tokens, logprobs = [], []
-        for entry in entries:
-            if entry["first"] != len(tokens):
-                raise record.RunError(
-                    f"{self._directory.path}/journal.jsonl: tokens "
-                    f"{len(tokens)} to {entry['first']} of prompt {index} are missing"
-                )
-            tokens += entry["token_ids"]
-            logprobs += entry["logprobs"]
-        last = entries[-1]
-        return RequestProgress(
-            request_id=-1,
-            prompt_index=index,
-            sample_index=0,
-            token_ids=tuple(tokens),
-            logprobs=tuple(logprobs),
-            params_versions=tuple(map(tuple, last["params_versions"])),
-            metrics=RequestMetrics.from_dict(last["metrics"]),
-        )
+
+def progress_of(directory, mode, index):
+    """RequestProgress of a prompt by the journal, None if it has nothing.
+
+    Raises:
+        RunError: tokens are missing in between.
+    """
+    entries = [e for e in directory.journal if (e["mode"], e["index"]) == (mode, index)]
+    if not entries:
+        return None
+    tokens, logprobs = [], []
+    for entry in entries:
+        if entry["first"] != len(tokens):
+            raise record.RunError(
+                f"{directory.path}/journal.jsonl: tokens {len(tokens)} to "
+                f"{entry['first']} of prompt {index} are missing"
+            )
+        tokens += entry["token_ids"]
+        logprobs += entry["logprobs"]
+    last = entries[-1]
+    return RequestProgress(
+        request_id=-1,
+        prompt_index=index,
+        sample_index=0,
+        token_ids=tuple(tokens),
+        logprobs=tuple(logprobs),
+        params_versions=tuple(map(tuple, last["params_versions"])),
+        metrics=RequestMetrics.from_dict(last["metrics"]),
+    )
 
 
 def _result_record(mode, place, result):
@@ -208,6 +216,39 @@ def checked_prompts(model, config) -> list[list[int]]:
 def engine_config(config, prompts):
     """The engine's sizes for prompts (token ids) of any of these lengths."""
     return config.engine(max(map(len, prompts)) + config.max_tokens)
+
+
+def check_records(directory, num_prompts):
+    """RunError if results or journal hold what this run cannot have written."""
+    known = {"mode", "index", "session", "step", "elapsed_s", "token_ids", "metrics"}
+    places = set()
+    for number, found in enumerate(directory.records, start=1):
+        place = found.get("mode"), found.get("index")
+        if not (known <= found.keys() and _is_place(place, num_prompts)):
+            raise record.RunError(
+                f"{directory.path}/results.jsonl:{number} is damaged: no result of a "
+                "prompt of this run"
+            )
+        if place in places:
+            raise record.RunError(
+                f"{directory.path}/results.jsonl:{number} is damaged: prompt "
+                f"{place[1]} is there twice"
+            )
+        places.add(place)
+    for number, found in enumerate(directory.journal, start=1):
+        place = found.get("mode"), found.get("index")
+        if not (_ENTRY <= found.keys() and _is_place(place, num_prompts)):
+            raise record.RunError(
+                f"{directory.path}/journal.jsonl:{number} is damaged: no tokens of a "
+                "prompt of this run"
+            )
+    for mode, index in {(e["mode"], e["index"]) for e in directory.journal} - places:
+        progress_of(directory, mode, index)
+
+
+def _is_place(place, num_prompts):
+    mode, index = place
+    return mode in equality.MODES and index in range(num_prompts)
 
 
 def run(model, prompts, config, directory, *, journal_seconds=1.0):
@@ -282,6 +323,7 @@ def main():
             )
         inputs = fingerprint.of_run("generate", model, impl=found.impl, prompts=prompts)
         directory = record.RunDirectory(output_dir, inputs=inputs, **of_run)
+        check_records(directory, len(prompts))
     again = "" if _OUTPUT_DIR.value else f" --output_dir {output_dir}"
     signals.resumable(f"add --resume{again} to go on")
     with directory:

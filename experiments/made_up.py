@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 
-from experiments import time_split
+from experiments import signals, time_split
 from pallas_kernels import device_trace
 from pallas_kernels.common import default_impl
 from sparsespec_jax import Engine, calibrate, sizes
@@ -79,7 +78,7 @@ def speedup_rows(slots: int, lengths, steps, acceptance) -> list[dict]:
 def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
     """The time split of `num_steps` steps of k drafts, and their largest kernels."""
     plans = calibrate.made_up_cycle(engine, k, length)
-    with tempfile.TemporaryDirectory() as directory:
+    with signals.temporary_directory() as directory:
         with device_trace.trace(directory):
             for step in range(num_steps):
                 outcome = engine.run_plan(plans[step % len(plans)])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
-import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import time_split
+from experiments import signals, time_split
 from pallas_kernels import device_trace
 from sparsespec_jax import Engine, SamplingParams
 
@@ -163,7 +162,7 @@ def _traced_steps(model, load, speculation, config, first_step, num_steps, *, co
         return usage["spilled_pages"], usage["restored_pages"]
 
     before = run_until(first_step)
-    with tempfile.TemporaryDirectory() as directory:
+    with signals.temporary_directory() as directory:
         with device_trace.trace(directory):
             after = run_until(first_step + num_steps)
             engine.pause()

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -77,6 +79,14 @@ def at_end(call):
         yield
     finally:
         _at_end.remove(call)
+
+
+@contextlib.contextmanager
+def temporary_directory():
+    """A directory for the block, which goes when a signal ends the process, too."""
+    with tempfile.TemporaryDirectory() as directory:
+        with at_end(lambda: shutil.rmtree(directory, ignore_errors=True)):
+            yield directory
 
 
 def resumable(how: str) -> None:

@@ -131,7 +131,7 @@ def _define_flags():
     flags.DEFINE_string("model", "smollm2", "Model to measure.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
     flags.DEFINE_string(
-        "contexts", "experiments/results/contexts_smollm2.json", "Token ids, JSON."
+        "contexts", None, f"Token ids, JSON; SmolLM2's: {contexts_lib.OF_SMOLLM2}."
     )
     flags.DEFINE_integer(
         "num_contexts", 30, "Use only the first so many.", lower_bound=1
@@ -206,7 +206,10 @@ def load_checked_model(values, contexts, setting):
     else:
         model = load_model(values.model, dtype=values.dtype)
     contexts_lib.check_contexts(
-        contexts, model, source=values.contexts, max_tokens=setting.max_tokens
+        contexts,
+        model,
+        source=values.contexts or contexts_lib.OF_SMOLLM2,
+        max_tokens=setting.max_tokens,
     )
     return model
 
@@ -257,7 +260,7 @@ def main():
         if values.smoke:
             contexts = smoke_contexts()
         else:
-            contexts = contexts_lib.load_contexts(values.contexts)
+            contexts = contexts_lib.load_contexts(contexts_lib.path_for(values))
             contexts = contexts[: values.num_contexts]
         model = load_checked_model(values, contexts, setting)
         continuations = values.continuations and contexts_lib.load_continuations(

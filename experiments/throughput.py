@@ -17,13 +17,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-import tempfile
 import time
 
 import numpy as np
 from absl import flags
 
-from experiments import launch, record, time_split
+from experiments import launch, record, signals, time_split
 from experiments.loads import LOADS, Load, check_requests
 from experiments.models import random_model
 from experiments.prompts import encode_prompts, load_prompts
@@ -320,7 +319,7 @@ def main():
     runs = {name: [] for name in modes}
     for repeat in range(_REPEATS.value):
         for name, speculation in modes.items():
-            with tempfile.TemporaryDirectory() as temporary:
+            with signals.temporary_directory() as temporary:
                 directory = _TRACE_DIR.value or temporary
                 run = run_mode(
                     load, model, prompts, speculation, directory, balance_tokens

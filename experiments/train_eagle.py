@@ -244,12 +244,13 @@ def split(contexts, num_held_out):
 
 def check_texts(values, model, texts, held_out):
     """ValueError if a text is too short to train on, or cannot be measured on."""
+    path = contexts_lib.path_for(values)
+    source = f"{path}, to train on"
     contexts_lib.check_contexts(
-        texts, model, source=values.contexts, max_tokens=0, at_least=_SEGMENT + 2
+        texts, model, source=source, max_tokens=0, at_least=_SEGMENT + 2
     )
-    contexts_lib.check_contexts(
-        held_out, model, source=values.held_out or values.contexts, max_tokens=_MEASURED
-    )
+    source = values.held_out or f"{path}, held out"
+    contexts_lib.check_contexts(held_out, model, source=source, max_tokens=_MEASURED)
     speculation, config = decoding_options(
         held_out, num_draft_tokens=values.num_draft_tokens, **engine_flags(values)
     )
@@ -266,7 +267,7 @@ def _define_flags():
     flags.DEFINE_string("output_dir", None, "Where to write.", required=True)
     flags.DEFINE_string("model", "smollm2", "Target model.")
     flags.DEFINE_string(
-        "contexts", "experiments/results/contexts_smollm2.json", "Token ids, JSON."
+        "contexts", None, f"Token ids, JSON; SmolLM2's: {contexts_lib.OF_SMOLLM2}."
     )
     flags.DEFINE_integer(
         "num_held_out", 2, "Texts to measure on and not train on.", lower_bound=1
@@ -313,7 +314,7 @@ def main():
             raise ValueError(
                 f"{output} already holds a head: name another --output_dir"
             )
-        texts = contexts_lib.load_contexts(values.contexts)
+        texts = contexts_lib.load_contexts(contexts_lib.path_for(values))
         if values.held_out:
             held_out = contexts_lib.load_contexts(values.held_out)
         else:

@@ -91,6 +91,7 @@ CASES = {
     ],
     "study": [
         ([*STUDY, "--contexts=none.json"], "there is no file none.json"),
+        (STUDY, "there are none for --model=tiny: write some with"),
         ([*STUDY, "--smoke", "--continuations=none"], "there is no file none"),
         ([*STUDY, "--contexts=empty.json"], "empty.json is not a list of contexts"),
         ([*STUDY, "--contexts=long.json"], "context 1 has 4090 tokens, which with 97"),
@@ -119,9 +120,10 @@ CASES = {
     ],
     "train_eagle": [
         ([MODEL, "--contexts=none.json"], "there is no file none.json"),
+        ([MODEL], "there are none for --model=tiny: write some with"),
         (
             [MODEL, "--contexts=short.json", "--held_out=good.json"],
-            "short.json: context 0 has 3 tokens, 66 are needed",
+            "short.json, to train on: context 0 has 3 tokens, 66 are needed",
         ),
         (
             [MODEL, "--contexts=good.json", "--held_out=long.json"],

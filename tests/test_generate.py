@@ -311,14 +311,38 @@ def test_unfinished_requests_go_on_from_the_journal(
         assert len(row["logprobs"]) == len(row["token_ids"])
 
 
-def test_a_journal_with_a_hole_is_refused(tmp_path, tiny_model):
-    config, path = tiny(), tmp_path / "run"
-    entry = {"mode": "plain", "index": 1, "first": 3, "token_ids": [1], "logprobs": [0]}
-    with open_run(path, config) as directory:
-        directory.append_to_journal([entry | {"params_versions": [], "metrics": {}}])
-    with open_run(path, config, resume=True) as directory:
-        with pytest.raises(record.RunError, match="tokens 0 to 3 of prompt 1 are miss"):
-            generate.run(tiny_model, PROMPTS, config, directory)
+ENTRY = {
+    "mode": "plain", "index": 1, "first": 0, "token_ids": [1], "logprobs": [0],
+    "params_versions": [[0, 1]], "metrics": RequestMetrics().to_dict(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([ENTRY | {"first": 3}], "tokens 0 to 3 of prompt 1 are missing"),
+        ([ENTRY, ENTRY], "tokens 1 to 0 of prompt 1 are missing"),
+        ([ENTRY, ENTRY | {"index": 4}], "journal.jsonl:2 is damaged: no tokens of a"),
+        ([ENTRY | {"mode": "both"}], "journal.jsonl:1 is damaged"),
+        ([{"mode": "plain", "index": 1}], "journal.jsonl:1 is damaged"),
+    ],
+)
+def test_a_damaged_journal_is_refused_before_the_work(tmp_path, entries, message):
+    with open_run(tmp_path / "run", tiny()) as directory:
+        directory.append_to_journal(entries)
+        with pytest.raises(record.RunError, match=message):
+            generate.check_records(directory, len(PROMPTS))
+
+
+def test_damaged_results_are_refused_before_the_work(tmp_path, whole):
+    good = record.load(whole[0])[1]
+    for number, changed in enumerate((good[0], {"index": 0}, good[1] | {"index": -1})):
+        with open_run(tmp_path / str(number), tiny()) as directory:
+            directory.append(good[0])
+            generate.check_records(directory, len(PROMPTS))
+            directory.append(changed)
+            with pytest.raises(record.RunError, match=r"results\.jsonl:2 is damaged"):
+                generate.check_records(directory, len(PROMPTS))
 
 
 def test_resuming_a_finished_run_decodes_nothing(whole, tiny_model):
