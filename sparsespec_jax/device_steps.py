@@ -10,6 +10,7 @@ import weakref
 
 import jax
 
+from sparsespec_jax import compile_cache
 from sparsespec_jax.dispatcher import Dispatcher
 from sparsespec_jax.model import params_dtype
 from sparsespec_jax.offload import HostPages, sent_first
@@ -32,6 +33,7 @@ class DeviceSteps:
     """
 
     def __init__(self, model, resolved, speculation, config):
+        compile_cache.turn_on()
         self._sizes, self._model_config = resolved, model.config
         self._options = step_options(speculation)
         ratio_test = speculation.acceptor == "ratio_test"

@@ -78,7 +78,7 @@ class StepShape:
             return 0
         least = self.num_slots - self.num_slots // self.cycle
         verified = self.verify_lanes * self.num_queries
-        for lanes in range(least, self.num_slots + 1):
+        for lanes in range(least, min(least + _TOKENS, self.num_slots + 1)):
             if (lanes * self.draft_queries + verified) % _TOKENS == 0:
                 return lanes
         return least

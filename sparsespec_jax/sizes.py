@@ -1,5 +1,6 @@
 """Sizes of an engine, checked against model, platform and memory before any work."""
 
+import dataclasses
 import math
 import os
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 
 from pallas_kernels import default_impl
 from sparsespec_jax.checkpoint import Model
-from sparsespec_jax.config import EngineConfig, SpeculationConfig
+from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
 from sparsespec_jax.model import params_dtype
 from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
 from sparsespec_jax.policy import Policy
@@ -46,6 +47,7 @@ def resolve(model, speculation, config):
     check_vocabulary(model.config, speculation)
     impl, max_length = resolve_impl(config.impl), resolve_max_length(model, config)
     shape = make_shape(speculation, config, max_length, impl)
+    check_counts(shape)
     kv_dtype = params_dtype(model.params)
     per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
     page_bytes = shape.page_size * per_token
@@ -100,6 +102,30 @@ def resolve_max_length(model, config):
             "tokens"
         )
     return wanted
+
+
+def with_length(model, speculation, config, longest):
+    """An EngineConfig with room for requests of `longest` tokens, and often a few more.
+
+    Compiled steps depend on the room, so it has one of a few sizes: decoding other
+    prompts then compiles nothing. Where that takes half of the free memory or more,
+    the room is what is needed.
+    """
+    rounded = rounded_length(longest, model.config.max_length)
+    shape = make_shape(speculation, config, rounded, "reference")
+    per_page = pool_bytes_per_page(
+        model.config, shape.page_size, params_dtype(model.params)
+    )
+    policy = resolve_policy(speculation.policy)
+    wanted = shape.num_pages * per_page + policy_bytes(model.config, shape, policy)
+    is_small = wanted < free_memory_bytes() // 2
+    return dataclasses.replace(config, max_length=rounded if is_small else longest)
+
+
+def rounded_length(tokens, most):
+    """The next of 256, 384, 512, 768, 1024 and so on, at most `most` tokens."""
+    size = max(256, 1 << (tokens - 1).bit_length())
+    return min(most, size if tokens > size * 3 // 4 or size == 256 else size * 3 // 4)
 
 
 def check_vocabulary(model_config, speculation):
@@ -206,6 +232,33 @@ def check_budget(speculation, max_length, shape):
         )
 
 
+def check_counts(shape):
+    """ValueError if a step would count what does not fit into int32."""
+    step_tokens = shape.num_draft_rows + shape.verify_lanes * shape.num_queries
+    step_tokens += shape.prefill_lanes * shape.prefill_chunk
+    plan = sum(math.prod(field) for field in shape.fields(prefill=True).values())
+    counts = {
+        "tokens of a request": (
+            shape.table_width * shape.page_size,
+            "max_length or page_size",
+        ),
+        "tokens in a step": (
+            step_tokens,
+            "prefill_lanes, prefill_chunk or num_slots",
+        ),
+        "integers in the plan of a step": (
+            plan,
+            "host_chunk_pages, prefill_lanes, prefill_chunk or num_slots",
+        ),
+    }
+    for what, (count, options) in counts.items():
+        if count > MAX_INT:
+            raise ValueError(
+                f"the options make up to {count} {what}, at most {MAX_INT} can be "
+                f"counted: lower {options}"
+            )
+
+
 def check_memory(model_config, shape, kv_dtype, policy, num_staged):
     """ValueError, with the pages that would fit, if the pool exceeds free memory.
 
@@ -215,13 +268,15 @@ def check_memory(model_config, shape, kv_dtype, policy, num_staged):
     per_page = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
     remembered = policy_bytes(model_config, shape, policy)
     free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered
-    fit = max(0, free // per_page - num_staged)
+    # Rows of a pool are numbered in int32.
+    most = MAX_INT // (shape.page_size * model_config.num_kv_heads)
+    fit = max(0, min(free // per_page - num_staged, most))
     if shape.num_pages > fit:
         raise ValueError(
             f"{shape.num_pages} KV pages of {per_page} bytes need "
             f"{shape.num_pages * per_page / 2**30:.1f} GiB, at most {fit} pages fit"
             + (f" beside {remembered} bytes of policy state" if remembered else "")
-            + ": lower num_slots or max_length, or set num_pages"
+            + ": lower num_slots, max_length or page_size, or set num_pages"
         )
 
 

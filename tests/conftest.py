@@ -10,6 +10,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to wait f
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test runs at once
 # Interpreted warpgroups wait for each other, each in a thread of the CPU client.
 os.environ.setdefault("PJRT_NPROC", "8")
+os.environ.setdefault("SPARSESPEC_COMPILE_CACHE", "off")  # the user's is the user's
 
 import gc
 import importlib.util
