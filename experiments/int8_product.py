@@ -59,16 +59,15 @@ class Tiling:
     groups: int = 4  # warpgroups of a CTA that multiply, 64 outputs each
     parts: int = 1  # cuts of the long axis
     ctas: int = 1  # of a multiprocessor, which share its memory
-    cluster: int = 1  # CTAs that read tokens together
 
     def __post_init__(self):
-        if min(self.groups, self.parts, self.ctas, self.cluster) < 1:
+        if min(self.groups, self.parts, self.ctas) < 1:
             raise ValueError(f"{self}: all sizes are at least 1")
 
     @property
     def outputs(self):
-        """Outputs of a cluster."""
-        return self.groups * _ROWS * self.cluster
+        """Outputs of a CTA."""
+        return self.groups * _ROWS
 
     def stages(self, num_tokens):
         """Steps of weights and tokens in flight."""
@@ -81,7 +80,7 @@ class Tiling:
         return (
             _padded(size_out) % self.outputs == 0
             and size_in % (_DEPTH * self.parts) == 0
-            and num_tokens % (8 * self.cluster) == 0
+            and num_tokens % 8 == 0
             and stages >= 2
             and stages * _DEPTH >= num_tokens * out_bytes  # results take their place
         )
@@ -237,7 +236,7 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype, size_out):
     def body(x_ref, values_ref, scale_ref, out_ref, shared, x_s, full, free):
         values_s, out_s = shared
         part, group = lax.axis_index("part"), lax.axis_index("warpgroup")
-        cta = lax.axis_index("tile") * cut.cluster + lax.axis_index("cta")
+        tile = lax.axis_index("tile") * cut.groups
 
         def copy(step, _):
             slot = lax.rem(step, stages)
@@ -248,11 +247,10 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype, size_out):
 
             step, bar = part * steps + step, full.at[slot]
             for i in range(cut.groups):
-                block = values_ref.at[cta * cut.groups + i, step]
+                block = values_ref.at[tile + i, step]
                 plgpu.copy_gmem_to_smem(block, values_s.at[i, slot], bar)
             inputs = pl.ds(pl.multiple_of(step * _DEPTH, _DEPTH), _DEPTH)
-            shares = {"collective_axes": "cta"} if cut.cluster > 1 else {}
-            plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_s.at[slot], bar, **shares)
+            plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_s.at[slot], bar)
 
         def load(step):
             slot = lax.rem(step, stages)
@@ -288,8 +286,8 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype, size_out):
                 return sums[...]
 
             sums = pl.run_scoped(run, plgpu.ACC((_ROWS, num_tokens), jnp.float32))
-            start = (cta * cut.groups + group) * _ROWS
-            outputs = pl.ds(pl.multiple_of(start, _ROWS), _ROWS)
+            start = pl.multiple_of((tile + group) * _ROWS, _ROWS)
+            outputs = pl.ds(start, _ROWS)
             factor = plgpu.load(
                 scale_ref.at[outputs], layout=_WGMMA.reduce(1), optimized=False
             )
@@ -306,8 +304,6 @@ def _by_kernel(x, values, scale, *, tiling: Tiling, dtype, size_out):
         out_type=jax.ShapeDtypeStruct((cut.parts, num_tokens, size_out), dtype),
         grid=(len(scale) // cut.outputs, cut.parts),
         grid_names=("tile", "part"),
-        cluster=(cut.cluster,),
-        cluster_names=("cta",),
         num_threads=cut.groups + 1,
         thread_name="warpgroup",
         kernel_name="int8_product",
@@ -323,12 +319,6 @@ def _scratch(cut, stages, num_tokens, x_dtype, dtype):
     item = jnp.dtype(dtype).itemsize
     values = cut.groups, stages, *_BLOCK
     results = cut.groups, stages * _DEPTH // item, _ROWS
-    if cut.cluster == 1:
-        free = plgpu.Barrier(num_arrivals=cut.groups, num_barriers=stages)
-    else:
-        free = plgpu.ClusterBarrier(
-            collective_axes=("cta",), num_arrivals=cut.groups, num_barriers=stages
-        )
     return [
         plgpu.RefUnion(
             plgpu.SMEM(values, jnp.int8),
@@ -336,5 +326,5 @@ def _scratch(cut, stages, num_tokens, x_dtype, dtype):
         ),
         plgpu.SMEM((stages, num_tokens, _DEPTH), x_dtype, transforms=_swizzled(2)),
         plgpu.Barrier(num_arrivals=1 + cut.groups, num_barriers=stages),
-        free,
+        plgpu.Barrier(num_arrivals=cut.groups, num_barriers=stages),
     ]

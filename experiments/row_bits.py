@@ -62,6 +62,7 @@ _ROWS = flags.DEFINE_list(
     "rows", "1,8,16,24,64,136,152,256,520,576,2184".split(","), "Numbers of rows."
 )
 _TIMED = flags.DEFINE_list("timed_rows", ["24", "64", "152"], "Of them, timed ones.")
+_FORM = flags.DEFINE_multi_enum("form", _FORMS, _FORMS, "Forms, see `product`.")
 _SECONDS = flags.DEFINE_integer("seconds", 100_000, "Begin nothing after so long.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
@@ -91,22 +92,22 @@ def product(x, kernel, *, parts, form, is_tied=False):
     return jnp.stack(made)
 
 
-def cases(names):
+def cases(names, forms):
     """(model, product, in, out, parts, form, is_tied) in the order of measurement."""
     for name in names:
         for which, (size_in, size_out, all_parts) in _MODELS[name].items():
             is_tied = which.startswith("tied")
             for parts in all_parts:
-                for form in (
-                    ("batched", "dot") if parts == 1 else ("batched", "separate")
-                ):
-                    yield name, which, size_in, size_out, parts, form, is_tied
+                other = "dot" if parts == 1 else "separate"
+                for form in ("batched", other):
+                    if form in forms:
+                        yield name, which, size_in, size_out, parts, form, is_tied
 
 
 def bits_of(run, x, kernels, all_rows):
-    """By number of rows, how many float32 values of the first rows differ from those
+    """How many float32 values of the first 8 rows differ, by number of rows.
 
-    of the first number with 8 rows or more; and the largest difference.
+    From those of the smallest number that has 8; with the largest difference.
     """
     made = {}
     for rows in all_rows:
@@ -163,7 +164,7 @@ def main():
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     results = record.results_header(own_flags, commit=_COMMIT.value) | {"rows": []}
     start = time.monotonic()
-    for case in cases(_NAMES.value):
+    for case in cases(_NAMES.value, _FORM.value):
         if time.monotonic() - start > _SECONDS.value:
             results["not_measured"] = results.get("not_measured", []) + [case]
             continue

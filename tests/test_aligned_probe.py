@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import aligned_steps, int8_product, models
+from experiments import aligned_steps, int8_product, models, row_bits
 from pallas_kernels.aot import compile_for
 from sparsespec_jax import EngineConfig, SpeculationConfig, calibrate, model, sizes
 from sparsespec_jax.model_config import PRESETS
@@ -72,8 +72,9 @@ def plain_text(engine):
     return texts
 
 
-@pytest.mark.parametrize("weights", aligned_steps.DRAFT_WEIGHTS)
-@pytest.mark.parametrize("is_one_program", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "is_one_program"), [("bfloat16", False), ("int8", True)]
+)
 def test_aligned_cycles_write_the_text_of_plain_decoding(
     engine, plain_text, weights, is_one_program
 ):
@@ -244,3 +245,23 @@ def test_a_wrong_option_is_named_at_once(option, message, tmp_path):
     )
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("form", ["batched", "dot", "separate"])
+def test_rows_that_depend_on_their_number_are_found(form):
+    kernel = jax.random.normal(jax.random.key(0), (12, 5))
+    x = jax.random.normal(jax.random.key(1), (16, 12))
+
+    def run(x, kernel, factor=1.0):
+        parts = 1 if form == "dot" else 3
+        return factor * row_bits.product(x, kernel, parts=parts, form=form)
+
+    np.testing.assert_allclose(run(x, kernel).sum(0), x @ kernel, rtol=1e-5, atol=1e-5)
+    tied = row_bits.product(x, kernel.T, parts=3, form=form, is_tied=True)
+    np.testing.assert_allclose(tied.sum(0), x @ kernel, rtol=1e-5, atol=1e-5)
+
+    def of_number(x, kernel):
+        return run(x, kernel, 1.0 + len(x) * 2.0**-20)
+
+    found = row_bits.bits_of(of_number, x, [kernel], [1, 8, 16])["differ"]
+    assert found[8] == 0 and found[1] > 0 and found[16] > 0
