@@ -348,8 +348,9 @@ def write_contexts(path, contexts):
 def _write(path, value):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(path, json.dumps(value))
-    signals.kept(path)
+    with signals.deferred():
+        record.write_text(path, json.dumps(value))
+        signals.kept(path)
 
 
 if __name__ == "__main__":

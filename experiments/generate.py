@@ -4,8 +4,9 @@
 
 Both modes run in one process on the same prompts, seeds and kernels; plain decoding
 is the same engine without drafts. The exit status is 1 if a token differs that must
-not. Writes config.json, environment.json, results.jsonl, journal.jsonl and summary.json
-to --output_dir; after an interruption, --resume decodes what is missing: unfinished
+not. Writes results.jsonl, journal.jsonl and summary.json to --output_dir, beside what
+they come from (config.json, inputs.json, environment.json). After an interruption,
+--resume decodes what is missing, if flags, prompts and model are the same: unfinished
 requests go on from the tokens in the journal. After Ctrl-C or SIGTERM none is lost,
 after a kill those of about a second.
 """

@@ -70,8 +70,9 @@ def join(parts, output, *, suffix):
                 directory.append(row | {"row": recorded(row["row"])})
             summary = {"claim": study.claim, "header": header, "x": study.x}
             summary |= {"series": study.series, "y": study.y}
-            directory.write_summary(summary)
-        signals.kept(path)
+            with signals.deferred():
+                directory.write_summary(summary)
+                signals.kept(path)
         written[name] = len(rows), len(keys)
     return written
 

@@ -199,8 +199,9 @@ def results_header(own_flags, *, commit: str | None) -> dict:
 def write_results(path, results: dict) -> None:
     """Write a results file, its folder included, whole or not at all."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, results)
-    signals.kept(path)
+    with signals.deferred():
+        write_json(path, results)
+        signals.kept(path)
 
 
 def _check_same(path, config, inputs):

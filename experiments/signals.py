@@ -96,7 +96,10 @@ def resumable(how: str) -> None:
 
 
 def kept(path) -> None:
-    """The file of that name holds what was done so far, whatever comes."""
+    """The file of that name holds what was done so far, whatever comes.
+
+    To be called in the `deferred` block that writes it.
+    """
     _kept[str(path)] = None
 
 
