@@ -31,7 +31,7 @@ from sparsespec_jax import (
     load_model,
     sizes,
 )
-from sparsespec_jax.selection import load_policy, resolve_policy
+from sparsespec_jax.policies.select import load_policy, resolve_policy
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")

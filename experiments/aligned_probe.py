@@ -32,9 +32,11 @@ from experiments.loads import LOADS
 from experiments.models import random_model
 from pallas_kernels import device_trace, timing
 from pallas_kernels.common import default_impl
-from sparsespec_jax import Model, calibrate, model, sizes
-from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax import Model, sizes
+from sparsespec_jax.models import transformer as model
+from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.plan import budget_tokens
+from sparsespec_jax.tuning import calibrate
 
 _MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes.")
 _LAYERS = flags.DEFINE_integer("num_layers", None, "Fewer layers.", lower_bound=1)

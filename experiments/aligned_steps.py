@@ -20,14 +20,16 @@ from experiments import int8_product
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.common import rms_norm
 from pallas_kernels.rotate_heads import rotate_heads
-from sparsespec_jax import Engine, cascade, model
+from sparsespec_jax import Engine
 from sparsespec_jax import plan as plan_lib
-from sparsespec_jax import step as step_lib
-from sparsespec_jax.attention import make_attend
 from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.device import cascade
+from sparsespec_jax.device import step as step_lib
+from sparsespec_jax.device.attention import make_attend
+from sparsespec_jax.models import transformer as model
+from sparsespec_jax.models.rope import rope_tables
 from sparsespec_jax.plan import StepPlan, StepShape
-from sparsespec_jax.policy import Policy
-from sparsespec_jax.rope import rope_tables
+from sparsespec_jax.policies.base import Policy
 
 DRAFT_WEIGHTS = ("bfloat16", "int8")
 PRODUCTS = ("qkv", "out", "gate_up", "down", "lm_head")

@@ -8,7 +8,7 @@ import pkgutil
 from dataclasses import dataclass
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
-from sparsespec_jax.selection import resolve_policy
+from sparsespec_jax.policies.select import resolve_policy
 
 
 def _option(default, text):

@@ -30,7 +30,7 @@ from sparsespec_jax import (
     load_model,
     sizes,
 )
-from sparsespec_jax.model import causal_attend, forward, logits
+from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from sparsespec_jax.metrics import (
+from sparsespec_jax.host.metrics import (
     DecodeStats,
     RequestMetrics,
     token_forwards_per_token,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsespec_jax.model_config import config_to_json
+from sparsespec_jax.models.config import config_to_json
 
 # What else decides how XLA and the libraries below it round.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")

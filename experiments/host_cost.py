@@ -19,13 +19,13 @@ from absl import flags
 
 from experiments import launch, record
 from sparsespec_jax import SamplingParams, SpeculationConfig, plan
-from sparsespec_jax.dispatcher import Dispatcher
-from sparsespec_jax.metrics import RequestMetrics
-from sparsespec_jax.outputs import Output, Outputs
+from sparsespec_jax.host.dispatcher import Dispatcher
+from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.outputs import Output, Outputs
+from sparsespec_jax.host.request import Request, token_array
+from sparsespec_jax.host.scheduler import Scheduler
+from sparsespec_jax.host.text import OutputText
 from sparsespec_jax.plan import NOT_SEED, StepOutcome, StepShape
-from sparsespec_jax.request import Request, token_array
-from sparsespec_jax.scheduler import Scheduler
-from sparsespec_jax.text import OutputText
 
 _REQUESTS = flags.DEFINE_list("num_requests", ["256", "1024"], "Loads to time.")
 _CONTEXT = flags.DEFINE_integer(

@@ -5,8 +5,7 @@ weights are widened in registers, where the matrix unit takes them as its left o
 so tokens are its columns. They are packed: what a warpgroup multiplies at once, 64
 outputs by 128 inputs, lies together in the order in which threads take it. One more
 warpgroup of each CTA copies weights and tokens into shared memory. `parts` cuts the
-long axis over CTAs; their sums are left to the kernel behind, as `sparsespec_jax.model`
-does.
+long axis over CTAs; their sums are left to the kernel behind, as the transformer does.
 """
 
 from __future__ import annotations

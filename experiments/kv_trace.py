@@ -8,9 +8,9 @@ import time
 import numpy as np
 
 from sparsespec_jax import plan as plan_lib
-from sparsespec_jax.plan import StepShape, pages_for
-from sparsespec_jax.request import Request, Status, token_array
-from sparsespec_jax.scheduler import RESTORE_CHUNKS, Scheduler
+from sparsespec_jax.host.request import Request, Status, token_array
+from sparsespec_jax.host.scheduler import Scheduler
+from sparsespec_jax.plan import RESTORE_CHUNKS, StepShape, pages_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import dataclasses
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
-from sparsespec_jax.intake import check_prompt, make_request
-from sparsespec_jax.scheduler import Scheduler
-from sparsespec_jax.selection import resolve_policy
+from sparsespec_jax.host.intake import check_prompt, make_request
+from sparsespec_jax.host.scheduler import Scheduler
+from sparsespec_jax.policies.select import resolve_policy
 
 
 def _option(default, text):

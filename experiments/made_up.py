@@ -7,10 +7,11 @@ import dataclasses
 from experiments import signals, time_split
 from pallas_kernels import device_trace
 from pallas_kernels.common import default_impl
-from sparsespec_jax import Engine, calibrate, sizes
-from sparsespec_jax.cost_model import CostModel
-from sparsespec_jax.model_config import PRESETS
-from sparsespec_jax.state import pool_bytes_per_page
+from sparsespec_jax import Engine, sizes
+from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.models.config import PRESETS
+from sparsespec_jax.tuning import calibrate
+from sparsespec_jax.tuning.cost_model import CostModel
 
 
 def options(load, choices: list[int], longest: int):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from sparsespec_jax.model import params_dtype
+from sparsespec_jax.models.transformer import params_dtype
 
 _RESAMPLES = 2000
 _RANGES = ((500, 1000), (1000, 2000), (2000, 4000), (4000, 8192))

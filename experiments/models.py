@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sparsespec_jax import Model
-from sparsespec_jax.model import init_params
-from sparsespec_jax.model_config import PRESETS, ModelConfig
+from sparsespec_jax.models.config import PRESETS, ModelConfig
+from sparsespec_jax.models.transformer import init_params
 
 # Two layers with grouped heads; compiles in a second.
 TINY = ModelConfig(

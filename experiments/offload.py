@@ -30,7 +30,7 @@ from experiments.pressure import (
     trace_copies,
 )
 from sparsespec_jax import EngineConfig, SpeculationConfig
-from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax.models.config import PRESETS
 
 _MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes to run.")
 _DTYPE = flags.DEFINE_enum(

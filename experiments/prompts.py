@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from sparsespec_jax.text import encode_prompt
+from sparsespec_jax.host.text import encode_prompt
 
 # A prompt is text, a list of chat messages or a list of token ids.
 Prompt = str | list[dict] | list[int]

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsespec_jax import model as model_lib
+from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.plan import budget_tokens
-from sparsespec_jax.policy import (
+from sparsespec_jax.policies.base import (
     SelectionOptions,
     SelectionView,
     as_mask,

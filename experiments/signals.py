@@ -34,7 +34,7 @@ _leaving = threading.Lock()  # taken once, on the way out
 
 def install() -> None:
     """Take over SIGINT and SIGTERM, unless the process was told to ignore them."""
-    if signal.getsignal(signal.SIGINT) is _on_signal:
+    if any(signal.getsignal(number) is _on_signal for number in _STATUS):
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

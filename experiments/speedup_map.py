@@ -21,8 +21,9 @@ from absl import flags
 from experiments import launch, made_up, record
 from experiments.loads import LOADS
 from experiments.models import random_model
-from sparsespec_jax import calibrate, sizes
-from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax import sizes
+from sparsespec_jax.models.config import PRESETS
+from sparsespec_jax.tuning import calibrate
 
 _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose options are timed."

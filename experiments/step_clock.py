@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels.device_clock import nanoseconds, read_clock
 from sparsespec_jax import Engine
-from sparsespec_jax.step import jit_step
+from sparsespec_jax.device.step import jit_step
 
 
 class ClockedEngine(Engine):

@@ -20,7 +20,7 @@ from experiments import launch, record, time_split
 from experiments.loads import LOADS
 from experiments.made_up import make_engine, trace_steps
 from experiments.models import random_model
-from sparsespec_jax import calibrate
+from sparsespec_jax.tuning import calibrate
 
 _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose engine is timed."

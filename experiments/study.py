@@ -33,7 +33,7 @@ from experiments.models import tiny_model
 from experiments.study_bench import Bench, Setting, without_budget
 from experiments.study_config import Row, load_study, smoke_rows, study_names
 from sparsespec_jax import load_model, sizes
-from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
+from sparsespec_jax.policies.select import POLICIES, load_policy, resolve_policy
 
 _AGAIN = "the same command goes on"
 

@@ -14,7 +14,7 @@ from experiments import contexts as contexts_lib
 from experiments import measure, replay
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax.plan import pages_for
-from sparsespec_jax.policy import SelectionOptions
+from sparsespec_jax.policies.base import SelectionOptions
 
 
 @dataclass(frozen=True, kw_only=True)

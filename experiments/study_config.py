@@ -8,7 +8,7 @@ import pkgutil
 from dataclasses import dataclass
 
 from sparsespec_jax import SpeculationConfig
-from sparsespec_jax.selection import POLICIES
+from sparsespec_jax.policies.select import POLICIES
 
 MODES = ("decode", "replay")
 

@@ -37,9 +37,9 @@ from sparsespec_jax import (
     load_model,
     sizes,
 )
-from sparsespec_jax.calibrate import load_or_measure
-from sparsespec_jax.cost_model import Chooser, accepted_drafts
-from sparsespec_jax.state import pool_bytes_per_page
+from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.tuning.calibrate import load_or_measure
+from sparsespec_jax.tuning.cost_model import Chooser, accepted_drafts
 
 _LOAD = flags.DEFINE_enum(
     "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load; other flags change it."

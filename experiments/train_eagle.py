@@ -31,8 +31,8 @@ from absl import flags
 from experiments import contexts as contexts_lib
 from experiments import launch, measure, record, signals
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model, sizes
-from sparsespec_jax import model as model_lib
-from sparsespec_jax.eagle import (
+from sparsespec_jax.models import transformer as model_lib
+from sparsespec_jax.proposers.eagle import (
     Eagle,
     EagleHead,
     feature_layers,

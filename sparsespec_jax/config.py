@@ -9,7 +9,7 @@ scheduler reads these too.
 import dataclasses
 import operator
 
-from sparsespec_jax.fields import LARGEST, shown
+from sparsespec_jax.models.fields import LARGEST, shown
 
 ACCEPTORS = ("shared_noise", "ratio_test", "forced")
 MASS_ROWS = ("all", "edges")
@@ -183,8 +183,8 @@ class SpeculationConfig:
     draft_token_choices: tuple[int, ...] = ()  # smaller k that the engine may turn to
     budget_ratio: float = 0.05  # s, share of the context a draft reads, (0, 1]
     min_budget: int = 192  # tokens read at least (b_min)
-    proposer: object = "self"  # who drafts: name in proposers.PROPOSERS, or an object
-    policy: object = "pillar"  # name in selection.POLICIES, or a Policy
+    proposer: object = "self"  # who drafts: a name of proposers.base, or an object
+    policy: object = "pillar"  # a name of policies.select, or a Policy
     acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023), "forced"
     forced_acceptance: float | None = None  # with "forced": mean accepted drafts; lossy
     mass_rows: str = "all"  # verify rows whose attention counts: "all" or "edges"

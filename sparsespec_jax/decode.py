@@ -9,9 +9,9 @@ import time
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
-from sparsespec_jax.results import DecodeResults
+from sparsespec_jax.host.results import DecodeResults
+from sparsespec_jax.host.text import encode_prompt
 from sparsespec_jax.sizes import check_types, with_length
-from sparsespec_jax.text import encode_prompt
 
 
 def decode(

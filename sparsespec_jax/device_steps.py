@@ -10,12 +10,12 @@ import weakref
 
 import jax
 
-from sparsespec_jax import compile_cache
-from sparsespec_jax.dispatcher import Dispatcher
-from sparsespec_jax.model import params_dtype
-from sparsespec_jax.offload import HostPages, sent_first
-from sparsespec_jax.state import committed, new_state
-from sparsespec_jax.step import make_step, step_options
+from sparsespec_jax.device.offload import HostPages, sent_first
+from sparsespec_jax.device.state import committed, new_state
+from sparsespec_jax.device.step import make_step, step_options
+from sparsespec_jax.host.dispatcher import Dispatcher
+from sparsespec_jax.models.transformer import params_dtype
+from sparsespec_jax.tuning import compile_cache
 
 
 class DeviceSteps:

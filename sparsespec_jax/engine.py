@@ -7,21 +7,21 @@ from collections import deque
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.device.state import committed
 from sparsespec_jax.device_steps import DeviceSteps
-from sparsespec_jax.dispatcher import HostClock
-from sparsespec_jax.intake import (
+from sparsespec_jax.host.dispatcher import HostClock
+from sparsespec_jax.host.intake import (
     check_progress,
     check_prompt,
     make_output,
     make_request,
 )
-from sparsespec_jax.interrupts import Whole
-from sparsespec_jax.metrics import DecodeStats
-from sparsespec_jax.outputs import Outputs
-from sparsespec_jax.params import check_same_params
+from sparsespec_jax.host.interrupts import Whole
+from sparsespec_jax.host.metrics import DecodeStats
+from sparsespec_jax.host.outputs import Outputs
+from sparsespec_jax.host.scheduler import Scheduler
+from sparsespec_jax.models.same_params import check_same_params
 from sparsespec_jax.plan import StepOutcome
-from sparsespec_jax.scheduler import Scheduler
-from sparsespec_jax.state import committed
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 

@@ -26,6 +26,7 @@ NO_TOKEN = -1
 # Values of `seed_counts` for a verification of all drafts, or of none of them.
 NOT_SEED, PENDING_ONLY = -1, -2
 FULL_TABLE, DRAFT_TABLE = 0, 1
+RESTORE_CHUNKS = 2  # most chunks that come back from host memory in one step
 _SMALLEST = float(np.finfo(np.float32).tiny)  # that no device takes for 0
 _TOKENS = 8  # cuBLAS takes multiples of them; XLA pads others, in a launch
 
@@ -201,6 +202,14 @@ class PlannedVerifies(NamedTuple):
     num_rows: np.ndarray  # int64 [n], most rows that each commits (drafts + 1)
     num_queries: int  # Q of the step
     is_whole: np.ndarray  # bool [n], all draft steps of a cycle lie behind
+
+
+class PageMove(NamedTuple):
+    """Copy the pages of one chunk to host memory, or from there into the pool."""
+
+    to_host: bool
+    chunk: int  # host chunk
+    pages: tuple[int, ...]  # pool pages, at most the pages of a chunk
 
 
 # Columns of an outcome row, one row per verify lane.

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import default_impl
-from sparsespec_jax.checkpoint import Model
 from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
-from sparsespec_jax.model import params_dtype
-from sparsespec_jax.plan import StepShape, budget_tokens, pages_for
-from sparsespec_jax.policy import Policy
-from sparsespec_jax.proposers import resolve_proposer
-from sparsespec_jax.scheduler import RESTORE_CHUNKS
-from sparsespec_jax.selection import resolve_policy
-from sparsespec_jax.state import pool_bytes_per_page
+from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.loading.load import Model
+from sparsespec_jax.models.transformer import params_dtype
+from sparsespec_jax.plan import RESTORE_CHUNKS, StepShape, budget_tokens, pages_for
+from sparsespec_jax.policies.base import Policy
+from sparsespec_jax.policies.select import resolve_policy
+from sparsespec_jax.proposers.base import resolve_proposer
 
 # Multiples of keys that the GPU kernels take without padding, and up to how many keys.
 _GPU_MASS_KEYS = {32768: 2048, math.inf: 4096}

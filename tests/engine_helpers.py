@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, decode
-from sparsespec_jax import model as model_lib
 from sparsespec_jax import sampling as sampling_lib
+from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.plan import slot_params as make_slot_params
 
 SPECULATION = SpeculationConfig(num_draft_tokens=3, budget_ratio=0.2, min_budget=3)

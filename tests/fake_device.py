@@ -3,9 +3,14 @@
 import numpy as np
 
 from sparsespec_jax import plan as plan_lib
-from sparsespec_jax.plan import NOT_SEED, StepShape, budget_tokens, pages_for
-from sparsespec_jax.request import Request, Status, token_array
-from sparsespec_jax.scheduler import RESTORE_CHUNKS
+from sparsespec_jax.host.request import Request, Status, token_array
+from sparsespec_jax.plan import (
+    NOT_SEED,
+    RESTORE_CHUNKS,
+    StepShape,
+    budget_tokens,
+    pages_for,
+)
 
 RATIO, FLOOR = 0.3, 2
 CHUNK_PAGES = 3

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from sparsespec_jax.hf_config import hf_config
-from sparsespec_jax.model import causal_attend, forward, logits
+from sparsespec_jax.loading.hf_config import hf_config
+from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
 GOLDENS = Path(__file__).parent / "goldens"
 ABSENT = object()  # as a value: the key is taken out

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparsespec_jax import SpeculationConfig, acceptance, sampling
+from sparsespec_jax import SpeculationConfig, sampling
+from sparsespec_jax.device import acceptance
 from tests.test_sampling import law
 
 

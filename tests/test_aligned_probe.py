@@ -13,12 +13,14 @@ import pytest
 
 from experiments import aligned_steps, int8_product, models, row_bits
 from pallas_kernels.aot import compile_for
-from sparsespec_jax import EngineConfig, SpeculationConfig, calibrate, model, sizes
-from sparsespec_jax.model_config import PRESETS
+from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
+from sparsespec_jax.device.state import new_state
+from sparsespec_jax.device.step import step_options
+from sparsespec_jax.models import transformer as model
+from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.plan import StepOutcome
-from sparsespec_jax.selection import resolve_policy
-from sparsespec_jax.state import new_state
-from sparsespec_jax.step import step_options
+from sparsespec_jax.policies.select import resolve_policy
+from sparsespec_jax.tuning import calibrate
 
 K, LENGTH, NEW = 3, 40, 9
 PRODUCTS = dict.fromkeys(aligned_steps.PRODUCTS, int8_product.Xla())

@@ -9,21 +9,15 @@ import pytest
 from scipy import stats
 
 from experiments.models import TINY
-from sparsespec_jax import (
-    Engine,
-    Model,
-    SamplingParams,
-    SpeculationConfig,
-    acceptance,
-    calibrate,
-    cascade,
-)
-from sparsespec_jax import model as model_lib
-from sparsespec_jax.model import init_params
+from sparsespec_jax import Engine, Model, SamplingParams, SpeculationConfig
+from sparsespec_jax.device import acceptance, cascade
+from sparsespec_jax.device.step import make_step
+from sparsespec_jax.models import transformer as model_lib
+from sparsespec_jax.models.transformer import init_params
 from sparsespec_jax.plan import StepOutcome
-from sparsespec_jax.proposers import Cascade, NGram, resolve_proposer
+from sparsespec_jax.proposers.base import Cascade, NGram, resolve_proposer
 from sparsespec_jax.sampling import probabilities
-from sparsespec_jax.step import make_step
+from sparsespec_jax.tuning import calibrate
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 from tests.test_draft_token_choices import decode_switching
 from tests.test_proposers import Constant, copier

@@ -6,8 +6,8 @@ import json
 import pytest
 from tokenizers import decoders
 
-from sparsespec_jax.text import encode_prompt
-from sparsespec_jax.tokenizer import Tokenizer
+from sparsespec_jax.host.text import encode_prompt
+from sparsespec_jax.loading.tokenizer import Tokenizer
 from tests.test_text_stream import small
 
 USER = [{"role": "user", "content": "<b> é"}]

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax import default_model as default_model_module
-from sparsespec_jax.checkpoint import Model, load_model, save_checkpoint
-from sparsespec_jax.hf_config import hf_config
-from sparsespec_jax.model import init_params
-from sparsespec_jax.model_config import Llama3Scaling, YarnScaling
-from sparsespec_jax.tokenizer import tokenizer_from_vocabulary
+from sparsespec_jax.loading import default_model as default_model_module
+from sparsespec_jax.loading.hf_config import hf_config
+from sparsespec_jax.loading.load import Model, load_model, save_checkpoint
+from sparsespec_jax.loading.tokenizer import tokenizer_from_vocabulary
+from sparsespec_jax.models.config import Llama3Scaling, YarnScaling
+from sparsespec_jax.models.transformer import init_params
 from tests.model_files import (
     GOLDENS,
     edit_config,

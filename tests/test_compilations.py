@@ -17,11 +17,11 @@ from sparsespec_jax import (
     Model,
     SamplingParams,
     SpeculationConfig,
-    compile_cache,
     decode,
 )
-from sparsespec_jax.model import init_params
-from sparsespec_jax.user_cache import user_cache_dir
+from sparsespec_jax.loading.user_cache import user_cache_dir
+from sparsespec_jax.models.transformer import init_params
+from sparsespec_jax.tuning import compile_cache
 from tests.engine_helpers import make_prompts
 
 
@@ -88,7 +88,7 @@ print(json.dumps({
 PROGRAM_ON_A_FULL_DISK = """
 import json, resource, sys
 import jax, jax.numpy as jnp
-from sparsespec_jax import compile_cache
+from sparsespec_jax.tuning import compile_cache
 
 compile_cache.turn_on()
 if sys.argv[1:]:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig
-from sparsespec_jax.eagle import Eagle
-from sparsespec_jax.mass_policies import MassOptions
-from sparsespec_jax.policy import Policy
-from sparsespec_jax.proposers import NGram
+from sparsespec_jax.policies.base import Policy
+from sparsespec_jax.policies.mass import MassOptions
+from sparsespec_jax.proposers.base import NGram
+from sparsespec_jax.proposers.eagle import Eagle
 
 # A value of every number of every record that none of the checks refuses.
 NUMBERS = {

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax.checkpoint import load_model
-from sparsespec_jax.gguf_config import gguf_config
-from sparsespec_jax.gguf_file import GgufFile
-from sparsespec_jax.gguf_weights import gguf_tokenizer
-from sparsespec_jax.hf_config import hf_config
-from sparsespec_jax.model_config import LinearScaling, Llama3Scaling, YarnScaling
-from sparsespec_jax.tokenizer import tokenizer_from_directory
+from sparsespec_jax.loading.gguf_config import gguf_config
+from sparsespec_jax.loading.gguf_file import GgufFile
+from sparsespec_jax.loading.gguf_weights import gguf_tokenizer
+from sparsespec_jax.loading.hf_config import hf_config
+from sparsespec_jax.loading.load import load_model
+from sparsespec_jax.loading.tokenizer import tokenizer_from_directory
+from sparsespec_jax.models.config import LinearScaling, Llama3Scaling, YarnScaling
 from tests.model_files import (
     ABSENT,
     GOLDENS,

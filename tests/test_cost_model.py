@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from sparsespec_jax import Engine, calibrate
-from sparsespec_jax.cost_model import Chooser, CostModel, accepted_drafts
+from sparsespec_jax import Engine
+from sparsespec_jax.tuning import calibrate
+from sparsespec_jax.tuning.cost_model import Chooser, CostModel, accepted_drafts
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 
 NAN = math.nan

@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from sparsespec_jax import Engine, SamplingParams
-from sparsespec_jax.dispatcher import Dispatcher, HostClock
+from sparsespec_jax.host.dispatcher import Dispatcher, HostClock
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from experiments import train_eagle
 from sparsespec_jax import Engine, SamplingParams
-from sparsespec_jax import model as model_lib
-from sparsespec_jax.eagle import (
+from sparsespec_jax.models import transformer as model_lib
+from sparsespec_jax.proposers.base import resolve_proposer
+from sparsespec_jax.proposers.eagle import (
     Eagle,
     EagleHead,
     attention,
@@ -20,7 +21,6 @@ from sparsespec_jax.eagle import (
     load_eagle,
     save_eagle,
 )
-from sparsespec_jax.proposers import resolve_proposer
 from tests.engine_helpers import ENGINE, SPECULATION, make_prompts, run, tokens_of
 
 

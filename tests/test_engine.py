@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from sparsespec_jax import Engine, Model, SamplingParams, decode, stream
-from sparsespec_jax.tokenizer import Tokenizer
+from sparsespec_jax.loading.tokenizer import Tokenizer
 from tests.engine_helpers import (
     ENGINE,
     LAWS,

@@ -16,7 +16,7 @@ import jax
 import sparsespec_jax as ss
 import dataclasses
 from experiments import models
-from sparsespec_jax.model import init_params
+from sparsespec_jax.models.transformer import init_params
 
 config = dataclasses.replace(models.TINY, vocab_size=1_000_000)
 model = ss.Model(

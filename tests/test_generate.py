@@ -15,8 +15,8 @@ import pytest
 from experiments import config as config_lib
 from experiments import equality, generate, record
 from experiments.config import GenerateConfig
-from sparsespec_jax.metrics import DecodeStats, RequestMetrics
-from sparsespec_jax.model_config import ModelConfig
+from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
+from sparsespec_jax.models.config import ModelConfig
 
 
 def tiny(**changes):
@@ -385,8 +385,8 @@ def test_a_prompt_too_long_for_the_model_names_it(tmp_path, tiny_model):
 def saved_model(tmp_path_factory):
     """A checkpoint of a random model, for commands that load one by path."""
     from sparsespec_jax import Model
-    from sparsespec_jax.checkpoint import save_checkpoint
-    from sparsespec_jax.model import init_params
+    from sparsespec_jax.loading.load import save_checkpoint
+    from sparsespec_jax.models.transformer import init_params
 
     config = ModelConfig(
         vocab_size=61,

@@ -15,7 +15,7 @@ import pytest
 from experiments import generate, models, record
 from experiments.config import GenerateConfig
 from sparsespec_jax import Model, load_model, save_checkpoint
-from sparsespec_jax.model import init_params
+from sparsespec_jax.models.transformer import init_params
 
 STARTING = "interrupted while starting; nothing was done"
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}

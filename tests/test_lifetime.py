@@ -14,7 +14,7 @@ import pytest
 from engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, tokens_of
 
 from sparsespec_jax import Engine, SamplingParams, decode, stream
-from sparsespec_jax.interrupts import Whole
+from sparsespec_jax.host.interrupts import Whole
 
 LAGS = (0, 1, 2)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax.checkpoint import load_model, save_checkpoint
-from sparsespec_jax.hf_config import hf_config
-from sparsespec_jax.model_config import PRESETS, ModelConfig, YarnScaling
+from sparsespec_jax.loading.hf_config import hf_config
+from sparsespec_jax.loading.load import load_model, save_checkpoint
+from sparsespec_jax.models.config import PRESETS, ModelConfig, YarnScaling
 from tests.model_files import (
     ABSENT,
     GOLDENS,

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from sparsespec_jax import metrics
-from sparsespec_jax.metrics import DecodeStats, KvTokens, RequestMetrics
+from sparsespec_jax.host import metrics
+from sparsespec_jax.host.metrics import DecodeStats, KvTokens, RequestMetrics
 
 
 def request(accepted, *, k=4, prompt=10, outputs=None):

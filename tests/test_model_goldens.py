@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sparsespec_jax import model as model_lib
-from sparsespec_jax.hf_weights import load_hf
-from sparsespec_jax.model import (
-    Projection,
-    causal_attend,
-    forward,
-    forward_with_features,
-    init_params,
-    logits,
-    param_shapes,
-)
-from sparsespec_jax.model_config import (
+from sparsespec_jax.loading.hf_weights import load_hf
+from sparsespec_jax.models import transformer as model_lib
+from sparsespec_jax.models.config import (
     PRESETS,
     LinearScaling,
     Llama3Scaling,
@@ -29,6 +20,15 @@ from sparsespec_jax.model_config import (
     YarnScaling,
     config_from_json,
     config_to_json,
+)
+from sparsespec_jax.models.transformer import (
+    Projection,
+    causal_attend,
+    forward,
+    forward_with_features,
+    init_params,
+    logits,
+    param_shapes,
 )
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import pressure
-from sparsespec_jax import Engine, EngineConfig, SamplingParams, offload
-from sparsespec_jax.kv_manager import PageMove
-from sparsespec_jax.offload import HostPages, check_flags
+from sparsespec_jax import Engine, EngineConfig, SamplingParams
+from sparsespec_jax.device import offload
+from sparsespec_jax.device.offload import HostPages, check_flags
+from sparsespec_jax.plan import PageMove
 from tests.engine_helpers import SPECULATION, run, tokens_of
 
 NUM_REQUESTS = 64
@@ -164,7 +165,7 @@ def test_preemption_compiles_nothing(tiny_model, load):
     engine.warm_up()
     compiled = engine.num_compilations
     assert compiled == 2
-    from sparsespec_jax import offload
+    from sparsespec_jax.device import offload
 
     copies = offload._gather._cache_size(), offload._scatter._cache_size()
     decode(engine, [items[:12] for items in load], share=0.5)
@@ -256,7 +257,9 @@ def test_after_warm_up_nothing_compiles_for_pages(tiny_model, load):
 
 
 def test_a_lost_page_would_be_noticed(tiny_model, load, plain, monkeypatch):
-    monkeypatch.setattr("sparsespec_jax.offload._scatter", lambda pools, *_: pools)
+    monkeypatch.setattr(
+        "sparsespec_jax.device.offload._scatter", lambda pools, *_: pools
+    )
     engine = make_engine(tiny_model, load)
     assert tokens_of(decode(engine, load)) != plain
 

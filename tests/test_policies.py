@@ -11,17 +11,18 @@ import pytest
 
 from experiments.models import TINY
 from experiments.models import tiny_model as tiny_model_of
-from sparsespec_jax import Engine, Policy, attention
-from sparsespec_jax.key_policies import (
+from sparsespec_jax import Engine, Policy
+from sparsespec_jax.device import attention
+from sparsespec_jax.models.transformer import init_params
+from sparsespec_jax.policies.base import SelectionOptions, SelectionView, top_tokens
+from sparsespec_jax.policies.keys import (
     coded_keys,
     index_step,
     label_scores,
     page_scores,
 )
-from sparsespec_jax.mass_policies import mass_policy
-from sparsespec_jax.model import init_params
-from sparsespec_jax.policy import SelectionOptions, SelectionView, top_tokens
-from sparsespec_jax.selection import POLICIES, load_policy, resolve_policy
+from sparsespec_jax.policies.mass import mass_policy
+from sparsespec_jax.policies.select import POLICIES, load_policy, resolve_policy
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 from tests.test_step_aot import compile_step
 

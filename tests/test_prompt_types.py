@@ -11,8 +11,8 @@ import pytest
 from tokenizers import decoders
 
 from sparsespec_jax import Engine, SamplingParams, decode
-from sparsespec_jax.chat import chat_messages
-from sparsespec_jax.text import encode_prompt
+from sparsespec_jax.host.text import encode_prompt
+from sparsespec_jax.loading.chat import chat_messages
 from tests.engine_helpers import ENGINE, SPECULATION
 from tests.test_text_stream import small
 

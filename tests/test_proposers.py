@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparsespec_jax import Model, acceptance
-from sparsespec_jax.proposers import NGram, resolve_proposer
+from sparsespec_jax import Model
+from sparsespec_jax.device import acceptance
+from sparsespec_jax.proposers.base import NGram, resolve_proposer
 from tests.engine_helpers import LAWS, make_prompts, run, tokens_of
 from tests.test_sampling import law
 

@@ -15,24 +15,26 @@ from experiments import front_page, prompts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("pallas_kernels", "sparsespec_jax", "experiments")  # each imports the left
-# Host bookkeeping: importable, testable and fast without jax.
-HOST_FILES = (
-    "config.py",
-    "dispatcher.py",
-    "intake.py",
-    "interrupts.py",
-    "kv_manager.py",
-    "metrics.py",
-    "outputs.py",
-    "page_allocator.py",
-    "plan.py",
-    "prompt_groups.py",
-    "request.py",
-    "results.py",
-    "scheduler.py",
-    "slot_arrays.py",
-    "text.py",
+# The rooms of sparsespec_jax, a folder or a file each: each imports only from those
+# above it. Host and device know nothing of each other.
+ROOMS = (
+    ("array_types",),
+    ("models",),
+    ("config",),
+    ("plan",),
+    ("sampling",),
+    ("policies", "proposers"),
+    ("host", "device", "loading"),
+    ("sizes",),
+    ("tuning",),
+    ("device_steps",),
+    ("engine",),
+    ("decode",),
+    ("__init__",),
 )
+MAX_ENTRIES = 16  # of the package's top level
+# Importable, testable and fast without jax.
+NO_JAX = ("config", "plan", "models.fields")
 MAX_LINES = 440  # the rule is about 400
 # A kernel body and the call that places it stay together.
 LONGER = {"gpu.py": 600, "tpu.py": 600}
@@ -74,32 +76,84 @@ def test_packages_import_only_those_below(path):
         assert roots - {own} <= allowed
 
 
-@pytest.mark.parametrize("name", HOST_FILES)
-def test_host_files_import_no_jax(name):
+def room_of(path):
+    """The folder or file of the package's top level that a file belongs to."""
+    first = path.relative_to(ROOT / "sparsespec_jax").parts[0]
+    return first.removesuffix(".py")
+
+
+def rooms_entered(path, names):
+    """Rooms other than its own that a file with these imported modules enters."""
+    rooms = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "sparsespec_jax" and len(parts) > 1:
+            is_room = any(parts[1] in level for level in ROOMS)
+            rooms.add(parts[1] if is_room else "__init__")
+    return rooms - {room_of(path)}
+
+
+def rooms_forbidden(path, names):
+    """Of the rooms that a file enters, those on its own level or below it."""
+    own = next(i for i, level in enumerate(ROOMS) if room_of(path) in level)
+    allowed = {room for level in ROOMS[:own] for room in level}
+    return rooms_entered(path, names) - allowed
+
+
+@pytest.mark.parametrize("path", source_files("sparsespec_jax"), ids=relative)
+def test_rooms_import_only_those_above(path):
+    """So there is no circle, and host and device never import each other."""
+    assert not rooms_forbidden(path, imported_modules(path))
+
+
+def test_every_room_is_listed_and_there_are_few():
+    entries = {
+        path.stem
+        for path in (ROOT / "sparsespec_jax").iterdir()
+        if path.name != "__pycache__"
+    }
+    assert entries == {room for level in ROOMS for room in level}
+    assert len(entries) <= MAX_ENTRIES
+
+
+def test_room_checks_see_what_they_forbid():
+    host = ROOT / "sparsespec_jax" / "host" / "new.py"
+    assert rooms_forbidden(host, {"sparsespec_jax.device.step"}) == {"device"}
+    assert rooms_forbidden(host, {"sparsespec_jax.engine.Engine"}) == {"engine"}
+    assert rooms_forbidden(host, {"sparsespec_jax.Engine"}) == {"__init__"}
+    assert not rooms_forbidden(host, {"sparsespec_jax.plan", "sparsespec_jax.host.kv"})
+
+
+def test_host_files_import_no_jax():
     """Also not through another of our files: a fresh interpreter must not load it."""
+    host = (ROOT / "sparsespec_jax" / "host").glob("*.py")
+    names = [*NO_JAX, *sorted(f"host.{path.stem}" for path in host)]
     code = (
-        "import importlib, pathlib, sys, types;"
-        "package = types.ModuleType('sparsespec_jax');"
-        f"package.__path__ = [{str(ROOT / 'sparsespec_jax')!r}];"
-        "sys.modules['sparsespec_jax'] = package;"  # without its __init__
-        f"importlib.import_module('sparsespec_jax.{name[:-3]}');"
-        "sys.exit('jax' in sys.modules)"
+        "import importlib, sys, types\n"
+        "package = types.ModuleType('sparsespec_jax')\n"
+        f"package.__path__ = [{str(ROOT / 'sparsespec_jax')!r}]\n"
+        "sys.modules['sparsespec_jax'] = package\n"  # without its __init__
+        f"for name in {names!r}:\n"
+        "    importlib.import_module('sparsespec_jax.' + name)\n"
+        "    if 'jax' in sys.modules: sys.exit(name + ' imports jax')\n"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert len(names) > 12
 
 
 def test_few_files_reach_the_kernels():
     users = {
-        path.name
+        str(path.relative_to(ROOT / "sparsespec_jax"))
         for path in source_files("sparsespec_jax")
         if any(name.startswith("pallas_kernels") for name in imported_modules(path))
     }
     assert users <= {
         "array_types.py",
-        "attention.py",
-        "eagle.py",
-        "model.py",
-        "policy.py",
+        "device/attention.py",
+        "models/transformer.py",
+        "policies/base.py",
+        "proposers/eagle.py",
         "sizes.py",
     }
 

@@ -17,8 +17,8 @@ from experiments import fingerprint, generate, models, record
 from experiments.config import GenerateConfig
 from experiments.record import RunDirectory, RunError
 from sparsespec_jax import load_model, save_checkpoint
-from sparsespec_jax.model import params_dtype
-from sparsespec_jax.tokenizer import Tokenizer
+from sparsespec_jax.loading.tokenizer import Tokenizer
+from sparsespec_jax.models.transformer import params_dtype
 
 # -- the rule ------------------------------------------------------------------------
 

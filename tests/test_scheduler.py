@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from sparsespec_jax.page_allocator import OutOfPagesError, PageAllocator
+from sparsespec_jax.host.page_allocator import OutOfPagesError, PageAllocator
+from sparsespec_jax.host.request import Status
+from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.plan import budget_tokens
-from sparsespec_jax.request import Status
-from sparsespec_jax.scheduler import Scheduler
 from tests.fake_device import (
     CHUNK_PAGES,
     FakeDevice,

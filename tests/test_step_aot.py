@@ -16,12 +16,12 @@ import pytest
 from experiments import step_clock
 from pallas_kernels.aot import compile_for
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
-from sparsespec_jax import step as step_lib
-from sparsespec_jax.model import param_shapes
-from sparsespec_jax.model_config import PRESETS
-from sparsespec_jax.proposers import resolve_proposer
-from sparsespec_jax.selection import resolve_policy
-from sparsespec_jax.state import new_state
+from sparsespec_jax.device import step as step_lib
+from sparsespec_jax.device.state import new_state
+from sparsespec_jax.models.config import PRESETS
+from sparsespec_jax.models.transformer import param_shapes
+from sparsespec_jax.policies.select import resolve_policy
+from sparsespec_jax.proposers.base import resolve_proposer
 
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3

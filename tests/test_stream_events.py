@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from sparsespec_jax import Engine, SamplingParams, decode, stream
-from sparsespec_jax.metrics import RequestMetrics
-from sparsespec_jax.outputs import Output, Outputs
+from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.outputs import Output, Outputs
+from sparsespec_jax.host.request import Request, token_array
+from sparsespec_jax.host.scheduler import Scheduler
+from sparsespec_jax.host.text import OutputText
 from sparsespec_jax.plan import (
     NOT_SEED,
     NUM_SLOT_PARAMS,
     StepOutcome,
     StepShape,
 )
-from sparsespec_jax.request import Request, token_array
-from sparsespec_jax.scheduler import Scheduler
-from sparsespec_jax.text import OutputText
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts
 from tests.test_text_stream import draw_case, expected, read, small
 from tests.text_tokenizers import llama_decoder, spelled

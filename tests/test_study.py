@@ -17,10 +17,10 @@ from experiments import figures, join_studies, measure, record, replay, study
 from experiments.study_bench import without_budget
 from experiments.study_config import Row, Study, load_study, smoke_rows, study_names
 from sparsespec_jax import Policy, save_checkpoint
-from sparsespec_jax import model as model_lib
-from sparsespec_jax.metrics import RequestMetrics
-from sparsespec_jax.policy import SelectionOptions
-from sparsespec_jax.selection import POLICIES
+from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.models import transformer as model_lib
+from sparsespec_jax.policies.base import SelectionOptions
+from sparsespec_jax.policies.select import POLICIES
 
 OWN_POLICY = """
 import jax.numpy as jnp

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
-from sparsespec_jax.decoder_rules import decoder_rule
-from sparsespec_jax.text import OutputText
-from sparsespec_jax.tokenizer import Tokenizer
+from sparsespec_jax.host.text import OutputText
+from sparsespec_jax.loading.decoder_rules import decoder_rule
+from sparsespec_jax.loading.tokenizer import Tokenizer
 from tests.text_tokenizers import (
     Backwards,
     byte_level_tokens,

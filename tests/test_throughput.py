@@ -14,7 +14,7 @@ from experiments import made_up, pressure, time_split
 from experiments.loads import LOADS
 from pallas_kernels import device_trace
 from pallas_kernels.device_trace import Kernel
-from sparsespec_jax import calibrate
+from sparsespec_jax.tuning import calibrate
 
 SCOPES = {
     "loop_add_fusion_1": "jit(step)/Transformer/layer_0/add",

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax.default_model import default_gguf
-from sparsespec_jax.model import causal_attend, forward, logits
-from sparsespec_jax.model_config import PRESETS
-from sparsespec_jax.text import OutputText
-from sparsespec_jax.tokenizer import (
+from sparsespec_jax.host.text import OutputText
+from sparsespec_jax.loading.default_model import default_gguf
+from sparsespec_jax.loading.tokenizer import (
     PRE_TOKENIZERS,
     Tokenizer,
     tokenizer_from_directory,
     tokenizer_from_vocabulary,
 )
+from sparsespec_jax.models.config import PRESETS
+from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -161,7 +161,13 @@ def test_the_default_models_logits_equal_those_of_transformers(default_model):
 
 
 def test_the_command_prints_the_path(default_model):
-    command = [sys.executable, "-W", "error", "-m", "sparsespec_jax.default_model"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "sparsespec_jax.loading.default_model",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(default_gguf())
 

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from sparsespec_jax.tokenizer import (
+from sparsespec_jax.loading.tokenizer import (
     Tokenizer,
     tokenizer_from_directory,
     tokenizer_from_vocabulary,

@@ -5,7 +5,7 @@ import random
 import tokenizers
 from tokenizers import decoders, models
 
-from sparsespec_jax.tokenizer import Tokenizer
+from sparsespec_jax.loading.tokenizer import Tokenizer
 
 # Text in which characters have one to four bytes, and bytes that are no text.
 _WORDS = "a b . ' don't n't  xyz hello 中文 é 😀 \ufffd ▁ _ ## 's".split(" ")

@@ -1,0 +1,108 @@
+"""The device state: one donated pytree that only the compiled step replaces."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsespec_jax.device.acceptance import DraftLaw
+
+
+class LayerCache(NamedTuple):
+    """What one layer keeps between steps."""
+
+    kv_pages: jax.Array  # [P, H, ps, 2 * D]
+    # int32 [S, H], selected rows at the head of a draft cache; None if counts are fixed
+    draft_counts: jax.Array | None
+    policy_state: jax.Array  # float32 [S, ...], what the policy remembers; often empty
+
+
+class DecodeState(NamedTuple):
+    """Everything the device knows of the requests in its slots."""
+
+    layers: tuple[LayerCache, ...]
+    draft_counts: jax.Array | None  # int32 [S, 1], of all layers if counts are fixed
+    full_table: jax.Array  # int32 [S, W], P where no page is
+    draft_table: jax.Array  # int32 [S, Wd]
+    lengths: jax.Array  # int32 [S], committed length L
+    tokens: jax.Array  # int32 [S, Q], the pending token, then the drafts
+    num_drafted: jax.Array  # int32 [S], drafts made in this cycle
+    draft_tails: jax.Array  # int32 [S], committed rows behind the selected ones
+    done: jax.Array  # bool [S], stopped or never started
+    draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
+    history: jax.Array  # int32 [S, X] token ids for a proposer, else [S, 0]
+    proposer_memory: Any  # pytree of a proposer that remembers, else None
+    # int32 [S, 3], CascadeCounts of this cycle but for the drafts; None if no cascade
+    cascade_counts: jax.Array | None
+
+
+def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy, proposer=None):
+    """An empty DecodeState for `shape` (StepShape); pages hold zeros."""
+    slots, rows = shape.num_slots, shape.num_queries
+    pool = (
+        shape.num_pages,
+        model_config.num_kv_heads,
+        shape.page_size,
+        2 * model_config.head_dim,
+    )
+    drafts = (slots, shape.num_draft_tokens, draft_top_m)
+    fixed_counts, remembered = policy.fixed_counts, (0,)
+    num_keys = shape.table_width * shape.page_size
+    if policy.state_shape and shape.draft_lanes:
+        remembered = policy.state_shape(model_config.num_kv_heads, num_keys)
+
+    def layer():
+        counts = jnp.zeros((slots, model_config.num_kv_heads), jnp.int32)
+        memory = jnp.zeros((slots, *remembered), jnp.float32)
+        counts = None if fixed_counts else counts
+        return LayerCache(jnp.zeros(pool, kv_dtype), counts, memory)
+
+    return DecodeState(
+        layers=tuple(layer() for _ in range(model_config.num_layers)),
+        draft_counts=jnp.zeros((slots, 1), jnp.int32) if fixed_counts else None,
+        full_table=jnp.full((slots, shape.table_width), shape.num_pages, jnp.int32),
+        draft_table=jnp.full(
+            (slots, shape.draft_table_width), shape.num_pages, jnp.int32
+        ),
+        lengths=jnp.zeros(slots, jnp.int32),
+        tokens=jnp.zeros((slots, rows), jnp.int32),
+        num_drafted=jnp.zeros(slots, jnp.int32),
+        draft_tails=jnp.zeros(slots, jnp.int32),
+        done=jnp.ones(slots, bool),
+        draft_law=DraftLaw(
+            jnp.zeros(drafts, jnp.int32), jnp.zeros(drafts, jnp.float32)
+        ),
+        history=jnp.zeros((slots, num_keys * shape.keeps_history), jnp.int32),
+        proposer_memory=proposer.init_memory(shape)
+        if hasattr(proposer, "init_memory")
+        else None,
+        cascade_counts=jnp.zeros((slots, 3), jnp.int32) if shape.num_guesses else None,
+    )
+
+
+def read_rows(kv_pages, tables):
+    """Rows [lanes, H, W * ps, 2D] of page tables [lanes, W]; junk where no page is."""
+    pages = kv_pages.at[tables].get(mode="clip").swapaxes(1, 2)
+    return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+
+
+def pool_bytes_per_page(model_config, page_size, kv_dtype):
+    """Bytes of one page over all layers."""
+    row = 2 * model_config.head_dim * jnp.dtype(kv_dtype).itemsize
+    heads = model_config.num_kv_heads * model_config.num_layers
+    return heads * page_size * row
+
+
+def committed(arrays):
+    """The same arrays, bound to where they are; nothing is copied.
+
+    Pages that come back from host memory are bound to their device, and a step whose
+    inputs changed from free to bound would compile again. NumPy's arrays are copied to
+    the default device.
+    """
+
+    def bind(array):
+        array = jnp.asarray(array)
+        return jax.device_put(array, array.sharding)
+
+    return jax.tree.map(bind, arrays)

@@ -1,0 +1,1 @@
+"""Bookkeeping of requests, slots, pages and outputs. No jax, nothing of the device."""

@@ -1,0 +1,301 @@
+"""The growing outputs: outcomes of steps in, finished results out. No jax."""
+
+import array
+import copy
+import dataclasses
+import itertools
+import time
+
+import numpy as np
+
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.request import Request
+from sparsespec_jax.host.results import DecodeResult, RequestProgress, StreamEvent
+from sparsespec_jax.host.text import OutputText
+from sparsespec_jax.plan import CascadeCounts, budget_tokens
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Output:
+    """The growing output of one request."""
+
+    request: Request
+    sampling: SamplingParams
+    prompt_index: int
+    sample_index: int
+    text: OutputText
+    stop_ids: frozenset
+    metrics: RequestMetrics
+    submitted_s: float
+    logprobs: array.array = dataclasses.field(default_factory=lambda: array.array("f"))
+    params_versions: list = dataclasses.field(default_factory=list)  # [version, tokens]
+    draft_cache: int = 0  # rows that the last verification left for drafts to read
+
+
+class Outputs:
+    """The unfinished outputs by request id, and the metrics of the finished ones.
+
+    Args:
+      scheduler: hears of every commitment and of every end.
+      max_budget: most tokens that a verification selects.
+      with_acceptance: keep running counts for `acceptance`.
+    """
+
+    def __init__(self, scheduler, *, max_budget, max_draft_tokens, with_acceptance):
+        self._scheduler = scheduler
+        self._max_budget = max_budget
+        self._unfinished = {}
+        self.with_acceptance = with_acceptance
+        self._judged = np.zeros(max_draft_tokens)
+        self._accepted = np.zeros(max_draft_tokens)
+        self.num_emitted = 0  # tokens, of all requests
+        self.num_silent = 0  # unfinished requests without a token
+        self.max_new_tokens = 0  # that the unfinished requests can still emit
+        self.finished_metrics = []
+
+    def __len__(self):
+        return len(self._unfinished)
+
+    def add(self, output):
+        """Take in the output of a new request."""
+        self._unfinished[output.request.request_id] = output
+        self.num_silent += 1
+        self.max_new_tokens += output.sampling.max_tokens
+
+    def get(self, request_id):
+        """The unfinished Output of a request, or None."""
+        return self._unfinished.get(request_id)
+
+    @property
+    def acceptance(self):
+        """Share of the recent drafts accepted, by position; NaN where none was judged.
+
+        A tuple of K floats; older verifications count less, with a memory of about
+        64 outcomes.
+        """
+        with np.errstate(invalid="ignore"):
+            return tuple((self._accepted / self._judged).tolist())
+
+    def resume(self, output, progress):
+        """Give an output the tokens (already its request's) that it had before."""
+        self.num_silent -= 1
+        self.max_new_tokens -= len(progress.token_ids)
+        output.logprobs.extend(progress.logprobs)
+        output.params_versions = [list(item) for item in progress.params_versions]
+        output.metrics = copy.deepcopy(progress.metrics)
+        if output.sampling.stop:
+            output.text.push(progress.token_ids)
+
+    def progress(self, known):
+        """RequestProgress of outputs longer than `known` (request id -> tokens).
+
+        Its token ids and log-probabilities are those after the known ones.
+        """
+        found = []
+        for request_id, output in self._unfinished.items():
+            request, first = output.request, known.get(request_id, 0)
+            if len(request.tokens) - request.num_prompt > first:
+                found.append(
+                    RequestProgress(
+                        request_id=request_id,
+                        prompt_index=output.prompt_index,
+                        sample_index=output.sample_index,
+                        token_ids=tuple(request.tokens[request.num_prompt + first :]),
+                        logprobs=tuple(output.logprobs[first:]),
+                        params_versions=_as_tuples(output.params_versions),
+                        metrics=copy.deepcopy(output.metrics),
+                    )
+                )
+        return found
+
+    def commit(self, planned, outcome, version, results, events):
+        """Append what a step emitted; ended requests join `results`.
+
+        `version` is that of the weights the step ran with.
+        `events` is a list to fill with StreamEvents, or None if nobody wants them.
+        """
+        num_lanes = len(planned.requests)
+        accepted = outcome.num_accepted[:num_lanes]
+        is_seed = accepted == plan_lib.NOT_SEED
+        num_rows = planned.num_rows
+        selected = self._selected(planned, is_seed)
+        self._scheduler.commit(planned, np.where(is_seed, num_rows, accepted + 1))
+        cascade = itertools.repeat(None)
+        if outcome.cascade is not None:
+            counts = outcome.cascade[:num_lanes]
+            num_rows = np.where(is_seed, num_rows, counts[:, 0] + 1)
+            cascade = itertools.starmap(CascadeCounts, counts.tolist())
+        if self.with_acceptance:
+            self._count_acceptance(num_rows - 1, accepted, ~is_seed)
+        lanes = zip(
+            planned.requests,
+            outcome.num_emitted[:num_lanes].tolist(),
+            accepted.tolist(),
+            outcome.is_done[:num_lanes].tolist(),
+            outcome.tokens[:num_lanes].tolist(),
+            outcome.logprobs[:num_lanes].tolist(),
+            num_rows.tolist(),
+            selected.tolist(),
+            planned.is_whole.tolist(),
+            strict=True,
+        )
+        for (request, count, taken, is_done, tokens, logprobs, *judged), counts in zip(
+            lanes, cascade, strict=False
+        ):
+            output = self._unfinished.get(request.request_id)
+            if output is None or count == 0:
+                continue  # finished or aborted while this step was in flight
+            self._record(output, taken, *judged, counts)
+            first = len(request.tokens)
+            if events is not None:
+                _take_text(output)  # of tokens that came while nobody listened
+            reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
+            self._count_emitted(output, first, version)
+            if reason:
+                results.append(self.finish(output, reason, stop))
+            if events is not None:
+                ended = results[-1] if reason else None
+                events.append(_event(output, first, ended))
+
+    def finish(self, output, reason, stop_reason):
+        """End an output; returns its DecodeResult."""
+        request = output.request
+        self.num_silent -= len(request.tokens) == request.num_prompt
+        self.max_new_tokens -= request.limit - len(request.tokens)
+        self._scheduler.release(request)
+        del self._unfinished[request.request_id]
+        new = tuple(request.tokens[request.num_prompt :])
+        output.metrics.finish(num_output_tokens=len(new))
+        output.metrics.total_time_s = time.perf_counter() - output.submitted_s
+        self.finished_metrics.append(output.metrics)
+        return DecodeResult(
+            request_id=request.request_id,
+            prompt_index=output.prompt_index,
+            sample_index=output.sample_index,
+            prompt_token_ids=tuple(request.tokens[: request.num_prompt]),
+            token_ids=new,
+            params_versions=_as_tuples(output.params_versions),
+            output_text=output.text,
+            logprobs=tuple(output.logprobs),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            metrics=output.metrics,
+        )
+
+    def _selected(self, planned, is_seed):
+        """Tokens that each verification selected for drafting, int [n]."""
+        requests = planned.requests
+        if planned.num_queries == 1:
+            return np.zeros(len(requests), np.int64)
+        # A seed verify starts below the tokens known, a cycle at the pending one.
+        below = np.where(is_seed, planned.num_rows, 1)
+        return budget_tokens(
+            np.array([len(r.tokens) for r in requests], np.int64) - below,
+            ratio=np.array([r.budget_ratio for r in requests], np.float32),
+            floor=np.array([r.min_budget for r in requests], np.int32),
+            cap=self._max_budget,
+        )
+
+    def _count_emitted(self, output, first, version):
+        request, versions = output.request, output.params_versions
+        count = len(request.tokens) - first
+        self.num_emitted += count
+        self.max_new_tokens -= count
+        self.num_silent -= first == request.num_prompt
+        if not versions or versions[-1][0] != version:
+            versions.append([version, 0])
+        versions[-1][1] += count
+
+    def _count_acceptance(self, num_drafts, accepted, is_cycle):
+        position = np.arange(self._judged.size)
+        judged = (num_drafts[:, None] > position) & is_cycle[:, None]
+        self._judged *= 1 - 1 / 64
+        self._accepted *= 1 - 1 / 64
+        self._judged += judged.sum(0)
+        self._accepted += (judged & (accepted[:, None] > position)).sum(0)
+
+    def _record(self, output, num_accepted, num_rows, selected, is_whole, cascade):
+        """Count acceptance and KV traffic of one verification.
+
+        `cascade` is its CascadeCounts, or None: as many draft steps as drafts.
+        """
+        request, metrics = output.request, output.metrics
+        reads = metrics.kv_tokens_read
+        if num_accepted == plan_lib.NOT_SEED:
+            length = len(request.tokens)
+            if length == request.num_prompt:
+                elapsed = time.perf_counter() - output.submitted_s
+                metrics.time_to_first_token_s = elapsed
+            reads.prefill += request.prefill_reads + length
+            request.prefill_reads = 0
+            tail = num_rows
+        else:
+            drafts = num_rows - 1
+            steps = drafts if self._max_budget else 0
+            guesses, tail_keys = 0, steps * (steps + 1) // 2
+            if cascade is not None:
+                _, steps, guesses, tail_keys = cascade
+            if is_whole and (drafts or not metrics.max_draft_tokens):
+                metrics.record_verification(
+                    num_accepted=num_accepted,
+                    num_drafted=drafts,
+                    num_draft_steps=steps,
+                    num_guesses=guesses,
+                )
+            else:
+                metrics.num_short_steps += 1
+            reads.draft += steps * output.draft_cache + tail_keys
+            reads.verify += request.committed + num_rows
+            tail = num_accepted + 1
+        reads.gather += selected
+        output.draft_cache = selected + tail
+
+
+def _as_tuples(versions):
+    return tuple(tuple(item) for item in versions)
+
+
+def _append(output, tokens, logprobs, is_done):
+    """Append new tokens up to a stop; returns (finish reason or None, stop reason)."""
+    request, text = output.request, output.text
+    if len(output.stop_ids) > plan_lib.NUM_STOP_IDS:  # more than the device looks for
+        ends = (i for i, token in enumerate(tokens, 1) if token in output.stop_ids)
+        if (end := next(ends, None)) is not None:
+            tokens, logprobs, is_done = tokens[:end], logprobs[:end], True
+    # The device cuts an outcome at its first stop token, which is no text, or at the
+    # limit.
+    is_stopped = is_done and tokens[-1] in output.stop_ids
+    if output.sampling.stop:
+        num_read = text.num_pushed
+        if text.push(tokens[: -1 if is_stopped else None]):
+            count = text.num_pushed - num_read
+            request.tokens.extend(tokens[:count])
+            output.logprobs.extend(logprobs[:count])
+            return "stop", text.stop_string
+    request.tokens.extend(tokens)
+    output.logprobs.extend(logprobs)
+    if not is_done:
+        return None, None
+    return ("stop", tokens[-1]) if is_stopped else ("length", None)
+
+
+def _take_text(output):
+    """The text that is certain by now and was not taken before."""
+    request, text = output.request, output.text
+    text.push(request.tokens[request.num_prompt + text.num_pushed :])
+    return text.take()
+
+
+def _event(output, first, result):
+    """The StreamEvent of the tokens from index `first` on.
+
+    `result` is the DecodeResult if they are the last: then all remaining text is news.
+    """
+    request = output.request
+    if result is None:
+        text, reason = _take_text(output), None
+    else:
+        text, reason = output.text.rest(result.text or ""), result.finish_reason
+    return StreamEvent(request.request_id, tuple(request.tokens[first:]), text, reason)

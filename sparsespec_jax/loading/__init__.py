@@ -1,0 +1,1 @@
+"""Models from files, hubs and the package index; tokenizers."""

@@ -1,0 +1,1 @@
+"""The transformer, its shapes and its rotary embedding."""

@@ -1,0 +1,1 @@
+"""Which tokens a draft reads: policies by attention mass and by keys."""

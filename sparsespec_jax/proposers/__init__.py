@@ -1,0 +1,1 @@
+"""Who drafts beside the model itself: lookups and trained heads."""

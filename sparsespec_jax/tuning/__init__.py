@@ -1,0 +1,1 @@
+"""Step times of this device, and the k that they suggest."""

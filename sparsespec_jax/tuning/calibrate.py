@@ -1,0 +1,179 @@
+"""Times the compiled steps of an engine on its device, for the cost model.
+
+    engine = Engine(model, speculation=SpeculationConfig(draft_token_choices=(0, 4)))
+    engine.choose_with(Chooser(load_or_measure(engine)))
+
+Steps run on made-up caches: every slot at the same context length, nothing read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.loading.default_model import user_cache_dir
+from sparsespec_jax.models.transformer import params_dtype
+from sparsespec_jax.tuning.cost_model import CostModel
+
+_ROUNDS = 3  # the first one is not counted
+_STEPS = 24  # of a round at least, in whole cycles, none of them waited for
+_SHARES = (0.05, 0.3, 1.0)  # context lengths, of the longest that fits
+
+
+def load_or_measure(engine, directory=None) -> CostModel:
+    """The CostModel of an idle engine: measured once per device, then read.
+
+    Args:
+      engine: an Engine without requests.
+      directory: where results are kept; default: step_costs in the user's cache.
+
+    Raises:
+      ValueError: the engine has work, or its pool is too small for any cache.
+    """
+    key = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "model": str(engine.model.config),
+        "dtype": str(params_dtype(engine.params)),
+        "shape": str(engine.shape),
+        "speculation": str(engine.speculation),
+        "impl": engine.impl,
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder = pathlib.Path(directory or user_cache_dir() / "step_costs")
+    path = folder / f"{digest}.json"
+    if path.exists():
+        steps = json.loads(path.read_text())["steps"]
+        return CostModel({int(k): tuple(map(tuple, v)) for k, v in steps.items()})
+    model = CostModel(measure(engine))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"key": key, "steps": model.steps}, indent=1))
+    temporary.replace(path)
+    return model
+
+
+def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
+    """Context tokens and seconds of a step, by k; see CostModel.
+
+    Args:
+      engine: an Engine without requests; its caches are overwritten.
+      lengths: context lengths to measure; default: three up to the longest that fits.
+
+    Raises:
+      ValueError: the engine has work, a length does not fit, or the proposer is a
+        cascade, whose drafts per step depend on the text.
+    """
+    if engine.speculation.is_cascade:
+        raise ValueError(
+            "step times say nothing of the cycles of proposer='cascade', which make a "
+            "number of drafts that depends on the text: choose k by hand"
+        )
+    if engine.has_work:
+        raise ValueError(
+            "the engine has unfinished requests: measure before adding any"
+        )
+    longest = longest_context(engine)
+    if lengths is None:
+        lengths = sorted({max(2, int(longest * share)) for share in _SHARES})
+    if max(lengths) > longest or min(lengths) < 1:
+        raise ValueError(f"lengths must lie in [1, {longest}], got {lengths}")
+    steps, slots = {}, engine.shape.num_slots
+    for k in engine.draft_token_choices:
+        steps[k] = tuple((float(n * slots), _time(engine, k, n)) for n in lengths)
+    engine.device_steps.replace_state(**_state_fields(engine, 0, idle=True))
+    return steps
+
+
+def longest_context(engine) -> int:
+    """Tokens that every slot can hold at once, with room for the timed cycles."""
+    shape = engine.shape
+    pages = _full_pages(shape)
+    room = room_for(shape.num_draft_tokens)
+    longest = min(pages * shape.page_size, engine.max_length) - room
+    if longest < 2:
+        raise ValueError(
+            f"{shape.num_pages} pages leave no room for {shape.num_slots} caches: "
+            "raise num_pages"
+        )
+    return longest
+
+
+def room_for(num_draft_tokens) -> int:
+    """Tokens by which the timed steps may lengthen a slot's text."""
+    return _ROUNDS * (_STEPS + num_draft_tokens + 1)  # a step commits one at most
+
+
+def _full_pages(shape):
+    """Pages of a slot's full table when all slots share the pool evenly."""
+    return shape.num_pages // shape.num_slots - shape.draft_table_width
+
+
+def made_up_cycle(engine, k, length):
+    """Put `length` made-up tokens into every slot; returns the plans of a cycle.
+
+    They go to `engine.run_plan` in turn, as often as wanted: steps of `k` drafts, in
+    each of which another part of the slots verifies.
+    """
+    shape = engine.shape.with_draft_tokens(k)
+    engine.device_steps.replace_state(**_state_fields(engine, length))
+    return [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
+
+
+def _time(engine, k, length) -> float:
+    """Median seconds of a step of k drafts with `length` tokens in every slot."""
+    plans = made_up_cycle(engine, k, length)
+    steps = plans * -(-_STEPS // len(plans))
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for plan in steps:
+            outcome = engine.run_plan(plan)
+        outcome.block_until_ready()
+        times.append((time.perf_counter() - start) / len(steps))
+    return float(np.median(times[1:]))  # the first fills the draft caches
+
+
+def _state_fields(engine, length, *, idle=False):
+    """Small arrays of a state in which every slot is at `length`, or none is used."""
+    shape, slots = engine.shape, engine.shape.num_slots
+    full = min(_full_pages(shape), shape.table_width)
+    page = np.arange(slots * full, dtype=np.int32).reshape(slots, full)
+    table = np.full((slots, shape.table_width), shape.num_pages, np.int32)
+    table[:, :full] = page
+    draft = np.arange(slots * shape.draft_table_width, dtype=np.int32)
+    draft = slots * full + draft.reshape(slots, -1)
+    if idle:
+        table[:], draft = shape.num_pages, np.full_like(draft, shape.num_pages)
+    return {
+        "full_table": jnp.asarray(table),
+        "draft_table": jnp.asarray(draft),
+        "lengths": jnp.full(slots, length, jnp.int32),
+        "num_drafted": jnp.zeros(slots, jnp.int32),
+        "draft_tails": jnp.zeros(slots, jnp.int32),
+        "done": jnp.full(slots, idle),
+    }
+
+
+def _plan(engine, shape, phase):
+    """A step in which the slots of `phase` verify and all others draft."""
+    plan = shape.new_plan(prefill=False)
+    views = plan.views
+    law = SamplingParams(temperature=1.0, ignore_eos=True)
+    views["slot_params"][:] = plan_lib.slot_params(
+        law, 0, engine.max_length + 1, (), engine.speculation
+    )
+    slots = np.arange(shape.num_slots)
+    verifying = slots[slots % shape.num_queries == phase]
+    views["verify_slots"][: len(verifying)] = verifying
+    drafting = slots[slots % shape.num_queries != phase][: shape.draft_lanes]
+    views["draft_slots"][: len(drafting)] = drafting
+    return plan
