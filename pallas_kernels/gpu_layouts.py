@@ -4,6 +4,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _THREADS = 128  # of a warpgroup
 
+# Of results of the matrix unit, and of a number for each of their rows.
+WGMMA = plgpu.Layout.WGMMA
+WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
+
 # Of rows of a multiple of 64 elements, 8 at a time. A warp holds two half rows; what a
 # thread holds are four neighbours.
 TILED_ROWS = plgpu.Layout.TILED(

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.add_norm.cases import NormCase
 from pallas_kernels.gather_kv.cases import GatherCase
-from pallas_kernels.paged_attention import AttentionOutput
+from pallas_kernels.paged_attention import AttentionOutput, paged_attention
 from pallas_kernels.paged_attention.cases import AttentionCase
 from pallas_kernels.rotate_heads.cases import RotateCase
+from pallas_kernels.select_tokens import SelectedTokens, select_tokens
 from pallas_kernels.select_tokens.cases import SelectCase
 from pallas_kernels.write_rows.cases import WriteCase
 
@@ -84,6 +86,11 @@ class GatherInputs(NamedTuple):
     counts: np.ndarray
 
 
+def each_case(cases):
+    """Returns a decorator that calls a test with every case, by its name."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
 # ------------------------------------------------------------------ attention
 
 
@@ -108,6 +115,14 @@ def attention_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
     return AttentionInputs(
         q.astype(dtype), kv_pages.astype(dtype), page_table, kv_lengths, q_lengths
     )
+
+
+def attention_and_reference(
+    case: AttentionCase,
+) -> tuple[AttentionInputs, AttentionOutput]:
+    """Returns inputs of `case`, and what the reference gives for them."""
+    inputs = attention_inputs(case)
+    return inputs, paged_attention(*inputs, **case.options, impl="reference")
 
 
 def lane_rows(case: AttentionCase) -> list[tuple[int, int]]:
@@ -246,6 +261,12 @@ def select_inputs(case: SelectCase, seed: int = 0) -> SelectInputs:
     return SelectInputs(
         scores, np.asarray(case.lengths, np.int32), np.asarray(case.budgets, np.int32)
     )
+
+
+def select_and_reference(case: SelectCase) -> tuple[SelectInputs, SelectedTokens]:
+    """Returns inputs of `case`, and what the reference gives for them."""
+    inputs = select_inputs(case)
+    return inputs, select_tokens(*inputs, **case.options, impl="reference")
 
 
 def assert_same_selection(actual, expected) -> None:

@@ -23,16 +23,10 @@ attend = functools.partial(paged_attention, impl="reference")
 select = functools.partial(select_tokens, impl="reference")
 gather = functools.partial(gather_kv, impl="reference")
 
-small_attention = pytest.mark.parametrize(
-    "case", tagged(ATTENTION_CASES, "small"), ids=lambda case: case.name
-)
-small_select = pytest.mark.parametrize(
-    "case", tagged(SELECT_CASES, "small"), ids=lambda case: case.name
-)
-small_gather = pytest.mark.parametrize(
-    "case",
-    tagged(GATHER_CASES, "small") + tagged(GATHER_CASES, "shared"),
-    ids=lambda case: case.name,
+small_attention = ki.each_case(tagged(ATTENTION_CASES, "small"))
+small_select = ki.each_case(tagged(SELECT_CASES, "small"))
+small_gather = ki.each_case(
+    tagged(GATHER_CASES, "small") + tagged(GATHER_CASES, "shared")
 )
 
 
@@ -50,13 +44,18 @@ def int32(*values):
 # ------------------------------------------------------------------ attention
 
 
+def attend_lane(q, keys_and_table, length, *, valid=None, **options):
+    """Attention of one lane with `length` keys; of its rows, None: all are valid."""
+    q_lengths = int32(len(q) if valid is None else valid)
+    groups = (LaneGroup(1, len(q)),)
+    args = (q, *keys_and_table, int32([length]), q_lengths)
+    return attend(*args, groups=groups, **options)
+
+
 def test_attention_of_one_query_by_hand():
     # Logits 0 and ln 3, weights 1/4 and 3/4: 4/4 + 8 * 3/4 = 7. Key 2 is not visible.
-    pool, table = pool_of([0.0, math.log(3), NAN, NAN], [4.0, 8.0, NAN, NAN])
-    q = jnp.ones((1, 1, 1))
-    got = attend(
-        q, pool, table, int32([2]), int32(1), groups=(LaneGroup(1, 1),), scale=1.0
-    )
+    keys = pool_of([0.0, math.log(3), NAN, NAN], [4.0, 8.0, NAN, NAN])
+    got = attend_lane(jnp.ones((1, 1, 1)), keys, 2, scale=1.0)
     np.testing.assert_allclose(got.out, [[[7.0]]], rtol=1e-6)
     assert got.mass is None
 
@@ -71,18 +70,9 @@ def test_causal_tail_and_mass_by_hand(rows):
     #   key 0: 1/8, 1/16, 1/32;   key 1: three times that
     #   all: (4 + 2 + 1) / 32 / 3 = 7/96;   edges (rows 0 and 2): 5/64
     keys = [math.log(k) for k in (1, 3, 4, 8, 16)] + [NAN]
-    pool, table = pool_of(keys, [4.0, 8.0, 16.0, 0.0, 32.0, NAN])
-    got = attend(
-        jnp.ones((3, 1, 1)),
-        pool,
-        table,
-        int32([5]),
-        int32(3),
-        groups=(LaneGroup(1, 3),),
-        scale=1.0,
-        mass_group=0,
-        mass_rows=rows,
-    )
+    keys = pool_of(keys, [4.0, 8.0, 16.0, 0.0, 32.0, NAN])
+    options = dict(scale=1.0, mass_group=0, mass_rows=rows)
+    got = attend_lane(jnp.ones((3, 1, 1)), keys, 5, **options)
     np.testing.assert_allclose(got.out[:, 0, 0], [11.5, 5.75, 18.875], rtol=1e-6)
     first = 7 / 96 if rows == "all" else 5 / 64
     expected = [first, 3 * first, 0, 0, 0, 0]
@@ -90,11 +80,10 @@ def test_causal_tail_and_mass_by_hand(rows):
 
 
 def test_mass_goes_to_its_place_of_a_buffer():
-    pool, table = pool_of([0.0, np.log(3.0), 0.0, 0.0], [0.0] * 4)
-    options = dict(groups=(LaneGroup(1, 1),), mass_group=0, impl="reference")
+    keys = pool_of([0.0, np.log(3.0), 0.0, 0.0], [0.0] * 4)
     buffer = jnp.full((3, 1, 1, 4), 7.0)
-    args = (jnp.ones((1, 1, 1)), pool, table, int32([3]), int32(1))
-    mass = paged_attention(*args, **options, mass_buffer=buffer, mass_place=1).mass
+    options = dict(mass_group=0, mass_buffer=buffer, mass_place=1)
+    mass = attend_lane(jnp.ones((1, 1, 1)), keys, 3, **options).mass
     np.testing.assert_allclose(mass[1, 0, 0], [0.2, 0.6, 0, 0], rtol=1e-6)
     np.testing.assert_array_equal(mass[::2], buffer[::2])
 
@@ -104,19 +93,11 @@ def test_padding_rows_count_for_nothing():
     # The lane then has length 4, so candidates are again keys 0 and 1:
     #   key 0: (1/8 + 1/16) / 2 = 3/32;  key 1: 9/32
     keys = [math.log(k) for k in (1, 3, 4, 8)]
-    pool, table = pool_of(keys, [4.0, 8.0, 16.0, 0.0])
+    keys = pool_of(keys, [4.0, 8.0, 16.0, 0.0])
+    q = jnp.asarray([1.0, 1.0, NAN])[:, None, None]
     for rows in ("all", "edges"):
-        got = attend(
-            jnp.asarray([1.0, 1.0, NAN])[:, None, None],
-            pool,
-            table,
-            int32([4]),
-            int32(2),
-            groups=(LaneGroup(1, 3),),
-            scale=1.0,
-            mass_group=0,
-            mass_rows=rows,
-        )
+        options = dict(scale=1.0, mass_group=0, mass_rows=rows)
+        got = attend_lane(q, keys, 4, valid=2, **options)
         np.testing.assert_allclose(got.out[:, 0, 0], [11.5, 5.75, 0.0], rtol=1e-6)
         np.testing.assert_allclose(got.mass[0, 0], [3 / 32, 9 / 32, 0, 0], rtol=1e-6)
 
@@ -125,18 +106,9 @@ def test_mass_averages_the_query_heads_of_a_kv_head():
     # q = 1 gives key 0 of three keys 1/8; q = 0 gives every key 1/3; their mean is
     # 11/48. One query, so keys 0 and 1 are candidates; key 1: (3/8 + 1/3) / 2 = 17/48.
     keys = [math.log(k) for k in (1, 3, 4)] + [NAN]
-    pool, table = pool_of(keys, [0.0, 0.0, 0.0, NAN])
-    got = attend(
-        jnp.asarray([[[1.0], [0.0]]]),
-        pool,
-        table,
-        int32([3]),
-        int32(1),
-        groups=(LaneGroup(1, 1),),
-        scale=1.0,
-        mass_group=0,
-        mass_rows="edges",
-    )
+    keys = pool_of(keys, [0.0, 0.0, 0.0, NAN])
+    options = dict(scale=1.0, mass_group=0, mass_rows="edges")
+    got = attend_lane(jnp.asarray([[[1.0], [0.0]]]), keys, 3, **options)
     np.testing.assert_allclose(got.mass[0, 0], [11 / 48, 17 / 48, 0, 0], rtol=1e-6)
 
 
@@ -288,16 +260,8 @@ def test_a_platform_without_a_kernel_is_not_replaced_by_another():
 
 def test_queries_before_the_first_key_see_nothing():
     # Two keys, three queries: they sit at -1, 0 and 1, and see 0, 1 and 2 keys.
-    pool, table = pool_of([0.0, 0.0], [4.0, 8.0])
-    got = attend(
-        jnp.ones((3, 1, 1)),
-        pool,
-        table,
-        int32([2]),
-        int32(3),
-        groups=(LaneGroup(1, 3),),
-        mass_group=0,
-    )
+    keys = pool_of([0.0, 0.0], [4.0, 8.0])
+    got = attend_lane(jnp.ones((3, 1, 1)), keys, 2, mass_group=0)
     np.testing.assert_allclose(got.out[:, 0, 0], [0.0, 4.0, 6.0], rtol=1e-6)
     assert not np.asarray(got.mass).any()
 

@@ -16,7 +16,7 @@ from pallas_kernels.cases import by_name, num_bytes, tagged
 
 EPS = 1e-5
 SMALL = tagged(NORM_CASES, "small")
-small_cases = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+small_cases = ki.each_case(SMALL)
 add = functools.partial(add_norm, eps=EPS, impl="reference")
 
 
@@ -90,9 +90,7 @@ def next_token(inputs):
     return inputs._replace(y=np.roll(inputs.y, 1, axis=-2))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in SMALL if c.num_parts], ids=lambda c: c.name
-)
+@ki.each_case([c for c in SMALL if c.num_parts])
 def test_norm_on_a_gpu_shows_a_lost_part(case):
     inputs = ki.norm_inputs(case)
     actual = add_norm(
@@ -159,7 +157,7 @@ def test_config_rejects_other_vectors():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+@ki.each_case(NORM_CASES)
 def test_norm_on_the_device(case):
     inputs = ki.norm_inputs(case)
     ki.assert_norms_agree(add_norm(*inputs, eps=EPS, impl="gpu"), add(*inputs))

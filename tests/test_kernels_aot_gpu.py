@@ -11,6 +11,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import kernel_inputs as ki
 import pytest
 
 from pallas_kernels import timing
@@ -39,9 +40,7 @@ BLOCK_SHARED_BYTES = 227 << 10
 
 def h100_cases(cases):
     """Returns a decorator that calls a test with every case of this device."""
-    return pytest.mark.parametrize(
-        "case", tagged(cases, "h100"), ids=lambda case: case.name
-    )
+    return ki.each_case(tagged(cases, "h100"))
 
 
 @pytest.fixture
@@ -176,7 +175,7 @@ def test_rotation_compiles(compile_h100, case):
     assert result.temp_bytes <= 64  # the addresses of two results
 
 
-@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: case.name)
+@ki.each_case(NORM_CASES)
 def test_norm_compiles(compile_h100, case):
     add = functools.partial(add_norm, eps=1e-6, impl="gpu")
     result, kernels = compile_h100(add, case.shapes)

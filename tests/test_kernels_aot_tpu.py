@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kernel_inputs as ki
 import pytest
 
 from pallas_kernels.aot import TPU_TARGETS, compile_for
@@ -77,9 +78,7 @@ def test_float32_attention_compiles(target):
         compile_for(target, attention_fn(case), *case.shapes)
 
 
-@pytest.mark.parametrize(
-    "case", tagged(ATTENTION_CASES, "tpu"), ids=lambda case: case.name
-)
+@ki.each_case(tagged(ATTENTION_CASES, "tpu"))
 def test_attention_fits_the_smallest_vmem(case):
     _, pool, table, *_ = case.shapes
     for index, (_, num_queries) in enumerate(case.groups):
@@ -96,19 +95,15 @@ def test_attention_fits_the_smallest_vmem(case):
 
 
 @all_targets
-@pytest.mark.parametrize(
-    "case", tagged(SELECT_CASES, "tpu"), ids=lambda case: case.name
-)
+@ki.each_case(tagged(SELECT_CASES, "tpu"))
 def test_selection_compiles(case, target):
     fn = functools.partial(select_tokens, **case.options, impl="tpu")
     assert compile_for(target, fn, *case.shapes).temp_bytes == 0
 
 
 @all_targets
-@pytest.mark.parametrize(
-    "case",
-    [case for case in GATHER_CASES if "tpu" in case.tags or case.dtype == "float32"],
-    ids=lambda case: case.name,
+@ki.each_case(
+    [case for case in GATHER_CASES if "tpu" in case.tags or case.dtype == "float32"]
 )
 def test_gather_compiles_in_place(case, target):
     pool, _, _, indices, _ = case.shapes

@@ -69,11 +69,10 @@ def assert_faults_are_seen(run, check, inputs, expected, faults, lane):
 
 def attention_setup(case, interpret, config=None):
     """Returns the compiled kernel, its check, inputs and the expected result."""
-    inputs, options = ki.attention_inputs(case), case.options
-    expected = paged_attention(*inputs, **options, impl="reference")
+    inputs, expected = ki.attention_and_reference(case)
     kernel = functools.partial(
         attention_gpu.paged_attention_gpu,
-        **options,
+        **case.options,
         interpret=interpret,
         config=config,
     )
@@ -152,12 +151,11 @@ def test_masses_of_several_calls_share_a_buffer(name):
     case = dataclasses.replace(
         case, extra_columns=case.extra_columns + width - case.table_width
     )
-    inputs, options = ki.attention_inputs(case), case.options
-    expected = paged_attention(*inputs, **options, impl="reference")
+    inputs, expected = ki.attention_and_reference(case)
     buffer = jnp.full((3, *expected.mass.shape), 7.0)
     for place in (2, 0):
         out, buffer = attention_gpu.paged_attention_gpu(
-            *map(jnp.asarray, inputs), buffer, place, **options, interpret=PLAIN
+            *map(jnp.asarray, inputs), buffer, place, **case.options, interpret=PLAIN
         )
         for mass in (buffer[place], buffer[2]):
             assert_attention_close(expected._replace(out=out, mass=mass), expected)
@@ -230,10 +228,9 @@ def test_attention_refuses_what_it_cannot_serve(change, message):
 
 def select_setup(case, interpret, config=None):
     """Returns the compiled kernel, inputs and the expected result."""
-    inputs, options = ki.select_inputs(case), case.options
-    expected = select_tokens(*inputs, **options, impl="reference")
+    inputs, expected = ki.select_and_reference(case)
     kernel = functools.partial(
-        select_gpu.select_tokens_gpu, **options, interpret=interpret, config=config
+        select_gpu.select_tokens_gpu, **case.options, interpret=interpret, config=config
     )
     return compile_interpreted(kernel, inputs), inputs, expected
 
@@ -359,26 +356,23 @@ def test_gather_refuses_small_pages():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@ki.each_case(ATTENTION)
 def test_attention_on_the_device(case):
-    inputs, options = ki.attention_inputs(case), case.options
-    inputs = tuple(map(jnp.asarray, inputs))
-    expected = paged_attention(*inputs, **options, impl="reference")
-    actual = paged_attention(*inputs, **options, impl="gpu")
+    inputs, expected = ki.attention_and_reference(case)
+    actual = paged_attention(*map(jnp.asarray, inputs), **case.options, impl="gpu")
     assert_attention_close(actual, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", SELECT_CASES, ids=lambda case: case.name)
+@ki.each_case(SELECT_CASES)
 def test_selection_on_the_device(case):
-    inputs, options = ki.select_inputs(case), case.options
-    inputs = tuple(map(jnp.asarray, inputs))
-    expected = select_tokens(*inputs, **options, impl="reference")
-    ki.assert_same_selection(select_tokens(*inputs, **options, impl="gpu"), expected)
+    inputs, expected = ki.select_and_reference(case)
+    actual = select_tokens(*map(jnp.asarray, inputs), **case.options, impl="gpu")
+    ki.assert_same_selection(actual, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GATHER, ids=lambda case: case.name)
+@ki.each_case(GATHER)
 def test_gather_on_the_device(case):
     inputs = tuple(map(jnp.asarray, ki.gather_inputs(case)))
     expected = gather_kv(*inputs, impl="reference")

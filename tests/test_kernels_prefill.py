@@ -77,8 +77,7 @@ def compiled_chunks(case, interpret=PLAIN, **config):
 )
 def test_chunks_equal_the_reference(name, config):
     case = chunk_case(name)
-    inputs = ki.attention_inputs(case)
-    expected = paged_attention(*inputs, **case.options, impl="reference")
+    inputs, expected = ki.attention_and_reference(case)
     interpret = RACES if name in ("chunk_edges", "step") else PLAIN
     run = compiled_chunks(case, interpret, **CONFIGS[config])
     ki.assert_attention_close(run(inputs), expected, "bfloat16")

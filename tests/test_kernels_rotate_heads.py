@@ -16,7 +16,7 @@ from pallas_kernels.rotate_heads.gpu import RotateConfig, rotate_heads_gpu
 
 EPS = 1e-5
 SMALL = tagged(ROTATE_CASES, "small")
-small_cases = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+small_cases = ki.each_case(SMALL)
 rotate = functools.partial(rotate_heads, eps=EPS, impl="reference")
 
 
@@ -168,9 +168,7 @@ def test_rotation_on_a_gpu_shows_faults(fault):
         ki.assert_rotations_agree(actual, rotate(*inputs))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in SMALL if c.num_parts], ids=lambda c: c.name
-)
+@ki.each_case([c for c in SMALL if c.num_parts])
 def test_rotation_on_a_gpu_shows_a_lost_part(case):
     inputs, options = ki.rotate_inputs(case), case.options
     fewer = inputs._replace(qkv=inputs.qkv[:-1])
@@ -244,7 +242,7 @@ def test_config_rejects_other_numbers_of_lanes():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ROTATE_CASES, ids=lambda case: case.name)
+@ki.each_case(ROTATE_CASES)
 def test_rotation_on_the_device(case):
     inputs, options = ki.rotate_inputs(case), case.options
     actual = rotate_heads(*inputs, eps=EPS, impl="gpu", **options)

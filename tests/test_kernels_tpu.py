@@ -51,6 +51,12 @@ def compile_interpreted(fn, inputs):
     return run
 
 
+def compile_kernel(kernel, case, inputs, interpret, **options):
+    """Returns `kernel` compiled for a case, as `compile_interpreted` does."""
+    options = {**case.options, **options, "interpret": interpret}
+    return compile_interpreted(functools.partial(kernel, **options), inputs)
+
+
 def case_params(cases, eager):
     """Returns (case, interpreter) pairs: every small case, and `eager` ones twice."""
     small = tagged(cases, "small") + tagged(cases, "shared")
@@ -73,12 +79,9 @@ def assert_faults_are_seen(run, check, inputs, expected, faults, lanes):
 
 @case_params(ATTENTION_CASES, eager=("page_edges", "verify_long", "verify_g8"))
 def test_attention_equals_the_reference_and_shows_faults(case, interpret):
-    inputs, options = ki.attention_inputs(case), case.options
-    expected = paged_attention(*inputs, **options, impl="reference")
-    kernel = functools.partial(
-        attention_tpu.paged_attention_tpu, **options, interpret=interpret
-    )
-    run = compile_interpreted(kernel, inputs)
+    inputs, expected = ki.attention_and_reference(case)
+    kernel = attention_tpu.paged_attention_tpu
+    run = compile_kernel(kernel, case, inputs, interpret)
     check = functools.partial(ki.assert_attention_close, dtype=case.dtype)
     actual, again = run(inputs), run(inputs)
     check(actual, expected)
@@ -104,7 +107,7 @@ TUNED = {
 def test_attention_does_not_depend_on_its_tuning(name):
     case_name, sizes = TUNED[name]
     case = by_name(ATTENTION_CASES, case_name)
-    inputs, options = ki.attention_inputs(case), case.options
+    inputs = ki.attention_inputs(case)
     inputs.kv_lengths[0, 1] = 1  # a head with fewer keys than queries
     tuning = tpu_sizes.Tuning(**sizes)
     planned = [
@@ -123,12 +126,10 @@ def test_attention_does_not_depend_on_its_tuning(name):
         assert min(sizes.num_tiles for sizes in planned) > 1
     if "vmem_bytes" in sizes:
         assert planned[case.mass_group].heads == 1
-    kernel = functools.partial(
-        attention_tpu.paged_attention_tpu, **options, interpret=ON_WAIT, tuning=tuning
-    )
-    actual = compile_interpreted(kernel, inputs)(inputs)
-    expected = paged_attention(*inputs, **options, impl="reference")
-    ki.assert_attention_close(actual, expected, case.dtype)
+    kernel = attention_tpu.paged_attention_tpu
+    run = compile_kernel(kernel, case, inputs, ON_WAIT, tuning=tuning)
+    expected = paged_attention(*inputs, **case.options, impl="reference")
+    ki.assert_attention_close(run(inputs), expected, case.dtype)
 
 
 def test_attention_is_reached_through_the_public_function():
@@ -165,12 +166,8 @@ def test_attention_says_what_it_cannot_serve():
 
 @case_params(SELECT_CASES, eager=("few", "recent", "layer"))
 def test_selection_equals_the_reference_and_shows_faults(case, interpret):
-    inputs, options = ki.select_inputs(case), case.options
-    expected = select_tokens(*inputs, **options, impl="reference")
-    kernel = functools.partial(
-        select_tpu.select_tokens_tpu, **options, interpret=interpret
-    )
-    run = compile_interpreted(kernel, inputs)
+    inputs, expected = ki.select_and_reference(case)
+    run = compile_kernel(select_tpu.select_tokens_tpu, case, inputs, interpret)
     ki.assert_same_selection(run(inputs), expected)
     if interpret is ON_WAIT and case.name != "all_of_it":
         faults = [
@@ -209,8 +206,7 @@ def test_selection_says_what_it_cannot_serve():
 def test_gather_equals_the_reference_and_shows_faults(case, interpret):
     inputs = ki.gather_inputs(case)
     expected = gather_kv(*inputs, impl="reference")
-    kernel = functools.partial(gather_tpu.gather_kv_tpu, interpret=interpret)
-    run = compile_interpreted(kernel, inputs)
+    run = compile_kernel(gather_tpu.gather_kv_tpu, case, inputs, interpret)
     ki.assert_same_bits(run(inputs), expected)
     if interpret is ON_WAIT and not case.is_shared:
         faults, check = ki.GATHER_FAULTS, ki.assert_same_bits
@@ -225,11 +221,9 @@ def test_gather_does_not_depend_on_its_tuning():
     table = inputs.target_table.copy()
     table[0, 1] = len(inputs.kv_pages)
     inputs = inputs._replace(target_table=table)
-    kernel = functools.partial(
-        gather_tpu.gather_kv_tpu, interpret=ON_WAIT, tuning=tuning
-    )
-    expected = gather_kv(*inputs, impl="reference")
-    ki.assert_same_bits(compile_interpreted(kernel, inputs)(inputs), expected)
+    kernel = gather_tpu.gather_kv_tpu
+    run = compile_kernel(kernel, case, inputs, ON_WAIT, tuning=tuning)
+    ki.assert_same_bits(run(inputs), gather_kv(*inputs, impl="reference"))
 
 
 def test_gather_says_what_it_cannot_serve():

@@ -15,7 +15,7 @@ from pallas_kernels.write_rows.cases import WRITE_CASES
 from pallas_kernels.write_rows.gpu import write_rows_gpu
 
 SMALL = tagged(WRITE_CASES, "small")
-small_cases = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+small_cases = ki.each_case(SMALL)
 write = functools.partial(write_rows, impl="reference")
 
 
@@ -121,7 +121,7 @@ def test_write_on_a_gpu_refuses_other_head_sizes():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", WRITE_CASES, ids=lambda case: case.name)
+@ki.each_case(WRITE_CASES)
 def test_write_on_the_device(case):
     inputs, options = ki.write_inputs(case), case.options
     inputs = tuple(map(jnp.asarray, inputs))

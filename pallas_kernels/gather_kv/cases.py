@@ -59,6 +59,8 @@ def _case(name, lanes_context_cap, **sizes):
     return GatherCase(name=name, num_lanes=num_lanes, context=context, cap=cap, **sizes)
 
 
+_THREE = dict(num_heads=3, page_size=16, tags=SMALL)
+
 GATHER_CASES = (
     _case(
         "few_rows",
@@ -70,24 +72,14 @@ GATHER_CASES = (
         dtype="float32",
         tags=SMALL,
     ),
-    _case(
-        "few_rows_bf16",
-        (2, 64, 33),
-        counts=(33, 16),
-        head_step=1,
-        num_heads=3,
-        page_size=16,
-        tags=SMALL,
-    ),
+    _case("few_rows_bf16", (2, 64, 33), counts=(33, 16), head_step=1, **_THREE),
     _case(
         "few_rows_d64",
         (2, 48, 20),
         counts=(17, 20),
-        num_heads=3,
         head_size=64,
         dtype="float32",
-        page_size=16,
-        tags=SMALL,
+        **_THREE,
     ),
     _case("page_64", (2, 256, 70), counts=(70, 64), num_heads=2, tags=SMALL),
     _case(
@@ -95,9 +87,7 @@ GATHER_CASES = (
         (2, 64, 33),
         counts=(33, 16),
         is_shared=True,
-        num_heads=3,
-        page_size=16,
-        tags=frozenset({"shared"}),
+        **{**_THREE, "tags": frozenset({"shared"})},
     ),
     _case("gather_layer", (14, 32768, 1638), is_shared=True, tags=TPU),
     _case("gather_512b", (14, 32768, 1638)),

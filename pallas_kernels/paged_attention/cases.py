@@ -119,6 +119,10 @@ def _draft(name, num_keys, num_lanes=114, **sizes):
     return _case(name, ((num_lanes, 1),), (num_keys,) * num_lanes, **sizes)
 
 
+def _chunk(name, groups, kv_lengths, **sizes):
+    return _case(name, groups, kv_lengths, tags=CHUNK, **sizes)
+
+
 def _prefill(name, num_keys, **sizes):
     return _case(name, ((4, 512),), (num_keys,) * 4, **{"tags": H100, **sizes})
 
@@ -208,7 +212,7 @@ _LARGE_CASES = (
 
 _CHUNK_CASES = (
     # Prompt chunks: a first one, one behind other keys, a short one, an idle one.
-    _case(
+    _chunk(
         "chunk_ragged",
         ((2, 1), (4, 40)),
         (9, 0, 40, 300, 0, 147),
@@ -217,29 +221,14 @@ _CHUNK_CASES = (
         num_heads=2,
         page_size=16,
         extra_columns=1,
-        tags=CHUNK,
     ),
     # Ends at, and one behind, the edge of a page and of a block of 128 keys.
-    _case("chunk_edges", ((3, 33),), (128, 129, 256), num_heads=1, tags=CHUNK),
-    _case(
-        "chunk_d64",
-        ((2, 50),),
-        (193, 64),
-        q_lengths=(50, 43),
-        page_size=8,
-        tags=CHUNK,
-        **SMOLLM2,
+    _chunk("chunk_edges", ((3, 33),), (128, 129, 256), num_heads=1),
+    _chunk(
+        "chunk_d64", ((2, 50),), (193, 64), q_lengths=(50, 43), page_size=8, **SMOLLM2
     ),
-    _case(
-        "chunk_g5",
-        ((1, 30),),
-        (270,),
-        num_heads=1,
-        group_size=5,
-        page_size=128,
-        tags=CHUNK,
-    ),
-    _case(
+    _chunk("chunk_g5", ((1, 30),), (270,), num_heads=1, group_size=5, page_size=128),
+    _chunk(
         "chunk_g8",
         ((1, 20),),
         (139,),
@@ -248,7 +237,6 @@ _CHUNK_CASES = (
         group_size=8,
         head_size=64,
         page_size=32,
-        tags=CHUNK,
     ),
 )
 

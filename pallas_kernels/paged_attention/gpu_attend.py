@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE
-from pallas_kernels.gpu_layouts import TILED_ROWS
+from pallas_kernels.gpu_layouts import TILED_ROWS, WGMMA, WGMMA_ROWS
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
@@ -32,8 +32,6 @@ from pallas_kernels.paged_attention.gpu_layout import (
 from pallas_kernels.paged_attention.gpu_mass import pack
 from pallas_kernels.paged_attention.gpu_stream import Cursor, Segment, Stream
 
-_WGMMA = plgpu.Layout.WGMMA
-_WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _SMALLEST = 2.0**-100  # of the largest probability of a row in a block
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -55,8 +53,8 @@ class _Attend:
 
     def mask(self, logits, segment: Segment, first_key):
         """Returns logits with the keys hidden that a row must not see."""
-        row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=_WGMMA)
-        key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_WGMMA)
+        row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=WGMMA)
+        key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=WGMMA)
         query = segment.tile.first_query + row // self.spec.group_size
         query = self.stream.query_at(query, segment.index, segment.q_len)
         limit = jnp.minimum(segment.base + query + 1, segment.visible)
@@ -67,8 +65,8 @@ class _Attend:
 
         @pl.when(first_key + BLOCK > segment.visible)
         def _clear():
-            values = plgpu.load(values_s, layout=_WGMMA, optimized=False)
-            row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_WGMMA)
+            values = plgpu.load(values_s, layout=WGMMA, optimized=False)
+            row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA)
             is_used = row < segment.visible - first_key
             values_s[...] = jnp.where(is_used, values, jnp.zeros_like(values))
             plgpu.commit_smem()
@@ -80,7 +78,7 @@ class _Attend:
         first_key = block * BLOCK
 
         def only_candidates(p, _):
-            key = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=_WGMMA)
+            key = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=WGMMA)
             p = jnp.where(key + first_key < segment.base, p, 0.0)
             return p, p.max(axis=1)
 
@@ -188,9 +186,9 @@ class _Attend:
             return i + 1, cursor, state
 
         state = (
-            full((TILE, spec.head_size), 0.0, _WGMMA),
-            full((TILE,), MASK_VALUE, _WGMMA_ROWS),
-            full((TILE,), 0.0, _WGMMA_ROWS),
+            full((TILE, spec.head_size), 0.0, WGMMA),
+            full((TILE,), MASK_VALUE, WGMMA_ROWS),
+            full((TILE,), 0.0, WGMMA_ROWS),
         )
         i, cursor, state = lax.fori_loop(first, last, step, (i, cursor, state))
         self.write_part(segment, *state)

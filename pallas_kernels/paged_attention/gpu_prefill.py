@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE
-from pallas_kernels.gpu_layouts import TILED_ROWS
+from pallas_kernels.gpu_layouts import TILED_ROWS, WGMMA, WGMMA_ROWS
 from pallas_kernels.paged_attention.gpu_chunk import (
     ChunkSpec,
     Copier,
@@ -30,8 +30,6 @@ from pallas_kernels.paged_attention.gpu_chunk import (
 )
 from pallas_kernels.paged_attention.gpu_layout import TILE, full
 
-_WGMMA = plgpu.Layout.WGMMA
-_WGMMA_ROWS = plgpu.Layout.WGMMA.reduce(1)
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _AS_THEY_LIE = (plgpu.TilingTransform((1, 64)),)
 
@@ -113,9 +111,9 @@ class _Consumer:
     def softmax(self, s, m, total, first_key, is_edge):
         """Returns weights of a block, what shrinks older sums, maximum and sum."""
         if is_edge:
-            row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=_WGMMA_ROWS)
+            row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=WGMMA_ROWS)
             last = self.base - first_key + lax.div(row, self.spec.group_size)
-            key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=_WGMMA)
+            key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA)
             is_seen = key <= lax.broadcast_in_dim(last, s.shape, [0])
             s = jnp.where(is_seen, s, MASK_VALUE)
         m_new = jnp.maximum(m, s.max(axis=1) * self.spec.scale)
@@ -209,9 +207,9 @@ class _Consumer:
         self.take_turn()
         s = self.multiply_keys(0)
         plgpu.barrier_arrive(self.k_free.at[0])
-        acc = full((TILE, self.spec.head_size), 0.0, _WGMMA)
-        m = full((TILE,), MASK_VALUE, _WGMMA_ROWS)
-        total = full((TILE,), 0.0, _WGMMA_ROWS)
+        acc = full((TILE, self.spec.head_size), 0.0, WGMMA)
+        m = full((TILE,), MASK_VALUE, WGMMA_ROWS)
+        total = full((TILE,), 0.0, WGMMA_ROWS)
         weights, _, m, total = self.softmax(s, m, total, 0, True)
         carry = weights.astype(self.spec.dtype), acc, m, total
         # Of the blocks from the second on, that every row sees in full.
@@ -234,7 +232,7 @@ class _Consumer:
 
     def place_results(self, acc, m, total):
         """Puts normalised rows where they can be copied; zeros without a key."""
-        row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=_WGMMA)
+        row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=WGMMA)
         first = -self.base * self.spec.group_size
         end = (self.tile.q_len - self.first_query) * self.spec.group_size
         is_used = (row >= first) & (row < end)

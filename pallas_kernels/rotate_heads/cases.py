@@ -14,10 +14,10 @@ class RotateCase(Case):
     """One call of `rotate_heads`."""
 
     num_tokens: int
+    is_normed: bool = True
     num_heads: int = 8
     group_size: int = 4
     head_size: int = 128
-    is_normed: bool = True
     num_parts: int = 0  # of the projection; 0: it comes as one array of `dtype`
     dtype: str = "bfloat16"
 

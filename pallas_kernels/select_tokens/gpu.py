@@ -85,8 +85,8 @@ def select_tokens_gpu(
     budgets: PerLane,
     *,
     cap: int,
-    num_recent: int = 0,
-    per_layer: bool = False,
+    num_recent: int,
+    per_layer: bool,
     interpret: bool | plgpu.InterpretGPUParams = False,
     config: SelectConfig | None = None,
 ) -> SelectedTokens:

@@ -16,8 +16,8 @@ def select_tokens_reference(
     budgets: PerLane,
     *,
     cap: int,
-    num_recent: int = 0,
-    per_layer: bool = False,
+    num_recent: int,
+    per_layer: bool,
 ) -> SelectedTokens:
     """Returns what `api.select_tokens` documents; same arguments, no checks."""
     lanes, num_heads, num_candidates = scores.shape

@@ -39,8 +39,8 @@ def select_tokens_tpu(
     budgets: PerLane,
     *,
     cap: int,
-    num_recent: int = 0,
-    per_layer: bool = False,
+    num_recent: int,
+    per_layer: bool,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> SelectedTokens:
     """Returns what `api.select_tokens` documents.

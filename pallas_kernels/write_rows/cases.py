@@ -46,39 +46,28 @@ class WriteCase(Case):
         return self.num_rows + self.num_copies
 
 
-def _case(name, num_rows, num_copies=0, **sizes):
+def _case(name, num_rows, num_copies=0, pool=(2048, 8, 64), **sizes):
+    """`pool` has the pages, their KV heads and their rows."""
+    sizes |= zip(("num_pages", "num_heads", "page_size"), pool, strict=True)
     return WriteCase(name=name, num_rows=num_rows, num_copies=num_copies, **sizes)
 
 
 WRITE_CASES = (
-    _case(
-        "one_row", 1, num_heads=1, page_size=8, num_pages=3, dtype="float32", tags=SMALL
-    ),
+    _case("one_row", 1, pool=(3, 1, 8), dtype="float32", tags=SMALL),
     # Draft rows, then verified ones that are stored again.
-    _case(
-        "write_step",
-        7,
-        4,
-        copies_from=3,
-        num_heads=2,
-        page_size=8,
-        num_pages=6,
-        tags=SMALL,
-    ),
+    _case("write_step", 7, 4, pool=(6, 2, 8), copies_from=3, tags=SMALL),
     _case(
         "write_per_head",
         5,
         3,
+        pool=(5, 3, 16),
         copies_from=1,
-        num_heads=3,
         head_size=64,
-        page_size=16,
-        num_pages=5,
         is_shared=False,
         tags=SMALL,
     ),
     # Steps of an engine: 64 slots, plain and with 8 verifications; a small model.
     _case("write_plain", 64),
     _case("write_136", 136, 72, copies_from=64),
-    _case("write_d64", 517, 261, copies_from=256, num_heads=3, head_size=64),
+    _case("write_d64", 517, 261, pool=(2048, 3, 64), copies_from=256, head_size=64),
 )
