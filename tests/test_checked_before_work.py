@@ -87,7 +87,7 @@ CASES = {
         ([*DECODES, "--rows=window"], "takes policy:budget_ratio, got 'window'"),
         ([*DECODES, "--contexts=good.json", "--temperature=-1"], "temperature"),
         ([*DECODES, "--contexts=good.json", "--impl=gpu"], "impl='gpu' needs a GPU"),
-        ([*DECODES, "--contexts=good.json", "--num_slots=99999999"], "lower num_slots"),
+        ([*DECODES, "--contexts=good.json", "--num_slots=9999999"], "lower num_slots"),
     ],
     "study": [
         ([*STUDY, "--contexts=none.json"], "there is no file none.json"),
