@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from experiments import contexts, launch, record
-from experiments.prompts import encode_prompts, load_prompts
+from experiments.prompts import load_prompts
 from sparsespec_jax import (
     Engine,
     EngineConfig,
@@ -30,6 +30,7 @@ from sparsespec_jax import (
     load_model,
     sizes,
 )
+from sparsespec_jax.host.text import encode_prompts
 from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
 _MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from experiments import config as config_lib
 from experiments import equality, fingerprint, launch, record, signals
-from experiments.prompts import encode_prompts, load_prompts
+from experiments.prompts import load_prompts
 from sparsespec_jax import Engine, load_model, sizes
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.results import RequestProgress
+from sparsespec_jax.host.text import encode_prompts
 
 _CONFIG = flags.DEFINE_string(
     "config", "demo", "Name of a module in experiments/configs; flags override it."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 
-from sparsespec_jax.host.text import encode_prompt
-
 # A prompt is text, a list of chat messages or a list of token ids.
 Prompt = str | list[dict] | list[int]
 
@@ -67,17 +65,6 @@ def load_prompts(path: str, *, chat: bool) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"prompts: {path} holds no prompt")
     return prompts
-
-
-def encode_prompts(prompts, model) -> list[list[int]]:
-    """Token ids of the prompts; ValueError that says which one the model refuses."""
-    encoded = []
-    for number, prompt in enumerate(prompts):
-        try:
-            encoded.append(encode_prompt(prompt, model))
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from None
-    return encoded
 
 
 def _read_lines(path):

@@ -25,7 +25,7 @@ from absl import flags
 from experiments import launch, record, signals, time_split
 from experiments.loads import LOADS, Load, check_requests
 from experiments.models import random_model
-from experiments.prompts import encode_prompts, load_prompts
+from experiments.prompts import load_prompts
 from experiments.step_clock import ClockedEngine, idle_between
 from pallas_kernels import default_impl, device_trace
 from pallas_kernels.timing import measure_flop_rate, measure_rates
@@ -38,6 +38,7 @@ from sparsespec_jax import (
     sizes,
 )
 from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.host.text import encode_prompts
 from sparsespec_jax.tuning.calibrate import load_or_measure
 from sparsespec_jax.tuning.cost_model import Chooser, accepted_drafts
 

@@ -10,7 +10,7 @@ import time
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.host.results import DecodeResults
-from sparsespec_jax.host.text import encode_prompt
+from sparsespec_jax.host.text import encode_prompts
 from sparsespec_jax.sizes import check_types, with_length
 
 
@@ -138,12 +138,7 @@ def _prepare(model, prompts, sampling, speculation, engine):
     if not prompts:
         raise ValueError("prompts is empty; give at least one prompt")
     sampling = _one_per_prompt(sampling, len(prompts))
-    tokens = []
-    for index, prompt in enumerate(prompts):
-        try:
-            tokens.append(encode_prompt(prompt, model))
-        except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from error
+    tokens = encode_prompts(prompts, model)
     if engine.max_length is None:
         longest = max(
             len(t) + s.max_tokens for t, s in zip(tokens, sampling, strict=True)
