@@ -73,8 +73,11 @@ _ROWS = flags.DEFINE_list(
 _TIMED = flags.DEFINE_list("timed_rows", ["24", "64", "152"], "Of them, timed ones.")
 _FORM = flags.DEFINE_multi_enum("form", _FORMS, _FORMS, "Forms, see `product`.")
 _OPTIONS = flags.DEFINE_multi_enum(
-    "xla", list(_XLA), list(_XLA), "Compiler options: as they are; no cuts by XLA's own "
-    "choice; nor a library's product."
+    "xla",
+    list(_XLA),
+    list(_XLA),
+    "Compiler options: as they are; no cuts by XLA's "
+    "own choice; nor a library's product.",
 )
 _SECONDS = flags.DEFINE_integer("seconds", 100_000, "Begin nothing after so long.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
