@@ -82,20 +82,18 @@ def chosen(num_tokens: int, config, rows=()) -> dict:
     return made
 
 
-def median_us(function, *args, is_serial=False, compiler_options=None):
+def median_us(function, *args, is_serial=False):
     """Microseconds of a call of a function, compiled, many in flight; and its result.
 
     Each call takes the result of the last one: a graph of the same places stays.
     is_serial: nothing runs beside each other, whatever XLA's flags say (GPU).
     """
-    options = dict(compiler_options or {})
-    if is_serial:
-        options["xla_gpu_command_buffer_scheduling_mode"] = "SERIALIZE"
+    options = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
     program = jax.jit(
         lambda old, *args: function(*args),
         donate_argnums=0,
         keep_unused=True,
-        compiler_options=options or None,
+        compiler_options=options if is_serial else None,
     )
     old = jax.eval_shape(function, *args)
     made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)

@@ -10,7 +10,6 @@ several, so another day may choose otherwise.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 
@@ -57,14 +56,6 @@ _MODELS = {
 _SEEN = 8  # rows that are compared, all if there are fewer
 _MOST_SCORES = 600  # rows of a vocabulary's product
 _FORMS = ("batched", "dot", "separate")
-_XLA = {
-    "default": {},
-    "no_split": {"xla_gpu_enable_split_k_autotuning": False},
-    "triton": {
-        "xla_gpu_enable_split_k_autotuning": False,
-        "xla_gpu_cublas_fallback": False,
-    },
-}
 
 _NAMES = flags.DEFINE_list("models", list(_MODELS), "Whose products.")
 _ROWS = flags.DEFINE_list(
@@ -72,13 +63,6 @@ _ROWS = flags.DEFINE_list(
 )
 _TIMED = flags.DEFINE_list("timed_rows", ["24", "64", "152"], "Of them, timed ones.")
 _FORM = flags.DEFINE_multi_enum("form", _FORMS, _FORMS, "Forms, see `product`.")
-_OPTIONS = flags.DEFINE_multi_enum(
-    "xla",
-    list(_XLA),
-    list(_XLA),
-    "Compiler options: as they are; no cuts by XLA's "
-    "own choice; nor a library's product.",
-)
 _SECONDS = flags.DEFINE_integer("seconds", 100_000, "Begin nothing after so long.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
@@ -108,16 +92,16 @@ def product(x, kernel, *, parts, form, is_tied=False):
     return jnp.stack(made)
 
 
-def cases(names, forms, options):
-    """(model, product, in, out, parts, form, is_tied, xla) in measuring order."""
-    for xla, name in itertools.product(options, names):
+def cases(names, forms):
+    """(model, product, in, out, parts, form, is_tied) in the order of measurement."""
+    for name in names:
         for which, (size_in, size_out, all_parts) in _MODELS[name].items():
             is_tied = which.startswith("tied")
             for parts in all_parts:
                 other = "dot" if parts == 1 else "separate"
                 for form in ("batched", other):
                     if form in forms:
-                        yield name, which, size_in, size_out, parts, form, is_tied, xla
+                        yield name, which, size_in, size_out, parts, form, is_tied
 
 
 def bits_of(run, x, kernels, all_rows):
@@ -139,7 +123,7 @@ def bits_of(run, x, kernels, all_rows):
 
 def measure(case, all_rows, timed_rows):
     """One row of the results."""
-    name, which, size_in, size_out, parts, form, is_tied, xla = case
+    name, which, size_in, size_out, parts, form, is_tied = case
     if "vocabulary" in which:
         all_rows = [rows for rows in all_rows if rows <= _MOST_SCORES]
     shape = (size_out, size_in) if is_tied else (size_in, size_out)
@@ -152,17 +136,11 @@ def measure(case, all_rows, timed_rows):
         return product(x, kernel, parts=parts, form=form, is_tied=is_tied)
 
     row = {"model": name, "product": which, "size_in": size_in, "size_out": size_out}
-    row |= {"parts": parts, "form": form, "xla": xla}
-    compiled = jax.jit(run, compiler_options=_XLA[xla])
-    row |= bits_of(compiled, x, kernels, all_rows)
+    row |= {"parts": parts, "form": form}
+    row |= bits_of(jax.jit(run), x, kernels, all_rows)
     row["us"] = {}
     for rows in timed_rows:
-        us, _ = median_us(
-            lambda x, ks: [run(x, k) for k in ks],
-            x[:rows],
-            kernels,
-            compiler_options=_XLA[xla],
-        )
+        us, _ = median_us(lambda x, ks: [run(x, k) for k in ks], x[:rows], kernels)
         row["us"][rows] = us / len(kernels)
     return row
 
@@ -186,7 +164,7 @@ def main():
     own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     results = record.results_header(own_flags, commit=_COMMIT.value) | {"rows": []}
     start = time.monotonic()
-    for case in cases(_NAMES.value, _FORM.value, _OPTIONS.value):
+    for case in cases(_NAMES.value, _FORM.value):
         if time.monotonic() - start > _SECONDS.value:
             results["not_measured"] = results.get("not_measured", []) + [case]
             continue
