@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsespec_jax import Model
+from sparsespec_jax import Model, load_model
 from sparsespec_jax.models.config import PRESETS, ModelConfig
 from sparsespec_jax.models.transformer import init_params
 
@@ -20,19 +20,28 @@ TINY = ModelConfig(
 )
 
 
+SHAPES = PRESETS | {"tiny": TINY}  # of models with random weights
+
+
 def random_model(preset: str, dtype) -> Model:
-    """Random weights with the shapes of a preset.
+    """Random weights with the shapes of a preset, or tiny ones.
 
     Raises:
         ValueError: no such preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"model must be one of {sorted(PRESETS)}, got {preset!r}")
-    params = init_params(PRESETS[preset], seed=0, dtype=dtype)
-    return Model(name=preset, config=PRESETS[preset], params=params, tokenizer=None)
+    if preset not in SHAPES:
+        raise ValueError(f"model must be one of {sorted(SHAPES)}, got {preset!r}")
+    params = init_params(SHAPES[preset], seed=0, dtype=dtype)
+    return Model(name=preset, config=SHAPES[preset], params=params, tokenizer=None)
 
 
 def tiny_model() -> Model:
     """A random float32 model without tokenizer or end-of-text token; for tests."""
-    params = init_params(TINY, seed=0)
-    return Model(name="tiny", config=TINY, params=params, tokenizer=None)
+    return random_model("tiny", "float32")
+
+
+def load(name: str, *, dtype) -> Model:
+    """The tiny random model for "tiny", else what `load_model` finds."""
+    return (
+        random_model(name, dtype) if name == "tiny" else load_model(name, dtype=dtype)
+    )

@@ -1,0 +1,246 @@
+"""What an experiment is, and the one main that runs them all.
+
+An experiment is a subclass of `Experiment` in a module of its name. It declares
+
+* `claim`, one sentence that its figures may bear out or not;
+* `Config`, a frozen record of options (`experiments.options`): each field is a flag;
+* `SMOKE`, what `--smoke` changes in it, so that everything runs within seconds;
+* `rows()`, what is wanted: dicts of JSON types that tell the rows apart;
+* `measure(row)`, what is found, again of JSON types;
+* `describe(records)`, the figures of all rows together;
+* `figure(axes, summary, records)`, a picture of them, if there is one.
+
+Its constructor checks all that can be known before the work, loads the model and
+raises ValueError. `run` does the rest, the same for all: it writes a run directory
+(`experiments.record`) with config, inputs and environment, a line of results.jsonl for
+each row as it comes, and summary.json with `rows_wanted` and `rows_found`. `--resume`
+measures the rows that are missing. Only when none is, are the figures described: a
+part of a table says nothing of a claim. A row that fails stops no other
+(failures.jsonl, and the exit status). `experiments.reader.load` reads every run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import pathlib
+import sys
+import time
+import traceback
+
+from experiments import launch, options, record, signals
+
+
+class Experiment:
+    """Base of the experiments; see the module's docstring.
+
+    Attributes:
+        name: of its module.
+        config: a `Config`.
+        is_smoke: of a run with `--smoke`.
+        model: the Model, None if there is none or each row has another.
+        parts: what else the records follow from: token ids or text by name.
+        notes: what was measured or counted before the rows, for summary.json.
+    """
+
+    name: str
+    claim: str
+    Config: type[options.Options]
+    SMOKE: dict = {}
+    figure = None
+    model = None
+
+    def __init__(self, config, *, is_smoke=False):
+        self.config, self.is_smoke = config, is_smoke
+        self.parts, self.notes = {}, {}
+
+    def rows(self) -> list[dict]:
+        """The rows wanted, in the order of worth."""
+        raise NotImplementedError
+
+    def measure(self, row: dict) -> dict:
+        """What is found for a row."""
+        raise NotImplementedError
+
+    def measure_all(self, rows, directory):
+        """Yield (row, what is found, or the exception if it failed) for every row.
+
+        Rows that are measured together have a method of their own. `directory` takes
+        what is no record.
+        """
+        del directory
+        for row in rows:
+            start = time.perf_counter()
+            try:
+                found = self.measure(row)
+            except Exception as error:  # whatever it is, the others are worth having
+                yield row, error
+                continue
+            yield row, found | {"wall_time_s": time.perf_counter() - start}
+
+    def describe(self, records) -> dict:
+        """The figures of all rows together, JSON types."""
+        del records
+        return {}
+
+    def fault(self, records) -> str:
+        """Why the command must fail, "" if nothing is wrong."""
+        del records
+        return ""
+
+    def text(self, described, records) -> str:
+        """What a finished run prints: a line for every figure that is one value."""
+        del records
+        plain = {k: v for k, v in described.items() if not isinstance(v, dict | list)}
+        return "\n".join(f"{name:32s} {value}" for name, value in plain.items())
+
+    def headline(self, found) -> str:
+        """The figures of a row that are one value, for the terminal."""
+        plain = {k: v for k, v in found.items() if isinstance(v, int | float)}
+        return ", ".join(f"{name} {value:.4g}" for name, value in plain.items())
+
+    def inputs(self) -> dict:
+        """What a resumed run must have beside its flags, see `fingerprint`."""
+        if self.model is None:
+            return {"launcher": self.name}
+        from experiments import fingerprint
+        from sparsespec_jax import sizes
+
+        impl = sizes.resolve_impl(getattr(self.config, "impl", None) or None)
+        return fingerprint.of_run(self.name, self.model, impl=impl, **self.parts)
+
+
+def run(kind) -> None:
+    """The main of the module of an experiment."""
+    module = sys.modules["__main__"]
+    module.__doc__ = f"Claim: {kind.claim}.\n\n{module.__doc__}"  # what --help prints
+    options.define(kind.Config)
+    launch.run(functools.partial(_main, kind), options.RunOptions)
+
+
+def _main(kind, how):
+    with launch.checking():
+        small = kind.SMOKE if how.smoke else {}
+        experiment, directory = prepare(kind, options.parse(kind.Config, small), how)
+    with directory:
+        wrong = measure(experiment, directory, commit=how.commit)
+    if wrong:
+        sys.exit(wrong)
+
+
+def prepare(kind, config, how):
+    """(experiment, its open RunDirectory); `how` is a RunOptions.
+
+    Raises:
+        ValueError: something does not fit; nothing was written then.
+    """
+    if how.resume and not how.output:
+        raise ValueError("--resume needs the --output of the run")
+    output = how.output or time.strftime(f"runs/{kind.name}-%Y%m%d-%H%M%S")
+    if pathlib.Path(output).suffix in (".json", ".jsonl"):
+        raise ValueError(f"--output names a run directory, no file; got {output!r}")
+    recorded = config.recorded() | ({"smoke": True} if how.smoke else {})
+    again = dict(config=recorded, resume=how.resume)
+    record.check(output, inputs={"launcher": kind.name}, **again)
+    if how.resume:
+        signals.resumable("add --resume to go on")
+    experiment = kind(config, is_smoke=how.smoke)
+    directory = record.RunDirectory(output, inputs=experiment.inputs(), **again)
+    where = "" if how.output else f" --output {output}"
+    signals.resumable(f"add --resume{where} to go on")
+    return experiment, directory
+
+
+def measure(experiment, directory, *, commit=None) -> str:
+    """Measure the rows that `directory` lacks; why the command must fail, or ""."""
+    environment = record.describe_environment()
+    if commit:
+        environment["commit"] = commit
+    directory.write_environment(environment)
+    rows = experiment.rows()
+    missing = missing_of(directory.records, rows)
+    summarise = functools.partial(_write_summary, experiment, directory, rows)
+    if missing:
+        summarise()
+    else:
+        print(f"{directory.path} is finished: nothing to measure", file=sys.stderr)
+    with signals.at_end(summarise):
+        num_failed = _measure(experiment, directory, missing, len(rows))
+        described = summarise()
+    records = records_of(directory.records, rows)
+    print(f"rows found: {len(records)} of {len(rows)} wanted")
+    print(f"Results: {directory.path}")
+    if described:
+        print(experiment.text(described, records), flush=True)
+    if num_failed:
+        return f"{num_failed} rows failed: see failures.jsonl"
+    return experiment.fault(records)
+
+
+def _measure(experiment, directory, missing, num_rows):
+    """Measure and record these rows; how many failed."""
+    num_found, num_failed = num_rows - len(missing), 0
+    for row, found in experiment.measure_all(missing, directory):
+        if isinstance(found, Exception):
+            num_failed += 1
+            note_failure(directory, row, found)
+            continue
+        directory.append(row | {"session": directory.session} | found)
+        num_found += 1
+        place = f"[{num_found} of {num_rows}]"
+        print(place, json.dumps(row), experiment.headline(found), flush=True)
+    return num_failed
+
+
+def _write_summary(experiment, directory, rows):
+    """Write summary.json; the figures of a complete run, else None."""
+    records = records_of(directory.records, rows)
+    described = None
+    if len(records) == len(rows):
+        described = experiment.notes | experiment.describe(records)
+    head = {"experiment": experiment.name, "claim": experiment.claim}
+    counts = {"rows_wanted": len(rows), "rows_found": len(records)}
+    directory.write_summary(head | counts | (described or {}))
+    return described
+
+
+def records_of(records, rows):
+    """The records of `rows` that are there, in the order of the rows."""
+    key = _key_of(rows)
+    found = {key(record): record for record in records}
+    return [found[key(row)] for row in rows if key(row) in found]
+
+
+def missing_of(records, rows):
+    """The rows of which there is no record."""
+    key = _key_of(rows)
+    found = {key(record) for record in records}
+    return [row for row in rows if key(row) not in found]
+
+
+def _key_of(rows):
+    """What tells records of these rows apart, as a function of a row or record."""
+    names = sorted({name for row in rows for name in row})
+    return lambda row: json.dumps([row.get(name) for name in names])
+
+
+def note_failure(directory, row, error):
+    """Say on stderr and in failures.jsonl why a row was not measured."""
+    text = "".join(traceback.format_exception(error))
+    print(f"failed: {row}\n{text}", file=sys.stderr, flush=True)
+    with signals.deferred(), open(directory.path / "failures.jsonl", "ab") as file:
+        file.write(json.dumps({"row": row, "error": text[-4000:]}).encode() + b"\n")
+
+
+def of_module(name: str):
+    """The Experiment that a module of experiments declares."""
+    module = importlib.import_module(f"experiments.{name}")
+    (kind,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Experiment)
+        and value.__module__ == module.__name__
+    )
+    return kind
