@@ -23,6 +23,7 @@ from pallas_kernels.add_norm import bench as norm
 from pallas_kernels.common import default_impl
 from pallas_kernels.gather_kv import bench as gather
 from pallas_kernels.paged_attention import bench as attention
+from pallas_kernels.paged_attention import bench_pieces as pieces
 from pallas_kernels.rotate_heads import bench as rotate
 from pallas_kernels.select_tokens import bench as selection
 from pallas_kernels.write_rows import bench as write
@@ -30,7 +31,7 @@ from pallas_kernels.write_rows import bench as write
 _LAYERS = 32  # of one program, as models have; half as many selections
 
 # Each has the `CASES` that it times, and `bench`, which times one of them.
-OPERATIONS = (attention, selection, gather, write, rotate, norm)
+OPERATIONS = (attention, pieces, selection, gather, write, rotate, norm)
 CASES = {
     case.name: (operation, case) for operation in OPERATIONS for case in operation.CASES
 }
@@ -86,6 +87,9 @@ def _compare(cases: dict) -> None:
         plain = cases.get(name.rsplit("_", 1)[0])
         if "mass_error" in result and plain:
             result["ratio_to_plain"] = result["us"] / plain["us"]
+        free, _, piece = name.rpartition("_p")
+        if piece.isdigit() and free in cases:
+            result["ratio_to_free"] = result["us"] / cases[free]["us"]
     if {"mixed", "verify_8k", "draft_410"} <= cases.keys():
         parts = cases["verify_8k"]["us"] + cases["draft_410"]["us"]
         cases["mixed"]["ratio_to_sum"] = cases["mixed"]["us"] / parts

@@ -128,7 +128,7 @@ def attention_and_reference(
 def lane_rows(case: AttentionCase) -> list[tuple[int, int]]:
     """Returns (first token, number of query rows) of every lane."""
     rows, token = [], 0
-    for num_lanes, num_queries in case.groups:
+    for num_lanes, num_queries, *_ in case.groups:
         for _ in range(num_lanes):
             rows.append((token, num_queries))
             token += num_queries

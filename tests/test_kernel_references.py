@@ -177,7 +177,7 @@ def test_mass_and_tail_sum_to_one(case):
     if case.mass_group is None:
         pytest.skip("the case asks for no mass")
     inputs = ki.attention_inputs(case)
-    lanes = [n for n, _ in case.groups]
+    lanes = [n for n, *_ in case.groups]
     first = sum(lanes[: case.mass_group])
     rows = ki.lane_rows(case)
     # With V = 1 on the rows of the tail and 0 elsewhere, out is the tail's share.

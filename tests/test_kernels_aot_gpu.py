@@ -113,13 +113,26 @@ def test_attention_compiles(compile_h100, case):
     bound = 8 * num_bytes(args[0]) + (24 << 20)
     if case.mass_group is not None:
         bound += mass_bytes(case)
+    bound += piece_bytes(case)
     assert result.temp_bytes <= bound
     assert result.temp_bytes < num_bytes(args[1])
 
 
+def piece_bytes(case: AttentionCase) -> int:
+    """Returns the bytes of all pieces: rows, eight at a time, and 64 log sums each."""
+    total = 0
+    for lanes, queries, *piece in case.groups:
+        if piece:
+            pieces = -(-case.table_width * case.page_size // piece[0])
+            rows = -(-queries * case.group_size // 8) * 8
+            per_piece = 2 * rows * case.head_size + 4 * 64
+            total += lanes * case.num_heads * pieces * per_piece
+    return total
+
+
 def mass_bytes(case: AttentionCase) -> int:
     """Returns the bytes of what is stored for the mass: 12 bits per row and key."""
-    lanes, queries = case.groups[case.mass_group]
+    lanes, queries, *_ = case.groups[case.mass_group]
     rows = (2 if case.mass_rows == "edges" else queries) * case.group_size
     keys = -(-case.table_width * case.page_size // 2048) * 2048
     per_key = 1.5 * rows + 4 * 128 / 64 + 4  # maxima of rows; padded mass

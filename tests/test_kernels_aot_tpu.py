@@ -81,7 +81,7 @@ def test_float32_attention_compiles(target):
 @ki.each_case(tagged(ATTENTION_CASES, "tpu"))
 def test_attention_fits_the_smallest_vmem(case):
     _, pool, table, *_ = case.shapes
-    for index, (_, num_queries) in enumerate(case.groups):
+    for index, (_, num_queries, *_) in enumerate(case.groups):
         sizes = tpu_sizes.plan_sizes(
             pool.shape,
             pool.dtype,

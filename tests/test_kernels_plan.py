@@ -11,8 +11,10 @@ from pallas_kernels.paged_attention.gpu_layout import (
     UNITS,
     AttentionConfig,
     Spec,
-    first_block,
     group_tiles,
+)
+from pallas_kernels.paged_attention.gpu_shares import (
+    first_block,
     next_segment,
     parts_of,
     segment_ends,

@@ -10,7 +10,7 @@ import pytest
 from gpu_interpreter import PLAIN, RACES, compile_interpreted
 
 from pallas_kernels.cases import by_name, tagged
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import LaneGroup, paged_attention
 from pallas_kernels.paged_attention.cases import ATTENTION_CASES
 from pallas_kernels.paged_attention.gpu import (
     TUNED_PREFILL,
@@ -129,6 +129,7 @@ def test_only_last_groups_of_many_queries_are_chunks():
     groups = ((64, 1), (4, 512), (8, 9), (2, 100), (4, 512))
 
     def is_chunk(group):
+        group = LaneGroup(*group)
         return TUNED_PREFILL[128].serves(group, num_heads=8, group_size=4)
 
     assert _split_groups(groups, None, is_chunk) == (groups[:3], groups[3:])
@@ -139,6 +140,8 @@ def test_only_last_groups_of_many_queries_are_chunks():
     # Few CTAs would leave most of the device idle.
     assert is_chunk((1, 256)) and not is_chunk((1, 128)) and is_chunk((2, 128))
     assert not is_chunk((64, 64))
+    # With pieces the launch follows from the number of queries alone.
+    assert is_chunk((1, 128, 512)) and not is_chunk((64, 64, 512))
 
 
 def test_longest_lanes_come_first():

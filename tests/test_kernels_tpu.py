@@ -120,7 +120,7 @@ def test_attention_does_not_depend_on_its_tuning(name):
             with_mass=index == case.mass_group,
             tuning=tuning,
         )
-        for index, (_, num_queries) in enumerate(case.groups)
+        for index, (_, num_queries, *_) in enumerate(case.groups)
     ]
     if "tile_rows" in sizes:
         assert min(sizes.num_tiles for sizes in planned) > 1

@@ -24,6 +24,7 @@ from pallas_kernels.common import (
 )
 
 MASS_ROWS = ("all", "edges")
+PIECE_UNIT = 64  # keys
 
 
 class LaneGroup(NamedTuple):
@@ -31,6 +32,7 @@ class LaneGroup(NamedTuple):
 
     num_lanes: int
     num_queries: int
+    piece: int | None = None  # keys summed as one, see `paged_attention`
 
 
 class AttentionOutput(NamedTuple):
@@ -70,6 +72,15 @@ def paged_attention(
                               query 1     x x x x x x .
                               query 2     x x x x x x x
         candidates of the mass:           c c c c
+
+    Of a group with a `piece`, the keys are cut at multiples of `piece` keys, every
+    piece is summed by itself, and pieces are added in the order of the keys. On a GPU
+    the bits of such a row then depend on its query, its keys and its position alone,
+    and those of the mass on the rows of the lane: not on other lanes or groups, on the
+    place or the number of the lane's rows, on page size, tables or the mass. Groups of
+    up to 64 queries agree with each other, and so do all larger ones, which are never
+    cut. `piece` is the same in all groups that have one. Other implementations compute
+    the same as without: there bits may depend on shapes.
 
     The mass (PillarAttn, arXiv 2512.01278) of a candidate `j < kv_length - q_length`
     is its softmax probability averaged over the used query rows and the G query
@@ -147,10 +158,16 @@ def paged_attention(
 def _check_groups(
     groups: tuple[LaneGroup, ...], mass_group: int | None, mass_rows: str
 ) -> None:
-    if not groups or any(min(group) < 1 for group in groups):
+    if not groups or any(min(group[:2]) < 1 for group in groups):
         raise ValueError(
             f"groups is {groups}: give at least one group, each with num_lanes >= 1 "
             "and num_queries >= 1"
+        )
+    pieces = {group.piece for group in groups} - {None}
+    if len(pieces) > 1 or any(piece < 1 or piece % PIECE_UNIT for piece in pieces):
+        raise ValueError(
+            f"groups is {groups}: give all pieces the same number of keys, a multiple "
+            f"of {PIECE_UNIT}, or None"
         )
     if mass_group is not None and not 0 <= mass_group < len(groups):
         raise ValueError(

@@ -39,6 +39,15 @@ CASES = _timed_cases()
 
 def bench(case: AttentionCase, *, impl: str, rates: Rates, num_layers: int) -> dict:
     """Returns time, rate and errors of one case, and cuDNN's time."""
+    result = time_case(case, impl=impl, rates=rates, num_layers=num_layers)
+    if case.mass_group is None and len(case.groups) == 1:
+        if jax.default_backend() == "gpu":
+            result["cudnn_us"] = _time_cudnn(case, num_layers)
+    return result
+
+
+def time_case(case: AttentionCase, *, impl: str, rates: Rates, num_layers: int) -> dict:
+    """Returns time, rate and errors of one case."""
     layers, shared = attention_layers(case, num_layers)
 
     def attend(q, table, pool, kv_lengths, q_lengths, impl=impl):
@@ -58,9 +67,6 @@ def bench(case: AttentionCase, *, impl: str, rates: Rates, num_layers: int) -> d
     )
     if case.mass_group is not None:
         result["mass_error"] = relative_error(got.mass, expected.mass)
-    elif len(case.groups) == 1 and jax.default_backend() == "gpu":
-        del layers, shared, got, expected
-        result["cudnn_us"] = _time_cudnn(case, num_layers)
     return result
 
 
@@ -104,7 +110,7 @@ def _needle_places(case, table):
     Keys at edges take turns: the own one, the next, the first of the page, and the one
     before it.
     """
-    num_queries = [queries for lanes, queries in case.groups for _ in range(lanes)]
+    num_queries = [queries for lanes, queries, *_ in case.groups for _ in range(lanes)]
     lane = np.repeat(np.arange(case.num_lanes), num_queries)
     query = np.concatenate([np.arange(queries) for queries in num_queries])
     length, q_len = np.asarray(case.kv_lengths)[lane], case.q_length_array()[lane]
@@ -135,7 +141,7 @@ def _time_cudnn(case: AttentionCase, num_layers: int) -> float:
 
     Every query sees every key: its causal mask has no keys in front of the first query.
     """
-    lanes, queries = case.groups[0]
+    lanes, queries = case.groups[0][:2]
     q_shape = (lanes, queries, case.num_heads * case.group_size, case.head_size)
     kv_shape = (lanes, case.kv_lengths[0], case.num_heads, case.head_size)
     kv_bytes = 4 * math.prod(kv_shape)

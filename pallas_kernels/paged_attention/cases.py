@@ -21,7 +21,7 @@ CHUNK = frozenset({"chunk"})  # small ones, for the launch of prompt chunks
 class AttentionCase(Case):
     """One call of `paged_attention`."""
 
-    groups: tuple[tuple[int, int], ...]  # (num_lanes, num_queries)
+    groups: tuple[tuple[int, ...], ...]  # (num_lanes, num_queries), some with a piece
     kv_lengths: tuple[int, ...]  # keys, one per lane
     q_lengths: tuple[int, ...] | None = None  # one per lane; None: every row is valid
     head_step: int = 0  # KV head h has h * head_step keys less (queries at least)
@@ -55,12 +55,12 @@ class AttentionCase(Case):
     @property
     def num_lanes(self) -> int:
         """Lanes of all groups."""
-        return sum(lanes for lanes, _ in self.groups)
+        return sum(lanes for lanes, *_ in self.groups)
 
     @property
     def num_tokens(self) -> int:
         """Query rows of all groups, padding included."""
-        return sum(lanes * queries for lanes, queries in self.groups)
+        return sum(lanes * queries for lanes, queries, *_ in self.groups)
 
     @property
     def table_width(self) -> int:
@@ -89,7 +89,7 @@ class AttentionCase(Case):
 
     def q_length_array(self) -> np.ndarray:
         """Returns q_lengths, int32 [lanes]; a lane without keys is idle."""
-        full = [queries for lanes, queries in self.groups for _ in range(lanes)]
+        full = [queries for lanes, queries, *_ in self.groups for _ in range(lanes)]
         q_lengths = np.asarray(self.q_lengths or full, np.int32)
         return np.where(np.asarray(self.kv_lengths) == 0, 0, q_lengths).astype(np.int32)
 
@@ -240,6 +240,43 @@ _CHUNK_CASES = (
     ),
 )
 
+# Plain decoding, and steps of an engine whose drafts see 5 % of the keys.
+_STEP_SIZES = dict(mass_group=1, mass_rows="edges", tags=TIMED)
+_STEP_CASES = (
+    _draft("plain_2560", 2560, num_lanes=64, tags=TIMED),
+    _draft("plain_12800", 12800, num_lanes=24, tags=TIMED),
+    _draft("plain_1500", 1500, num_lanes=128, tags=TIMED),
+    _case(
+        "step_12800",
+        ((21, 1), (3, 9)),
+        (649,) * 21 + (12805,) * 3,
+        **_STEP_SIZES,
+    ),
+    _case(
+        "step_1500",
+        ((114, 1), (14, 9)),
+        (84,) * 114 + (1505,) * 14,
+        **_STEP_SIZES,
+    ),
+)
+
+# Rows that are summed in pieces: Qwen3-8B, Qwen2.5-1.5B and SmolLM2.
+_PIECE = 512
+_QWEN_1_5B = dict(num_heads=2, group_size=6)
+_PIECE_CASES = tuple(
+    _case(f"{kind}_pieces_{model}", groups, lengths, **sizes, **mass, tags=H100)
+    for model, sizes in (("8b", {}), ("1b5", _QWEN_1_5B), ("135m", SMOLLM2))
+    for kind, groups, lengths, mass in (
+        ("plain", ((64, 1, _PIECE),), (2560,) * 64, {}),
+        (
+            "step",
+            ((57, 1), (7, 9, _PIECE)),
+            (137,) * 57 + (2565,) * 7,
+            dict(mass_group=1, mass_rows="edges"),
+        ),
+    )
+)
+
 # Steps of an engine that reads prompts.
 _PREFILL_CASES = (
     _prefill("prefill_6k", 6144, tags=TIMED),
@@ -263,4 +300,11 @@ _PREFILL_CASES = (
     _prefill("prefill_g5", 12288, group_size=5),
 )
 
-ATTENTION_CASES = _TINY_CASES + _LARGE_CASES + _CHUNK_CASES + _PREFILL_CASES
+ATTENTION_CASES = (
+    *_TINY_CASES,
+    *_LARGE_CASES,
+    *_CHUNK_CASES,
+    *_STEP_CASES,
+    *_PIECE_CASES,
+    *_PREFILL_CASES,
+)

@@ -34,8 +34,8 @@ from pallas_kernels.paged_attention.gpu_layout import (
     AttentionConfig,
     Spec,
     group_tiles,
-    segment_ends,
 )
+from pallas_kernels.paged_attention.gpu_plan import launch_plan
 from pallas_kernels.paged_attention.gpu_prefill import attend_chunks
 
 _LOG2E = math.log2(math.e)
@@ -113,6 +113,7 @@ def paged_attention_gpu(
         interpret=interpreter,
     )
     args = (kv_lengths, q_lengths, page_table, q, kv_pages)
+    _check_pieces(mixed)
     if mixed:
         spec = Spec(
             groups=group_tiles(mixed, group_size),
@@ -151,8 +152,8 @@ def _attend_mixed(
 ):
     """Returns output and mass of the first groups, by the mixed launch."""
     lanes = slice(spec.num_lanes)
-    ends = segment_ends(kv_lengths[lanes], q_lengths[lanes], spec)
-    lengths = (ends, kv_lengths, q_lengths)
+    plan = launch_plan(kv_lengths[lanes], q_lengths[lanes], spec)
+    lengths = (plan, kv_lengths, q_lengths)
     computed = attend(spec, *lengths, page_table, q, kv_pages)
     if spec.mass_group is None:
         return finish(spec, *lengths, *computed), None
@@ -186,7 +187,7 @@ def _attend_chunks(out, groups, first, config: PrefillConfig, shapes, *args):
         )
     ref = jax.new_ref(out)
     lane = token = 0
-    for index, (num_lanes, num_queries) in enumerate(groups):
+    for index, (num_lanes, num_queries, _) in enumerate(groups):
         if index >= first:
             spec = ChunkSpec(
                 first_lane=lane,
@@ -199,6 +200,16 @@ def _attend_chunks(out, groups, first, config: PrefillConfig, shapes, *args):
             attend_chunks(spec, *args, ref)
         lane, token = lane + num_lanes, token + num_lanes * num_queries
     return jax.freeze(ref)
+
+
+def _check_pieces(groups) -> None:
+    """Raises unless groups that are cut anywhere come before those with pieces."""
+    has_pieces = [group.piece is not None for group in groups]
+    if has_pieces != sorted(has_pieces):
+        raise NotImplementedError(
+            f"groups is {groups}: the GPU kernel takes groups with a piece behind the "
+            "others; put those without one first, or give them the same piece"
+        )
 
 
 def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> None:

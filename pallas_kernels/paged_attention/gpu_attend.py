@@ -1,7 +1,8 @@
 """The persistent attention launch for Hopper GPUs.
 
-Every CTA walks an equal, contiguous share of the stream of all 64-key blocks. The part
-of a segment that it computes is written normalised, with the log of its sum.
+Every CTA walks its share of the stream of all 64-key blocks. What it computes of a
+segment is one part, or one for every piece; parts are written normalised, with the log
+of their sum.
 """
 
 import dataclasses
@@ -20,16 +21,22 @@ from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
     GROUP,
     TILE,
-    UNITS,
     Spec,
-    blocks_before,
-    first_block,
     full,
     num_blocks,
-    part_row,
-    share_of,
 )
 from pallas_kernels.paged_attention.gpu_mass import pack
+from pallas_kernels.paged_attention.gpu_plan import (
+    Visit,
+    num_part_rows,
+    num_parts,
+    part_blocks,
+    part_index,
+    part_number,
+    part_row,
+    with_share,
+)
+from pallas_kernels.paged_attention.gpu_shares import blocks_before
 from pallas_kernels.paged_attention.gpu_stream import Cursor, Segment, Stream
 
 _SMALLEST = 2.0**-100  # of the largest probability of a row in a block
@@ -42,9 +49,8 @@ class _Attend:
 
     spec: Spec
     stream: Stream
-    cta: jax.Array
     parts: Any  # out: [rows, D]
-    log_sums: Any  # out: float32 [segments + CTAs, 64], base 2
+    log_sums: Any  # out: float32 [parts, 64], base 2
     probabilities: Any  # out: int32 [segments, blocks, rows, words], or None
     maxima: Any  # out: float32 [segments, blocks, 64], or None
     tile_s: Any  # queries, then results of a segment
@@ -155,27 +161,50 @@ class _Attend:
 
         return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, acc.dtype))
 
-    def place_queries(self, segment: Segment):
-        """Moves queries to where the matrix unit reads them; asks for the next ones."""
-        stream = self.stream
-        plgpu.barrier_wait(stream.q_bar)
-        queries = plgpu.load(stream.q_s, layout=TILED_ROWS, optimized=False)
+    def place_queries(self):
+        """Moves queries to where the matrix unit reads them."""
+        queries = plgpu.load(self.stream.q_s, layout=TILED_ROWS, optimized=False)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.tile_s[...] = queries
         plgpu.commit_smem()
 
-        @pl.when(stream.ends[segment.index] < stream.high)
+    def copy_next_queries(self, segment: Segment):
+        """Asks for the queries of the next segment, if there is one."""
+        stream = self.stream
+        end, high = stream.plan[segment.index], stream.share.high
+        if stream.share.turn is not None:
+            is_turn = stream.turns(segment.index, end)
+            end = jnp.where(is_turn, stream.share.pieces.unit, end)
+
+        @pl.when(end < high)
         def _copy():
-            stream.copy_queries(stream.next_segment(segment.index))
+            stream.copy_queries(stream.next_visit(segment.index).segment)
 
     def attend_segment(self, index, start, i, cursor: Cursor):
-        """Computes this CTA's part of a segment; returns the next i and cursor."""
+        """Computes this CTA's parts of a segment; returns the next i and cursor."""
         spec, stream = self.spec, self.stream
         segment = stream.segment(index)
-        first = blocks_before(stream.low, start)
-        last = blocks_before(stream.high, start)
+        low, high = stream.share.range_of(start)
+        first, last = blocks_before(low, start), blocks_before(high, start)
         last = jnp.minimum(last, num_blocks(segment.visible))
-        self.place_queries(segment)
+        plgpu.barrier_wait(stream.q_bar)
+        if spec.piece is None:
+            return self.attend_part(segment, first, last, last, i, cursor)
+        size = part_blocks(spec, index, first, last)
+
+        def step(carry):
+            first, *carry = carry
+            end = jnp.minimum(first + size, last)
+            return end, *self.attend_part(segment, first, end, last, *carry)
+
+        carry = first, i, cursor
+        return lax.while_loop(lambda carry: carry[0] < last, step, carry)[1:]
+
+    def attend_part(self, segment: Segment, first, end, last, i, cursor: Cursor):
+        """Computes one part of a segment, of which this CTA has blocks up to `last`."""
+        spec, stream = self.spec, self.stream
+        self.place_queries()
+        pl.when(end == last)(lambda: self.copy_next_queries(segment))
 
         def step(block, carry):
             i, cursor, state = carry
@@ -190,18 +219,21 @@ class _Attend:
             full((TILE,), MASK_VALUE, WGMMA_ROWS),
             full((TILE,), 0.0, WGMMA_ROWS),
         )
-        i, cursor, state = lax.fori_loop(first, last, step, (i, cursor, state))
-        self.write_part(segment, *state)
+        i, cursor, state = lax.fori_loop(first, end, step, (i, cursor, state))
+        number = part_number(spec, segment.index, stream.share, first)
+        self.write_part(segment, number, *state)
         return i, cursor
 
-    def write_part(self, segment: Segment, acc, m, total):
+    def write_part(self, segment: Segment, number, acc, m, total):
         """Writes the normalised sum of values of all rows and the log of the sum."""
         tile = segment.tile
-        self.log_sums[segment.index + self.cta] = m + jnp.log2(total)
+        self.log_sums[part_index(self.spec, segment.index, number)] = m + jnp.log2(
+            total
+        )
         acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
         self.tile_s[...] = acc.astype(self.spec.dtype)
         plgpu.commit_smem()
-        part = part_row(self.spec, tile.row, tile.rows, segment.head, self.cta)
+        part = part_row(self.spec, tile.row, tile.rows, segment.index, number)
 
         def copy(n, _):
             row = pl.multiple_of(n * 8, 8)
@@ -211,39 +243,37 @@ class _Attend:
 
         lax.fori_loop(0, lax.div(tile.rows, 8), copy, None)
 
-    def run(self, segment, start, block):
-        """Computes all blocks of this CTA, from one of a segment on."""
+    def run(self, first: Visit):
+        """Computes all blocks of this CTA, from the first on."""
         stream = self.stream
-        cursor = stream.cursor(segment, start, block)
+        cursor = stream.cursor(first)
         for i in range(self.spec.config.num_stages):
             cursor = stream.copy_block_if_mine(jnp.int32(i), cursor)
             if i == 0:
-                stream.copy_queries(segment)
+                stream.copy_queries(first.segment)
 
         def step(carry):
-            index, start, i, cursor = carry
-            i, cursor = self.attend_segment(index, start, i, cursor)
-            return stream.next_segment(index), stream.ends[index], i, cursor
+            visit, i, cursor = carry
+            i, cursor = self.attend_segment(visit.segment, visit.start, i, cursor)
+            return stream.next_visit(visit.segment), i, cursor
 
         lax.while_loop(
-            lambda carry: carry[1] < stream.high,
+            lambda carry: carry[0].unit < stream.share.high,
             step,
-            (segment, start, jnp.int32(0), cursor),
+            (first, jnp.int32(0), cursor),
         )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
+def attend(spec: Spec, plan, kv_lengths, q_lengths, page_table, q, kv_pages):
     """Returns parts, log sums and, where mass is wanted, probabilities and maxima.
 
-    The part of (segment s, CTA c) has its rows at `part_row` and its log sums at s + c.
+    A part has its rows at `part_row` and its log sums at `part_index`.
     """
-    has_mass, C = spec.mass_group is not None, spec.config.num_ctas
-    D = spec.head_size
-    num_rows = spec.num_rows * spec.num_heads + C * TILE
+    has_mass = spec.mass_group is not None
     out_type = [
-        jax.ShapeDtypeStruct((num_rows, D), spec.dtype),
-        jax.ShapeDtypeStruct((spec.num_segments + C, TILE), jnp.float32),
+        jax.ShapeDtypeStruct((num_part_rows(spec), spec.head_size), spec.dtype),
+        jax.ShapeDtypeStruct((num_parts(spec), TILE), jnp.float32),
     ]
     if has_mass:
         first, last = spec.mass_segments
@@ -252,37 +282,27 @@ def attend(spec: Spec, ends, kv_lengths, q_lengths, page_table, q, kv_pages):
         out_type.append(jax.ShapeDtypeStruct(stored, jnp.int32))
         out_type.append(jax.ShapeDtypeStruct((*lead, TILE), jnp.float32))
 
-    def entry(ends, kv_lengths, q_lengths, table, queries, pages, *refs):
+    def entry(plan, kv_lengths, q_lengths, table, queries, pages, *refs):
         outputs, scratch = refs[: len(out_type)], refs[len(out_type) :]
         outputs += (None,) * (4 - len(outputs))
         q_s, kv_s, q_bar, kv_bar, *scratch = scratch
-        cta = lax.axis_index("cta")
-        low, high = share_of(cta, ends, spec)
-        inputs = (ends, kv_lengths, q_lengths, table, queries, pages)
-        stream = Stream(spec, low, high, *inputs, q_s, kv_s, q_bar, kv_bar)
+        inputs = (plan, kv_lengths, q_lengths, table, queries, pages)
 
-        layout = plgpu.Layout.WG_STRIDED(ends.shape, 1)
-        has_ended = plgpu.load(ends, layout=layout) <= low
-        num_ended = jnp.sum(jnp.where(has_ended, 1, 0))
+        def run(share, first):
+            stream = Stream(spec, share, *inputs, q_s, kv_s, q_bar, kv_bar)
+            _Attend(spec, stream, *outputs, *scratch).run(first)
 
-        @pl.when(low < high)
-        def _run():
-            segment, start, block = first_block(ends, num_ended, low, spec)
-
-            @pl.when(start + block * UNITS < high)
-            def _run_blocks():
-                attend = _Attend(spec, stream, cta, *outputs, *scratch)
-                attend.run(segment, start, block)
+        with_share(spec, lax.axis_index("cta"), plan, run)
 
     return plgpu.kernel(
         entry,
         out_type=out_type,
-        grid=(C,),
+        grid=(spec.config.num_ctas,),
         grid_names=("cta",),
         kernel_name="paged_attention",
         scratch_types=_scratch(spec, has_mass),
         **spec.options,
-    )(ends, kv_lengths, q_lengths, page_table, q, kv_pages)
+    )(plan, kv_lengths, q_lengths, page_table, q, kv_pages)
 
 
 def _scratch(spec: Spec, has_mass: bool) -> list:

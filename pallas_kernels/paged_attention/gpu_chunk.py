@@ -46,11 +46,15 @@ class PrefillConfig:
             raise ValueError("takes_turns needs num_consumers=2")
 
     def serves(self, group: LaneGroup, num_heads: int, group_size: int) -> bool:
-        """Returns whether a lane group is large enough for a launch of its own."""
-        num_lanes, num_queries = group
+        """Returns whether a lane group gets a launch of its own.
+
+        With pieces that must not depend on the number of lanes: results do.
+        """
+        num_lanes, num_queries, piece = group
         tiles = -(-num_queries // (TILE // group_size * self.num_consumers))
         num_ctas = num_lanes * tiles * num_heads
-        return num_queries >= self.min_queries and num_ctas >= self.min_ctas
+        is_large = num_ctas >= self.min_ctas or piece is not None
+        return num_queries >= self.min_queries and is_large
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

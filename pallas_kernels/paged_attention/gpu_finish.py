@@ -18,13 +18,17 @@ from pallas_kernels.paged_attention.gpu_layout import (
     Spec,
     edge_position,
     full,
-    part_row,
-    parts_of,
 )
 from pallas_kernels.paged_attention.gpu_mass import write_mass
+from pallas_kernels.paged_attention.gpu_plan import (
+    part_index,
+    part_row,
+    parts_of,
+    pieces_of_row,
+)
 
 
-def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
+def finish(spec: Spec, plan, kv_lengths, q_lengths, parts, log_sums, *stored):
     """Returns the output [T, N, D]; writes the mass where one is wanted.
 
     The first CTAs sum stored probabilities, `mass_ctas` for every lane and KV head; the
@@ -32,7 +36,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
 
     Args:
       spec: static sizes.
-      ends, kv_lengths, q_lengths: what `attend` was given.
+      plan, kv_lengths, q_lengths: what `attend` was given.
       parts, log_sums: what it returned.
       *stored: with mass, probabilities and maxima that it returned, int32 [1] and a
         Ref [n, lanes, H, blocks, 64]; the mass goes to that place of the n.
@@ -44,10 +48,10 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
     if stored:
         num_mass = spec.groups[spec.mass_group].num_lanes * H * spec.mass_ctas
 
-    def body(ends, kv_lengths, q_lengths, parts, log_sums, *rest):
+    def body(plan, kv_lengths, q_lengths, parts, log_sums, *rest):
         *rest, out, final_s = rest
         work = lax.axis_index("work")
-        lengths = (ends, kv_lengths, q_lengths)
+        lengths = (plan, kv_lengths, q_lengths)
 
         @pl.when(work >= num_mass)
         def _merge():
@@ -76,7 +80,7 @@ def finish(spec: Spec, ends, kv_lengths, q_lengths, parts, log_sums, *stored):
         kernel_name="paged_attention_finish",
         scratch_types=[plgpu.SMEM((1, TILE), jnp.float32) if stored else None],
         **spec.options,
-    )(ends, kv_lengths, q_lengths, parts, log_sums, *stored)
+    )(plan, kv_lengths, q_lengths, parts, log_sums, *stored)
 
 
 def _find_token(spec: Spec, token):
@@ -107,7 +111,7 @@ def _find_token(spec: Spec, token):
 
 
 def _merge_token(
-    spec: Spec, token, first_head, ends, kv_lengths, q_lengths, parts, log_sums, out
+    spec: Spec, token, first_head, plan, kv_lengths, q_lengths, parts, log_sums, out
 ):
     """Writes the output of some KV heads of a token, summed over their parts."""
     H, G, at_once = spec.num_heads, spec.group_size, spec.parts_at_once
@@ -123,9 +127,10 @@ def _merge_token(
     segments = [first_segment + head for head in heads]
 
     def parts_of_head(head, segment):
-        kv_len, (first, last) = kv_lengths[lane, head], parts_of(ends, segment, spec)
-        sees_keys = (query < q_len) & (kv_len - q_len + query >= 0)
-        return first, jnp.where(sees_keys, last, first)
+        first, last = parts_of(plan, segment, spec)
+        own = kv_lengths[lane, head] - q_len + query  # its own key
+        last = pieces_of_row(spec, segment, own, last)
+        return first, jnp.where((query < q_len) & (own >= 0), last, first)
 
     ranges = [parts_of_head(*pair) for pair in zip(heads, segments, strict=True)]
 
@@ -133,9 +138,9 @@ def _merge_token(
         """Returns rows and log sums of a part of head i; nothing past the last one."""
         cta, last = ranges[i][0] + k, ranges[i][1]
         index = jnp.maximum(jnp.minimum(cta, last - 1), 0)
-        base = part_row(spec, tile_row, tile_rows, heads[i], index) + row
+        base = part_row(spec, tile_row, tile_rows, segments[i], index) + row
         x = plgpu.load(parts.at[pl.ds(base, G)], layout=layout, optimized=False)
-        w = log_sums.at[segments[i] + index, pl.ds(row, G)]
+        w = log_sums.at[part_index(spec, segments[i], index), pl.ds(row, G)]
         w = plgpu.load(w, layout=layout.reduce(1), optimized=False)
         return x.astype(jnp.float32), w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -53,6 +52,7 @@ class GroupTiles(NamedTuple):
     num_queries: int
     step: int  # queries of one tile
     rows: int  # of one tile, a multiple of 8
+    piece: int | None  # keys; None: cut anywhere
 
     @property
     def tiles_per_lane(self) -> int:
@@ -83,10 +83,11 @@ def group_tiles(
 ) -> tuple[GroupTiles, ...]:
     """Returns how every group is cut into tiles of at most 64 rows."""
     cuts, lane, token, tile, row = [], 0, 0, 0, 0
-    for num_lanes, num_queries in groups:
+    for num_lanes, num_queries, piece in groups:
         step = min(num_queries, TILE // group_size)
         rows = round_up(step * group_size, 8)
-        cut = GroupTiles(lane, token, tile, row, num_lanes, num_queries, step, rows)
+        sizes = num_lanes, num_queries, step, rows, piece
+        cut = GroupTiles(lane, token, tile, row, *sizes)
         cuts.append(cut)
         lane, token = lane + num_lanes, token + num_lanes * num_queries
         tile, row = tile + cut.num_tiles, row + cut.num_tiles * rows
@@ -134,6 +135,24 @@ class Spec:
         )
 
     @property
+    def piece(self) -> int | None:
+        """Keys of a piece: the groups from the first that has pieces on agree."""
+        return self.groups[-1].piece
+
+    @property
+    def num_free(self) -> tuple[int, int]:
+        """Segments that are cut anywhere, which come first, and rows of their tiles."""
+        for group in self.groups:
+            if group.piece is not None:
+                return group.first_tile * self.num_heads, group.first_row
+        return self.num_segments, self.num_rows
+
+    @property
+    def max_pieces(self) -> int:
+        """Pieces of the longest segment that the page table has room for."""
+        return -(-self.table_width * self.page_size // self.piece)
+
+    @property
     def tile_queries(self) -> int:
         """Queries of the largest tile."""
         return max(group.step for group in self.groups)
@@ -147,6 +166,8 @@ class Spec:
     def parts_at_once(self) -> int:
         """Parts of a segment loaded together: as many as equal segments would have."""
         parts = -(-self.config.num_ctas // self.num_segments) + 1
+        if self.piece is not None:
+            parts = self.max_pieces
         return max(2, min(parts, self.merge_rows // self.group_size))
 
     @property
@@ -252,37 +273,6 @@ def edge_position(query, last):
     return jnp.where(query == 0, 0, jnp.where(query == last, 1, other))
 
 
-def segment_ends(kv_lengths: jax.Array, q_lengths: jax.Array, spec: Spec) -> jax.Array:
-    """Returns where every segment ends in the stream of work.
-
-    The stream has units of work, one for every 16 keys that are copied. A block belongs
-    to the CTA whose share of the stream has the first unit of the block.
-    int32 [segments padded to 128]; the padding repeats the total. One fused reduction,
-    the same for all layers of a model, so a compiled step computes it once.
-    """
-    if spec.num_tiles == spec.num_lanes:
-        visible = jnp.where(q_lengths[:, None] > 0, kv_lengths, 0)
-    else:
-        tile = spec.tile(np.arange(spec.num_tiles, dtype=np.int32))
-        fields = (q_lengths[tile.lane], *tile[2:4], tile.has_edges)
-        visible = visible_keys(kv_lengths[tile.lane], *(x[:, None] for x in fields))
-    index = np.arange(round_up(spec.num_segments, 128))[:, None, None]
-    before = np.arange(spec.num_segments).reshape(1, *visible.shape) <= index
-    return jnp.sum(jnp.where(before, num_units(visible, spec)[None], 0), axis=(1, 2))
-
-
-def num_units(visible, spec: Spec):
-    """Returns the work of a segment with a number of visible keys."""
-    copy_rows = min(spec.config.copy_rows, spec.page_size)
-    copied = jnp.maximum(round_up(visible, copy_rows), UNIT)
-    return jnp.where(visible > 0, lax.div(copied + (UNIT - 1), UNIT), 0)
-
-
-def blocks_before(unit, start):
-    """Returns how many blocks of a segment begin before a unit of the stream."""
-    return lax.div(jnp.maximum(unit - start, 0) + (UNITS - 1), UNITS)
-
-
 def visible_keys(kv_len, q_len, first_query, num_queries, has_edges):
     """Returns how many keys the rows of a tile see at most."""
     last = jnp.minimum(first_query + num_queries, q_len)
@@ -293,85 +283,6 @@ def visible_keys(kv_len, q_len, first_query, num_queries, has_edges):
 def num_blocks(keys):
     """Returns the blocks of a number of keys."""
     return lax.shift_right_logical(keys + (BLOCK - 1), BLOCK.bit_length() - 1)
-
-
-def segment_start(ends_ref, segment):
-    """Returns where a segment starts in the stream."""
-    before = ends_ref[jnp.maximum(segment - 1, 0)]
-    return jnp.where(segment == 0, 0, before)
-
-
-def last_block_of(ends_ref, segment, spec: Spec):
-    """Returns the unit of the stream where the last block of a segment starts."""
-    start = segment_start(ends_ref, segment)
-    return start + lax.div(ends_ref[segment] - start - 1, UNITS) * UNITS
-
-
-def next_segment(ends_ref, index, spec: Spec):
-    """Returns the first segment behind `index` that has keys, or the last one."""
-    end, last = ends_ref[index], spec.num_segments - 1
-    return lax.while_loop(
-        lambda s: (s < last) & (ends_ref[s] <= end),
-        lambda s: s + 1,
-        jnp.minimum(index + 1, last),
-    )
-
-
-def first_block(ends_ref, index, unit, spec: Spec):
-    """Returns segment, its start and the first block at or behind a unit.
-
-    `index` is the segment that the unit lies in; where it lies behind the start of the
-    last block, the first block of the next segment is returned.
-    """
-    start = segment_start(ends_ref, index)
-    block = blocks_before(unit, start)
-    return lax.cond(
-        start + block * UNITS > last_block_of(ends_ref, index, spec),
-        lambda: (next_segment(ends_ref, index, spec), ends_ref[index], jnp.int32(0)),
-        lambda: (index, start, block),
-    )
-
-
-def parts_of(ends_ref, segment, spec: Spec):
-    """Returns the range of CTAs that own blocks of a segment; empty if it has none."""
-    total, num_ctas = shares(ends_ref, spec)
-    start, end = segment_start(ends_ref, segment), ends_ref[segment]
-    last_block = last_block_of(ends_ref, segment, spec)
-    first = lax.div((start + 1) * num_ctas - 1, total)
-    last = lax.div((last_block + 1) * num_ctas - 1, total) + 1
-    return first, jnp.where(end > start, last, first)
-
-
-def shares(ends_ref, spec: Spec):
-    """Returns the units of the stream, at least 1, and the CTAs that divide them.
-
-    CTA c owns units c * total // CTAs to (c + 1) * total // CTAs: as many as a block
-    has, since a segment's parts are those of all CTAs from its first to its last. More
-    CTAs that do not make the largest share smaller, in blocks, would only end earlier
-    than the others, and leave the last blocks to a few.
-    """
-    total = jnp.maximum(ends_ref[spec.num_segments - 1], 1)
-    blocks = lax.div(total, UNITS)
-    largest = jnp.maximum(lax.div(blocks - 1, spec.config.num_ctas) + 1, 1)
-    return total, jnp.maximum(lax.div(blocks + largest - 1, largest), 1)
-
-
-def share_of(cta, ends_ref, spec: Spec):
-    """Returns the half-open range of units that a CTA owns; empty if there are none."""
-    units, (_, num_ctas) = ends_ref[spec.num_segments - 1], shares(ends_ref, spec)
-
-    def begin(cta):
-        return lax.div(jnp.minimum(cta, num_ctas) * units, num_ctas)
-
-    return begin(cta), begin(cta + 1)
-
-
-def part_row(spec: Spec, tile_row, tile_rows, head, cta):
-    """Returns the first row of the part that a CTA computes of a segment.
-
-    Along the stream of blocks the segment or the CTA grows, so parts never overlap.
-    """
-    return tile_row * spec.num_heads + head * tile_rows + cta * TILE
 
 
 def full(shape, value, layout):

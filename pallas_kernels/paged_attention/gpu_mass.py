@@ -22,8 +22,8 @@ from pallas_kernels.paged_attention.gpu_layout import (
     WARPS,
     Spec,
     full,
-    parts_of,
 )
+from pallas_kernels.paged_attention.gpu_plan import part_index, parts_of
 
 _WORD = 32
 _PARTS = 4  # whose log sums are in flight
@@ -80,7 +80,7 @@ def write_mass(
     lane,
     head,
     first_step,
-    ends,
+    plan,
     kv_lengths,
     q_lengths,
     log_sums,
@@ -106,9 +106,10 @@ def write_mass(
     def add_tile(block, number, acc):
         segment = (lane * group.tiles_per_lane + number) * spec.num_heads + head
         rows = jnp.clip(used - number * group.step * G, 0, group.step * G)
-        parts = parts_of(ends, spec.mass_segments[0] + segment, spec)
-        first = spec.mass_segments[0] + segment + parts[0]
-        _place_log_sums(final_s, log_sums, first, parts[1] - parts[0])
+        index = spec.mass_segments[0] + segment
+        first, last = parts_of(plan, index, spec)
+        place = part_index(spec, index, first)
+        _place_log_sums(final_s, log_sums, place, last - first)
         refs = probabilities.at[segment], maxima.at[segment], final_s
         return _add_tile(spec, block, rows, *refs, acc)
 

@@ -1,6 +1,7 @@
 """What a CTA of the Hopper attention launch reads, and in which order.
 
-All 64-key blocks of all segments form one stream; every CTA owns a contiguous share.
+All 64-key blocks of all segments form one stream; every CTA owns a share, one range of
+it or two (`gpu_plan`).
 """
 
 import dataclasses
@@ -19,10 +20,11 @@ from pallas_kernels.paged_attention.gpu_layout import (
     Spec,
     Tile,
     edge_query,
-    next_segment,
     num_blocks,
     visible_keys,
 )
+from pallas_kernels.paged_attention.gpu_plan import Share, Visit
+from pallas_kernels.paged_attention.gpu_shares import next_segment
 
 
 class Segment(NamedTuple):
@@ -52,9 +54,8 @@ class Stream:
     """The share of one CTA, where it is read from, and where it arrives."""
 
     spec: Spec
-    low: jax.Array  # share of the stream, in units, half-open
-    high: jax.Array
-    ends: Any  # int32 [segments]
+    share: Share
+    plan: Any  # int32 [n], begins with the ends of all segments
     kv_lengths: Any  # int32 [lanes, H]
     q_lengths: Any  # int32 [lanes]
     table: Any  # int32 [lanes, W]
@@ -84,16 +85,31 @@ class Stream:
         # With 1 as the last query the order is the natural one.
         return edge_query(position, jnp.where(is_edge, q_len - 1, 1))
 
-    def next_segment(self, index):
-        """Returns the first segment behind `index` that has keys."""
-        return next_segment(self.ends, index, self.spec)
+    def turns(self, index, unit):
+        """Returns whether a unit of a segment is behind the first of two ranges."""
+        if self.share.turn is None:
+            return False
+        return (index < self.spec.num_free[0]) & (unit >= self.share.turn)
 
-    def cursor(self, index, start, block) -> Cursor:
-        """Returns the cursor at a block of a segment that starts at a unit."""
-        segment = self.segment(index)
-        lane, unit = segment.tile.lane, start + block * UNITS
-        page = self.page(lane, block * BLOCK)  # does not wait for the lengths
-        return Cursor(index, unit, block, segment.visible, lane, page)
+    def next_visit(self, index) -> Visit:
+        """Returns where it goes on behind a segment, or behind its share of it."""
+        end = self.plan[index]
+        behind = Visit(next_segment(self.plan, index, self.spec), end, jnp.int32(0))
+        if self.share.turn is None:
+            return behind
+        is_turn, pairs = (
+            self.turns(index, end),
+            zip(self.share.pieces, behind, strict=True),
+        )
+        return Visit(*(jnp.where(is_turn, *pair) for pair in pairs))
+
+    def cursor(self, visit: Visit) -> Cursor:
+        """Returns the cursor at a block."""
+        segment = self.segment(visit.segment)
+        lane = segment.tile.lane
+        page = self.page(lane, visit.block * BLOCK)  # does not wait for the lengths
+        at = visit.segment, visit.unit, visit.block
+        return Cursor(*at, segment.visible, lane, page)
 
     def page(self, lane, key):
         """Returns the page of a key."""
@@ -101,17 +117,19 @@ class Stream:
 
     def advance(self, cursor: Cursor) -> Cursor:
         """Returns the cursor at the next block."""
-        block = cursor.block + 1
+        block, unit = cursor.block + 1, cursor.unit + UNITS
 
         def stay():
             page = self.page(cursor.lane, block * BLOCK)
-            return cursor._replace(unit=cursor.unit + UNITS, block=block, page=page)
+            return cursor._replace(unit=unit, block=block, page=page)
 
         def move():
-            index, start = self.next_segment(cursor.segment), self.ends[cursor.segment]
-            return self.cursor(index, start, jnp.int32(0))
+            return self.cursor(self.next_visit(cursor.segment))
 
-        return lax.cond(block < num_blocks(cursor.visible), stay, move)
+        stays = block < num_blocks(cursor.visible)
+        if self.share.turn is not None:
+            stays &= jnp.logical_not(self.turns(cursor.segment, unit))
+        return lax.cond(stays, stay, move)
 
     def copy_block(self, i, cursor: Cursor) -> Cursor:
         """Starts the copies of the i-th block of this CTA; returns the next cursor."""
@@ -143,7 +161,7 @@ class Stream:
     def copy_block_if_mine(self, i, cursor: Cursor) -> Cursor:
         """Does `copy_block` unless block i belongs to the next CTA."""
         return lax.cond(
-            cursor.unit < self.high,
+            cursor.unit < self.share.high,
             functools.partial(self.copy_block, i),
             lambda cursor: cursor,
             cursor,

@@ -36,7 +36,7 @@ def paged_attention_reference(
     num_heads = kv_pages.shape[1]
     scale = head_size**-0.5 if scale is None else scale
     outs, mass, lane, token = [], None, 0, 0
-    for index, (num_lanes, num_queries) in enumerate(groups):
+    for index, (num_lanes, num_queries, _) in enumerate(groups):
         lanes = slice(lane, lane + num_lanes)
         tokens = slice(token, token + num_lanes * num_queries)
         grouped = (num_lanes, num_queries, num_heads, num_q_heads // num_heads)

@@ -58,7 +58,7 @@ def paged_attention_tpu(
     num_q_heads, head_size = q.shape[1:]
     scale = head_size**-0.5 if scale is None else scale
     outs, mass, lane, token = [], None, 0, 0
-    for index, (num_lanes, num_queries) in enumerate(groups):
+    for index, (num_lanes, num_queries, _) in enumerate(groups):
         lanes = slice(lane, lane + num_lanes)
         tokens = slice(token, token + num_lanes * num_queries)
         sizes = plan_sizes(
