@@ -12,16 +12,42 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test runs at onc
 os.environ.setdefault("PJRT_NPROC", "8")
 os.environ.setdefault("SPARSESPEC_COMPILE_CACHE", "off")  # the user's is the user's
 
+import atexit
 import gc
 import importlib.util
 import pathlib
+import shutil
+import tempfile
+
+# Programs that one process of a run compiled are there for all others: the workers of
+# pytest-xdist and every script inherit the folder from the process that made it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.mkdtemp(prefix="sparsespec_tests_")
+    atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-# Before a kernel is imported: what annotations say of arrays is checked in every call
-# of the kernels' public functions and implementations. Two modules of the `test` extra;
-# without them tests/test_kernels_types.py fails, and only that.
+# Most programs of tests run for less time than their optimisation takes: a step
+# compiles three times as fast without it. Scripts that tests start, and tests that ask
+# for `optimized_programs`, see what users see.
+_IS_QUICK = os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ
+if _IS_QUICK:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    )
+    jax.devices()  # XLA reads the variable once, now; scripts must not inherit it
+    del os.environ["XLA_FLAGS"]
+
+# Before they are imported: what annotations say of arrays is checked in every call of
+# the kernels' public functions and implementations, and of what a compiled step is made
+# of. Two modules of the `test` extra; without them tests/test_kernels_types.py and
+# tests/test_array_types.py fail, and only those.
 if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
     import jaxtyping
 
@@ -33,6 +59,17 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
             for module in ("api", "reference", "tpu", "gpu")
         ],
         "beartype.beartype",
+    )
+    jaxtyping.install_import_hook(
+        [
+            "sparsespec_jax.sampling",
+            "sparsespec_jax.models.rope",
+            "sparsespec_jax.models.transformer",
+            "sparsespec_jax.policies",
+            "sparsespec_jax.proposers",
+            "sparsespec_jax.device",
+        ],
+        "record_types.check",
     )
 
 _MAPS = pathlib.Path("/proc/self/maps")  # Linux only
@@ -70,6 +107,18 @@ def no_type_checks(monkeypatch):
     monkeypatch.setattr(config, "jaxtyping_disable", True)
 
 
+@pytest.fixture
+def optimized_programs():
+    """What this test compiles is compiled now, and optimised as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_disable_most_optimizations", _IS_QUICK)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Forget compiled programs before they take all memory maps of the process.
@@ -80,6 +129,16 @@ def few_programs():
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the collector need not look at it again and again.
+
+    Tracing makes many small objects, and a sixth of its time went to collections.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):

@@ -117,6 +117,7 @@ def test_norm_on_a_gpu_shows_a_lost_eps(case):
         ki.assert_norms_agree(actual, add(*inputs))
 
 
+@pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("target", ["v5e", "tpu7x"])
 def test_norm_compiles_for_a_tpu(target):
     pytest.importorskip("libtpu")

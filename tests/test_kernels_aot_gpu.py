@@ -32,6 +32,8 @@ from pallas_kernels.write_rows.cases import WRITE_CASES
 
 pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is in the plugin")
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 # Of one H100 multiprocessor; each block takes 1 KB more than it asks for.
 SHARED_BYTES = 228 << 10
 REGISTERS = 65536

@@ -37,6 +37,7 @@ CLASSES = (
     "draft_1638",
     "mixed_ragged",
 )
+pytestmark = pytest.mark.usefixtures("optimized_programs")
 all_targets = pytest.mark.parametrize("target", TPU_TARGETS)
 Array = jax.ShapeDtypeStruct
 

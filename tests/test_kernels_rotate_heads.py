@@ -184,6 +184,7 @@ def test_rotation_on_a_gpu_shows_a_lost_eps():
         ki.assert_rotations_agree(actual, rotate(*inputs))
 
 
+@pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("target", ["v5e", "tpu7x"])
 @pytest.mark.parametrize("name", ["rotate_136", "rotate_136_parts", "rotate_d64"])
 def test_rotation_compiles_for_a_tpu(target, name):

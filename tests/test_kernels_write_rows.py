@@ -14,6 +14,9 @@ from pallas_kernels.write_rows import write_rows
 from pallas_kernels.write_rows.cases import WRITE_CASES
 from pallas_kernels.write_rows.gpu import write_rows_gpu
 
+# Bits are compared, and the quickest code for a CPU rounds what it merely moves.
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 SMALL = tagged(WRITE_CASES, "small")
 small_cases = ki.each_case(SMALL)
 write = functools.partial(write_rows, impl="reference")

@@ -177,6 +177,7 @@ def adversarial_run(model, policy, num_cycles, seed):
     return requests, results, cycles
 
 
+@pytest.mark.usefixtures("optimized_programs")  # thousands of steps
 @pytest.mark.parametrize("policy", ["random", Policy("worst", (), worst)])
 def test_ten_thousand_adversarial_cycles_change_nothing(tiny_model, policy):
     requests, results, cycles = adversarial_run(tiny_model, policy, 5000, seed=1)
