@@ -8,6 +8,7 @@ scheduler reads these too.
 
 import dataclasses
 import operator
+from typing import Protocol, runtime_checkable
 
 from sparsespec_jax.models.fields import LARGEST, shown
 
@@ -170,6 +171,13 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
+@runtime_checkable
+class HasGuesser(Protocol):
+    """A proposer whose guesses the model checks in its draft steps (a Cascade)."""
+
+    guesser: object
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculationConfig:
     """How the model drafts for itself and how drafts are accepted.
@@ -261,7 +269,7 @@ class SpeculationConfig:
     @property
     def is_cascade(self):
         """True if draft steps check looked-up tokens (proposers.Cascade)."""
-        return self.proposer == "cascade" or hasattr(self.proposer, "guesser")
+        return self.proposer == "cascade" or isinstance(self.proposer, HasGuesser)
 
     @property
     def cascade_sizes(self):

@@ -9,8 +9,8 @@ import time
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
+from sparsespec_jax.host.intake import prepare_all
 from sparsespec_jax.host.results import DecodeResults
-from sparsespec_jax.host.text import encode_prompts
 from sparsespec_jax.sizes import check_types, with_length
 
 
@@ -125,7 +125,7 @@ class _Finished:
 
 
 def _prepare(model, prompts, sampling, speculation, engine):
-    """Check everything, then build and warm up an Engine with all requests queued."""
+    """An Engine with all requests queued, everything checked, and warmed up."""
     speculation = speculation or SpeculationConfig()
     engine = engine or EngineConfig()
     check_types(model, speculation, engine)
@@ -138,11 +138,9 @@ def _prepare(model, prompts, sampling, speculation, engine):
     if not prompts:
         raise ValueError("prompts is empty; give at least one prompt")
     sampling = _one_per_prompt(sampling, len(prompts))
-    tokens = encode_prompts(prompts, model)
+    prepared = prepare_all(model, prompts, sampling)
     if engine.max_length is None:
-        longest = max(
-            len(t) + s.max_tokens for t, s in zip(tokens, sampling, strict=True)
-        )
+        longest = max(prompt.limit for prompt in prepared)
         if longest > model.config.max_length:
             raise ValueError(
                 f"the longest prompt and max_tokens make {longest} tokens, the model "
@@ -150,11 +148,9 @@ def _prepare(model, prompts, sampling, speculation, engine):
             )
         engine = with_length(model, speculation, engine, longest)
     runner = Engine(model, speculation=speculation, engine=engine)
-    for prompt, params in zip(tokens, sampling, strict=True):
-        runner.check_request(prompt, params)
-    runner.warm_up(filters=any(params.filters for params in sampling))
-    for index, (prompt, params) in enumerate(zip(tokens, sampling, strict=True)):
-        runner.add_request(prompt, params, prompt_index=index)
+    for index, prompt in enumerate(prepared):
+        runner.submit(prompt, prompt_index=index)
+    runner.warm_up()
     return runner
 
 

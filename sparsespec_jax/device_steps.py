@@ -10,9 +10,10 @@ import weakref
 
 import jax
 
+from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.offload import HostPages, sent_first
 from sparsespec_jax.device.state import committed, new_state
-from sparsespec_jax.device.step import make_step, step_options
+from sparsespec_jax.device.step import make_step
 from sparsespec_jax.host.dispatcher import Dispatcher
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.tuning import compile_cache

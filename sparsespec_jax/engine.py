@@ -6,22 +6,25 @@ import weakref
 from collections import deque
 
 from sparsespec_jax import sizes
-from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import committed
 from sparsespec_jax.device_steps import DeviceSteps
+from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.dispatcher import HostClock
 from sparsespec_jax.host.intake import (
+    check_length,
     check_progress,
-    check_prompt,
     make_output,
     make_request,
+    prepare,
 )
 from sparsespec_jax.host.interrupts import Whole
 from sparsespec_jax.host.metrics import DecodeStats
 from sparsespec_jax.host.outputs import Outputs
 from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.models.same_params import check_same_params
-from sparsespec_jax.plan import StepOutcome
+from sparsespec_jax.plan.buffer import StepPlan
+from sparsespec_jax.plan.outcome import StepOutcome
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 
@@ -78,10 +81,7 @@ class Engine(contextlib.AbstractContextManager):
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._host_clock = HostClock(self.device_steps.dispatcher)
         self._outputs = Outputs(
-            self._scheduler,
-            max_budget=self.shape.max_budget if self.shape.draft_lanes else 0,
-            max_draft_tokens=self.shape.num_draft_tokens,
-            with_acceptance=choose_num_draft_tokens is not None,
+            self.shape, with_acceptance=choose_num_draft_tokens is not None
         )
         self._in_flight = deque()  # (PlannedVerifies, future outcome, params version)
         self._whole = Whole()  # while the records and the device change together
@@ -113,12 +113,6 @@ class Engine(contextlib.AbstractContextManager):
         """Tokens emitted so far, by all requests."""
         return self._outputs.num_emitted
 
-    def check_request(self, prompt, sampling):
-        """Token ids of `prompt`; ValueError if the request could never be served."""
-        tokens = check_prompt(self.model, prompt, sampling, self.max_length)
-        self._scheduler.check(self._request(tokens, sampling))
-        return tokens
-
     def add_request(
         self, prompt, sampling=None, *, prompt_index=None, expected_tokens=None
     ):
@@ -128,26 +122,13 @@ class Engine(contextlib.AbstractContextManager):
         it will emit, which `kv_policy="oracle"` plans with.
 
         Raises:
-          ValueError: as `check_request`; nothing is queued then.
+          ValueError: what is wrong with the prompt or its SamplingParams, or that the
+            request could never be served; nothing is queued then.
         """
-        self._require_open()
-        sampling = sampling or SamplingParams()
-        tokens = self.check_request(prompt, sampling)
-        with self._whole:
-            return self._add_samples(tokens, sampling, prompt_index, expected_tokens)
-
-    def _add_samples(self, tokens, sampling, prompt_index, expected_tokens):
-        group = self._next_id if sampling.n > 1 else None
-        prompt_index = self._next_id if prompt_index is None else prompt_index
-        ids = []
-        for sample in range(sampling.n):
-            request = self._request(tokens, sampling, sample)
-            request.prompt_group = group
-            if expected_tokens is not None:
-                request.expected_length = len(tokens) + expected_tokens
-            self._add(request, sampling, prompt_index, sample)
-            ids.append(request.request_id)
-        return ids[0] if sampling.n == 1 else ids
+        prepared = prepare(self.model, prompt, sampling)
+        return self.submit(
+            prepared, prompt_index=prompt_index, expected_tokens=expected_tokens
+        )
 
     def resume_request(self, prompt, sampling, progress, *, prompt_index=None):
         """Queue a request that an earlier engine began; returns its request id.
@@ -156,31 +137,46 @@ class Engine(contextlib.AbstractContextManager):
         have had.
 
         Raises:
-          ValueError: as `check_request`, or more tokens than `max_tokens`.
+          ValueError: as `add_request`, or more tokens than `max_tokens`.
+        """
+        prepared = prepare(self.model, prompt, sampling)
+        return self.submit(prepared, prompt_index=prompt_index, progress=progress)
+
+    def submit(
+        self, prepared, *, prompt_index=None, expected_tokens=None, progress=None
+    ):
+        """Queue a PreparedPrompt: a new request, or with `progress` one that goes on.
+
+        Arguments, results and errors as those of `add_request` and `resume_request`.
         """
         self._require_open()
-        tokens = self.check_request(prompt, sampling)
-        check_progress(progress, sampling)
+        check_length(prepared, self.model, self.max_length)
+        samples, emitted = range(prepared.sampling.n), ()
+        if progress is not None:
+            check_progress(progress, prepared.sampling)
+            samples, emitted = [progress.sample_index], progress.token_ids
+        first = self._next_id
+        prompt_index = first if prompt_index is None else prompt_index
         with self._whole:
-            request = self._request(tokens, sampling, progress.sample_index)
-            request.tokens.extend(progress.token_ids)
-            output = self._add(request, sampling, prompt_index, progress.sample_index)
-            self._outputs.resume(output, progress)
-        return request.request_id
-
-    def _add(self, request, sampling, prompt_index, sample):
-        """Queue a request under the next id; returns its Output."""
-        request.request_id, self._next_id = self._next_id, self._next_id + 1
-        self._scheduler.add(request)
-        self._filters |= sampling.filters
-        place = dict(prompt_index=prompt_index, sample=sample)
-        output = make_output(self.model, request, sampling, self.speculation, **place)
-        self._outputs.add(output)
-        return output
-
-    def _request(self, tokens, sampling, sample=0):
-        new = dict(request_id=self._next_id, sample=sample)
-        return make_request(self.model, tokens, sampling, self.speculation, **new)
+            for sample in samples:
+                request = make_request(
+                    prepared,
+                    self.speculation,
+                    self._next_id,
+                    sample=sample,
+                    emitted=emitted,
+                    group=first if len(samples) > 1 else None,
+                    expected=expected_tokens,
+                )
+                self._scheduler.add(request)
+                self._next_id += 1
+                output = make_output(
+                    self.model, request, prepared, self.speculation,
+                    prompt_index=prompt_index, sample=sample,
+                )  # fmt: skip
+                self._outputs.add(output, progress)
+            self._filters |= prepared.sampling.filters
+        return first if len(samples) == 1 else list(range(first, self._next_id))
 
     def abort(self, request_id):
         """End a request now; returns its DecodeResult so far ("cancelled").
@@ -192,6 +188,7 @@ class Engine(contextlib.AbstractContextManager):
         if output is None:
             raise KeyError(f"request {request_id} is unknown or finished")
         with self._whole:
+            self._scheduler.release(output.request)
             return self._outputs.finish(output, "cancelled", None)
 
     def set_budget(self, *, budget_ratio, min_budget):
@@ -301,7 +298,10 @@ class Engine(contextlib.AbstractContextManager):
                 self._in_flight.popleft()
                 outcome = StepOutcome.from_packed(packed, planned.num_queries)
                 events = self._events if with_events else None
-                self._outputs.commit(planned, outcome, version, self._finished, events)
+                commit(
+                    self._scheduler, self._outputs, planned, outcome, version,
+                    self._finished, events,
+                )  # fmt: skip
         if not self.has_work:  # steps under way are of no use: let them end
             self.device_steps.settle()
 
@@ -361,11 +361,6 @@ class Engine(contextlib.AbstractContextManager):
         return self._outputs.progress(known)
 
     @property
-    def context_tokens(self):
-        """Tokens of the requests in slots, those in flight at their most."""
-        return self._scheduler.context_tokens
-
-    @property
     def kv_usage(self):
         """Load of the KV cache now and what page pressure cost so far: a dict."""
         scheduler = self._scheduler
@@ -394,41 +389,23 @@ class Engine(contextlib.AbstractContextManager):
         """
         self._require_open()
         self._filters |= filters
-        plans = [s.new_plan(prefill=p) for s in self._shapes() for p in (False, True)]
-        for plan in plans:
-            self.run_plan(plan).block_until_ready()
+        plans = [
+            StepPlan.empty(self.shape.with_draft_tokens(k), prefill=prefill)
+            for k in self.draft_token_choices
+            for prefill in (False, True)
+        ]
         with self._whole:
+            for plan in plans:
+                self._dispatch(plan).result().block_until_ready()
             self.device_steps.warm_up_moves(plans)
 
-    def _shapes(self):
-        return [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
-
-    def run_plan(self, plan, moves=()):
-        """Dispatch page moves and a step; its packed outcome, not waited for.
-
-        Without a plan (None) there is no step and no outcome.
-        """
-        with self._whole:
-            outcome = self._dispatch(plan, moves)
-        return outcome.result()
-
-    def _dispatch(self, plan, moves):
+    def _dispatch(self, plan, moves=()):
         return self.device_steps.submit(self.params, self._filters, plan, moves)
-
-    @property
-    def num_compilations(self):
-        """Variants of the step compiled for options like these, in this process."""
-        return self.device_steps.num_compilations(self._shapes())
-
-    @property
-    def finished_metrics(self):
-        """RequestMetrics of the finished requests, in order of their end."""
-        return self._outputs.finished_metrics
 
     def stats(self, wall_time_s):
         """Totals over the finished requests."""
         return DecodeStats(
-            requests=tuple(self.finished_metrics),
+            requests=tuple(self._outputs.finished_metrics),
             num_slots=self.config.num_slots,
             num_steps=self.num_steps,
             wall_time_s=wall_time_s,

@@ -12,7 +12,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.array_types import (
+    Logits,
+    Noise,
+    NoiseIds,
+    RowFlags,
+    RowFloats,
+    RowInts,
+    RowParams,
+    RowSeeds,
+    TokenFlags,
+)
+from sparsespec_jax.plan.slot_params import SlotParams
 
 # Independent noise streams of one (seed, position).
 TARGET, DRAFT, ACCEPT, RESIDUAL = range(4)
@@ -23,36 +34,25 @@ _TINY = 2.0**-126  # smallest float32 that no device rounds to 0
 
 
 class Law(NamedTuple):
-    """The sampling law of each row of logits; all arrays [R]."""
+    """The sampling law of each row of logits."""
 
-    seed: jax.Array  # uint32 [R, 2]
-    temperature: jax.Array  # float32
-    top_k: jax.Array  # int32, 0 keeps all
-    top_p: jax.Array  # float32
-    min_p: jax.Array  # float32
-    processed_logprobs: jax.Array  # bool
-
-
-def as_float(bits):
-    """Float32 values that travelled as int32 bit patterns."""
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    seed: RowSeeds
+    temperature: RowFloats  # 0 is greedy
+    top_k: RowInts  # 0 keeps all
+    top_p: RowFloats
+    min_p: RowFloats
+    processed_logprobs: RowFlags
 
 
-def law_of(slot_params):
-    """Law of each row of `slot_params` (int32 [R, NUM_SLOT_PARAMS])."""
+def read_slot_params(rows: RowParams) -> SlotParams:
+    """SlotParams of rows on the device."""
+    return SlotParams(rows, jax.lax.bitcast_convert_type)
 
-    def column(index):
-        return as_float(slot_params[:, index])
 
-    seed = slot_params[:, plan_lib.SEED_LOW : plan_lib.SEED_HIGH + 1]
-    return Law(
-        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
-        temperature=column(plan_lib.TEMPERATURE),
-        top_k=slot_params[:, plan_lib.TOP_K],
-        top_p=column(plan_lib.TOP_P),
-        min_p=column(plan_lib.MIN_P),
-        processed_logprobs=slot_params[:, plan_lib.LOGPROB_MODE] != 0,
-    )
+def law_of(rows: RowParams) -> Law:
+    """Law of each row of slot params."""
+    params = read_slot_params(rows)
+    return Law(*(getattr(params, name) for name in Law._fields))
 
 
 def _mix(x):
@@ -78,17 +78,19 @@ def _to_uniform(bits):
     return jnp.minimum(value, jnp.float32(_MAX_UNIFORM))
 
 
-def uniform(seed, positions, *, stream):
-    """One uniform per row, float32 [R] in (0, 1)."""
+def uniform(seed: RowSeeds, positions: RowInts, *, stream: int) -> RowFloats:
+    """One uniform per row, in (0, 1)."""
     first, second = _row_keys(seed, positions, stream)
     return _to_uniform(_mix(first ^ _mix(second)))
 
 
-def gumbel(seed, positions, token_ids, *, stream=TARGET):
-    """Gumbel noise float32 [R, M] of `token_ids` (int32 [M] or [R, M]).
+def gumbel(
+    seed: RowSeeds, positions: RowInts, token_ids: NoiseIds, *, stream: int = TARGET
+) -> Noise:
+    """Gumbel noise of `token_ids`, which may be the same for all rows.
 
-    `seed` is uint32 [R, 2], `positions` int32 [R]. Small uniforms, which give the
-    large values that decide an argmax, keep their full 32-bit resolution.
+    Small uniforms, which give the large values that decide an argmax, keep their full
+    32-bit resolution.
     """
     first, second = _row_keys(seed, positions, stream)
     tokens = jnp.atleast_2d(token_ids).astype(jnp.uint32)
@@ -115,8 +117,8 @@ def _largest_threshold(keys, enough):
     return jax.lax.fori_loop(0, _BISECTION_STEPS, step, start)
 
 
-def keep_mask(logits, law):
-    """Bool [R, V]: tokens that top-k, then top-p, then min-p leave.
+def keep_mask(logits: Logits, law: Law) -> TokenFlags:
+    """Tokens that top-k, then top-p, then min-p leave.
 
     Exact, without sorting: the cut is the largest logit threshold that keeps enough
     tokens (top-k) or enough probability (top-p); ties with the cut are kept. The most
@@ -155,14 +157,14 @@ def _softmax(logits, law, keep):
     return jnp.where(temperature > 0, soft, hard)
 
 
-def probabilities(logits, law, *, filters):
-    """The law itself, float32 [R, V]."""
+def probabilities(logits: Logits, law: Law, *, filters: bool) -> Logits:
+    """The law itself."""
     keep = keep_mask(logits, law) if filters else jnp.ones(logits.shape, bool)
     return _softmax(logits, law, keep)
 
 
-def choose(logits, law, positions, *, filters):
-    """Token int32 [R] that the law and its noise pick for absolute `positions` [R].
+def choose(logits: Logits, law: Law, positions: RowInts, *, filters: bool) -> RowInts:
+    """Tokens that the law and its noise pick for absolute `positions`.
 
     `filters` (static) says whether any row restricts the law by top-k, top-p, min-p.
     Exact but for the rounding of `logits + T * g`: at temperatures below the spacing
@@ -175,8 +177,8 @@ def choose(logits, law, positions, *, filters):
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
-def logprobs(logits, law, tokens, *, filters):
-    """Log-probability float32 [R] of `tokens`, of the model or of the law per row."""
+def logprobs(logits: Logits, law: Law, tokens: RowInts, *, filters: bool) -> RowFloats:
+    """Log-probability of `tokens`, of the model or of the law per row."""
     hot = law.temperature > 0
     scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)[:, None]
     if filters:

@@ -12,7 +12,13 @@ from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import pool_bytes_per_page
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.transformer import params_dtype
-from sparsespec_jax.plan import RESTORE_CHUNKS, StepShape, budget_tokens, pages_for
+from sparsespec_jax.plan.buffer import plan_fields
+from sparsespec_jax.plan.shape import (
+    RESTORE_CHUNKS,
+    StepShape,
+    budget_tokens,
+    pages_for,
+)
 from sparsespec_jax.policies.base import Policy
 from sparsespec_jax.policies.select import resolve_policy
 from sparsespec_jax.proposers.base import resolve_proposer
@@ -235,7 +241,7 @@ def check_counts(shape):
     """ValueError if a step would count what does not fit into int32."""
     step_tokens = shape.num_draft_rows + shape.verify_lanes * shape.num_queries
     step_tokens += shape.prefill_lanes * shape.prefill_chunk
-    plan = sum(math.prod(field) for field in shape.fields(prefill=True).values())
+    plan = sum(math.prod(field) for field in plan_fields(shape, prefill=True).values())
     counts = {
         "tokens of a request": (
             shape.table_width * shape.page_size,

@@ -10,7 +10,7 @@ import numpy as np
 from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, decode
 from sparsespec_jax import sampling as sampling_lib
 from sparsespec_jax.models import transformer as model_lib
-from sparsespec_jax.plan import slot_params as make_slot_params
+from sparsespec_jax.plan.slot_params import slot_params as make_slot_params
 
 SPECULATION = SpeculationConfig(num_draft_tokens=3, budget_ratio=0.2, min_budget=3)
 ENGINE = EngineConfig(num_slots=3, page_size=4, prefill_chunk=8, lag=1)
@@ -76,3 +76,9 @@ def next_token(config, params, tokens, length, slot_params, filters):
     token = sampling_lib.choose(scores, law, place, filters=filters)
     logprob = sampling_lib.logprobs(scores, law, token, filters=filters)
     return token[0], logprob[0]
+
+
+def num_compilations(engine):
+    """Variants of the step compiled for options like an engine's, in this process."""
+    shapes = [engine.shape.with_draft_tokens(k) for k in engine.draft_token_choices]
+    return engine.device_steps.num_compilations(shapes)

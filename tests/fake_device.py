@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.host.request import Request, Status, token_array
-from sparsespec_jax.plan import (
-    NOT_SEED,
+from sparsespec_jax.plan.buffer import ALL_DRAFTS
+from sparsespec_jax.plan.shape import (
     RESTORE_CHUNKS,
     StepShape,
     budget_tokens,
     pages_for,
 )
+from sparsespec_jax.plan.slot_params import NUM_SLOT_PARAMS
 
 RATIO, FLOOR = 0.3, 2
 CHUNK_PAGES = 3
@@ -47,7 +47,7 @@ def make_request(request_id, num_prompt, new, *, group=None, end=None):
         limit=num_prompt + new,
         budget_ratio=RATIO,
         min_budget=FLOOR,
-        slot_params=np.zeros(plan_lib.NUM_SLOT_PARAMS, np.int32),
+        slot_params=np.zeros(NUM_SLOT_PARAMS, np.int32),
         prompt_group=group,
         expected_length=num_prompt + (new if end is None else end),
     )
@@ -142,7 +142,7 @@ class FakeDevice:
             assert list(tail) == list(request.tokens[start:])
         else:
             start = known - 1
-            assert self.drafted[slot] < most or views["seed_counts"][lane] != NOT_SEED
+            assert self.drafted[slot] < most or views["seed_counts"][lane] != ALL_DRAFTS
             most = min(most, int(self.drafted[slot]) + 1)
         self.drafted[slot] = 0
         self._check(request, self._rows(self.full, slot, 0, start))
@@ -206,13 +206,12 @@ def simulate(scheduler, device, requests, *, lag, disturb=None, max_steps=30_000
             in_flight.append(device.run(plan, planned))
         while len(in_flight) > (lag if plan is not None else 0):
             planned, emitted, committed = in_flight.pop(0)
-            scheduler.commit(planned, committed)
-            for request, count in zip(planned.requests, emitted, strict=True):
-                if request.status is Status.FINISHED:
-                    continue
-                request.tokens.extend([7] * count)
-                if len(request.tokens) >= request.limit:
-                    scheduler.release(request)
+            emissions = [
+                (r, [7] * count, len(r.tokens) + count >= r.limit)
+                for r, count in zip(planned.requests, emitted, strict=True)
+                if r.status is not Status.FINISHED
+            ]
+            scheduler.commit(planned, committed, emissions)
     return steps
 
 

@@ -14,13 +14,15 @@ import pytest
 from experiments import aligned_steps, int8_product, models, row_bits
 from pallas_kernels.aot import compile_for
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
+from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.state import new_state
-from sparsespec_jax.device.step import step_options
 from sparsespec_jax.models import transformer as model
 from sparsespec_jax.models.config import PRESETS
-from sparsespec_jax.plan import StepOutcome
+from sparsespec_jax.plan.buffer import StepPlan
+from sparsespec_jax.plan.outcome import StepOutcome
 from sparsespec_jax.policies.select import resolve_policy
 from sparsespec_jax.tuning import calibrate
+from sparsespec_jax.tuning.calibrate import run_plan
 
 K, LENGTH, NEW = 3, 40, 9
 PRODUCTS = dict.fromkeys(aligned_steps.PRODUCTS, int8_product.Xla())
@@ -51,7 +53,7 @@ def start(engine, weights="bfloat16"):
 
 
 def emitted(engine, plan):
-    outcome = StepOutcome.from_packed(engine.run_plan(plan), plan_queries(plan))
+    outcome = StepOutcome.from_packed(run_plan(engine, plan), plan_queries(plan))
     return [
         tokens[:count].tolist()
         for tokens, count in zip(outcome.tokens, outcome.num_emitted, strict=True)
@@ -96,7 +98,7 @@ def test_aligned_cycles_write_the_text_of_plain_decoding(
             new = emitted(engine, cycle_plan)
         else:
             for i in range(K):
-                drafted = np.asarray(engine.run_plan(draft_plan))
+                drafted = np.asarray(run_plan(engine, draft_plan))
                 assert drafted.tolist() == [i + 1] * 3
             new = emitted(engine, verify_plan)
         for text, more in zip(texts, new, strict=True):
@@ -112,7 +114,7 @@ def test_a_draft_step_reads_the_draft_caches_alone(engine):
     emitted(engine, aligned_steps.plan_of(engine, verify))
     before = [np.asarray(layer.kv_pages) for layer in engine.device_steps.state.layers]
     draft = aligned_steps.draft_shape(engine.shape)
-    engine.run_plan(aligned_steps.plan_of(engine, draft)).block_until_ready()
+    run_plan(engine, aligned_steps.plan_of(engine, draft)).block_until_ready()
     after = [np.asarray(layer.kv_pages) for layer in engine.device_steps.state.layers]
     draft_pages = set(
         np.asarray(engine.device_steps.state.draft_table).ravel().tolist()
@@ -184,6 +186,7 @@ def test_parts_of_an_8_bit_product_sum_to_it():
         int8_product.multiply(x, weight, int8_product.Xla(parts=5), jnp.float32)
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_a_step_of_8_bit_drafts_compiles_in_place_for_a_gpu():
     pytest.importorskip("jax_cuda13_plugin")
     config = dataclasses.replace(PRESETS["qwen3-1.7b"], num_layers=2, vocab_size=1024)
@@ -214,7 +217,7 @@ def test_a_step_of_8_bit_drafts_compiles_in_place_for_a_gpu():
         impl="gpu",
         products=tuple(sorted(products.items())),
     )
-    size = step.new_plan(prefill=False).buffer.size
+    size = StepPlan.empty(step, prefill=False).buffer.size
     compiled = compile_for(
         "h100",
         functools.partial(program.__wrapped__, prefill=False),

@@ -14,11 +14,19 @@ from sparsespec_jax.device import acceptance, cascade
 from sparsespec_jax.device.step import make_step
 from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.models.transformer import init_params
-from sparsespec_jax.plan import StepOutcome
+from sparsespec_jax.plan.outcome import StepOutcome
 from sparsespec_jax.proposers.base import Cascade, NGram, resolve_proposer
 from sparsespec_jax.sampling import probabilities
 from sparsespec_jax.tuning import calibrate
-from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
+from tests.engine_helpers import (
+    ENGINE,
+    LAWS,
+    SPECULATION,
+    make_prompts,
+    num_compilations,
+    run,
+    tokens_of,
+)
 from tests.test_draft_token_choices import decode_switching
 from tests.test_proposers import Constant, copier
 from tests.test_sampling import law
@@ -109,7 +117,7 @@ def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
     config = dataclasses.replace(ENGINE, lag=lag, max_length=100)
     engine = Engine(tiny_model, speculation=speculation, engine=config)
     engine.warm_up()
-    compiled = engine.num_compilations
+    compiled = num_compilations(engine)
     rng = np.random.default_rng(lag)
     switches = (
         int(rng.choice([0, 1, 2, 4])) if rng.random() < 0.2 else None
@@ -117,7 +125,7 @@ def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
     )  # fmt: skip
     got = decode_switching(engine, prompts, LAWS, switches)
     assert tokens_of(got) == plain
-    assert engine.num_compilations == compiled
+    assert num_compilations(engine) == compiled
     assert engine._scheduler.kv.num_free == engine.shape.num_pages
 
 
@@ -150,7 +158,7 @@ def in_lockstep(model, prompts, **options):
         for engine in engines:
             engine.step()
     assert not engines[1].has_work
-    totals = [sum(e.finished_metrics[1:], e.finished_metrics[0]) for e in engines]
+    totals = [e.stats(1.0).total for e in engines]
     assert totals[0].accepted_histogram == totals[1].accepted_histogram
     assert totals[0].num_draft_tokens == totals[1].num_draft_tokens
 
@@ -342,7 +350,10 @@ def p_value(model, **options):
         for i in range(NUM_SAMPLES)
     ]
     got = run(
-        model, [PROMPT] * NUM_SAMPLES, laws, engine=dict(num_slots=64, max_length=24),
+        model, [PROMPT] * NUM_SAMPLES, laws,
+        engine=dict(
+            num_slots=64, max_length=24, prefill_lanes=16, prefill_chunk=len(PROMPT)
+        ),
         min_budget=1, budget_ratio=0.01, draft_top_m=VOCAB, **options,
     )  # fmt: skip
     counts = np.zeros((VOCAB,) * 3)

@@ -239,5 +239,5 @@ def test_wrong_heads_are_refused(tiny_config, head):
         def init_memory(self, shape):
             return {}
 
-    with pytest.raises(ValueError, match="no propose_from function"):
+    with pytest.raises(ValueError, match="init_memory and propose_from"):
         resolve_proposer(Forgetful())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sparsespec_jax.host import metrics
+from sparsespec_jax.host import cost_model, metrics
 from sparsespec_jax.host.metrics import DecodeStats, KvTokens, RequestMetrics
 
 
@@ -145,7 +145,7 @@ def bound(**changed):
         kv_bytes=1.0,
         budget_ratio=0.05,
     )
-    return metrics.speed_of_light(**options | changed)
+    return cost_model.speed_of_light(**options | changed)
 
 
 def test_speed_of_light_by_hand():
@@ -194,7 +194,7 @@ def test_speed_of_light_of_a_run_uses_its_own_reads():
 
 
 def test_token_forwards():
-    forwards = metrics.token_forwards_per_token(
+    forwards = cost_model.token_forwards_per_token(
         num_draft_tokens=8, mean_accepted_draft_tokens=6.16
     )
     assert forwards == pytest.approx(17 / 7.16)

@@ -282,7 +282,7 @@ def continued(model, **speculation):
     results = {}
     while engine.has_work:
         results |= {r.request_id: r for r in engine.step()}
-    return [results[i].token_ids for i in sorted(results)], engine.finished_metrics
+    return [results[i].token_ids for i in sorted(results)], engine.stats(0.0).requests
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +312,7 @@ def test_the_oracle_accepts_more_than_its_round_form(tiny_model):
     assert accepted["oracle"] > accepted["pillar"] > accepted["recents"]
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_a_per_step_policy_compiles_beside_the_gpu_kernels():
     pytest.importorskip("jax_cuda13_plugin")
     compiled, _ = compile_step("h100", 8, policy="oracle")

@@ -12,7 +12,7 @@ from scipy import stats
 
 from sparsespec_jax import Model
 from sparsespec_jax.device import acceptance
-from sparsespec_jax.proposers.base import NGram, resolve_proposer
+from sparsespec_jax.proposers.base import FromTexts, NGram, resolve_proposer
 from tests.engine_helpers import LAWS, make_prompts, run, tokens_of
 from tests.test_sampling import law
 
@@ -187,7 +187,7 @@ def test_a_certain_draft_leaves_the_law_as_it_is():
 
 def test_proposers_are_checked():
     assert resolve_proposer("self") is None
-    assert resolve_proposer("ngram") == NGram(min_match=1, max_match=7)
+    assert resolve_proposer("ngram") == FromTexts(NGram(min_match=1, max_match=7))
     with pytest.raises(ValueError, match="proposer must be 'self'.*'n-gram'"):
         resolve_proposer("n-gram")
     with pytest.raises(ValueError, match="has no propose function: 3"):

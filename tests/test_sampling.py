@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from sparsespec_jax import SamplingParams, SpeculationConfig, sampling
-from sparsespec_jax.plan import slot_params
+from sparsespec_jax.plan.slot_params import slot_params
 
 
 def law(rows, *, seed=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, processed=0):

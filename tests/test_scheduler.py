@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sparsespec_jax.host.page_allocator import OutOfPagesError, PageAllocator
 from sparsespec_jax.host.request import Status
 from sparsespec_jax.host.scheduler import Scheduler
-from sparsespec_jax.plan import budget_tokens
+from sparsespec_jax.plan.shape import budget_tokens
 from tests.fake_device import (
     CHUNK_PAGES,
     FakeDevice,
@@ -198,7 +198,7 @@ def test_each_request_verifies_once_per_cycle_and_lanes_suffice():
     for step in range(400):
         _, planned, _ = scheduler.plan()
         per_step.append(len(planned.requests))
-        scheduler.commit(planned, planned.num_rows)
+        scheduler.commit(planned, planned.num_rows, ())
         for request in planned.requests:
             if request.request_id in last:
                 gap = step - last[request.request_id]

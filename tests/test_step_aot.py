@@ -17,11 +17,15 @@ from experiments import step_clock
 from pallas_kernels.aot import compile_for
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax.device import step as step_lib
+from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.state import new_state
 from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.models.transformer import param_shapes
+from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.policies.select import resolve_policy
 from sparsespec_jax.proposers.base import resolve_proposer
+
+pytestmark = pytest.mark.usefixtures("optimized_programs")
 
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3
@@ -63,7 +67,7 @@ def compile_step(
         shape,
         policy=policy,
         proposer=resolve_proposer(proposer),
-        options=step_lib.step_options(speculation),
+        options=step_options(speculation),
         filters=False,
         impl=impl,
     )
@@ -77,7 +81,7 @@ def compile_step(
             policy=policy,
         )
     )
-    buffer = shape.new_plan(prefill=bool(prefill)).buffer
+    buffer = StepPlan.empty(shape, prefill=bool(prefill)).buffer
     compiled = compile_for(
         target,
         functools.partial(wrap(step.__wrapped__), prefill=bool(prefill)),

@@ -7,7 +7,7 @@ import pytest
 from experiments.models import TINY
 from sparsespec_jax import Model, SamplingParams, stream
 from sparsespec_jax.models.transformer import init_params
-from sparsespec_jax.plan import NUM_STOP_IDS, slot_params
+from sparsespec_jax.plan.slot_params import NUM_STOP_IDS, slot_params
 from tests.engine_helpers import ENGINE, SPECULATION, run
 
 _VOCAB = 2048

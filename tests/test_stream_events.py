@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from sparsespec_jax import Engine, SamplingParams, decode, stream
+from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.outputs import Output, Outputs
 from sparsespec_jax.host.request import Request, token_array
 from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.host.text import OutputText
-from sparsespec_jax.plan import (
-    NOT_SEED,
-    NUM_SLOT_PARAMS,
-    StepOutcome,
-    StepShape,
-)
+from sparsespec_jax.plan.outcome import SEED, StepOutcome
+from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.plan.slot_params import NUM_SLOT_PARAMS
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts
 from tests.test_text_stream import draw_case, expected, read, small
 from tests.text_tokenizers import llama_decoder, spelled
@@ -45,12 +43,7 @@ class Replay:
 
     def __init__(self):
         self.scheduler = Scheduler(SHAPE)
-        self.outputs = Outputs(
-            self.scheduler,
-            max_budget=0,
-            max_draft_tokens=MOST - 1,
-            with_acceptance=False,
-        )
+        self.outputs = Outputs(SHAPE, with_acceptance=False)
         self.numbers = itertools.count()
 
     def add(self, tokenizer, sampling, stop_ids, progress=None):
@@ -76,9 +69,7 @@ class Replay:
             submitted_s=0.0,
         )
         self.scheduler.add(request)
-        self.outputs.add(output)
-        if progress:
-            self.outputs.resume(output, progress)
+        self.outputs.add(output, progress)
         return output
 
     def step(self, output, ids, size, events):
@@ -92,14 +83,15 @@ class Replay:
             tokens = tokens[: stops[0] + 1] if stops else tokens
             outcome = StepOutcome(
                 num_emitted=np.array([len(tokens) if planned.requests else 0]),
-                num_accepted=np.array([NOT_SEED if is_seed else len(tokens) - 1]),
+                num_accepted=np.array([SEED if is_seed else len(tokens) - 1]),
                 is_done=np.array([bool(stops) or first + len(tokens) == len(ids)]),
                 tokens=np.array([tokens + [0] * (MOST - len(tokens))]),
                 logprobs=np.zeros((1, MOST), np.float32),
                 cascade=None,
             )
             results = []
-            self.outputs.commit(planned, outcome, 0, results, events)
+            records = self.scheduler, self.outputs
+            commit(*records, planned, outcome, 0, results, events)
             if planned.requests:
                 return results
 

@@ -13,28 +13,47 @@ import jax
 import jax.numpy as jnp
 
 from sparsespec_jax import sampling
+from sparsespec_jax.array_types import (
+    KeptIds,
+    KeptProbs,
+    LaneFlags,
+    Logits,
+    PerLane,
+    PerVerify,
+    RowInts,
+    VerifyDrafts,
+    VerifyScores,
+    VerifyTokens,
+)
 
 
 class DraftLaw(NamedTuple):
     """What the ratio test must know of each draft: its own top-m law."""
 
-    token_ids: jax.Array  # int32 [..., M]
-    probs: jax.Array  # float32 [..., M], sums to 1
+    token_ids: KeptIds
+    probs: KeptProbs  # of a draft they sum to 1
 
 
 class Verified(NamedTuple):
     """Outcome of one verification per lane."""
 
-    num_accepted: jax.Array  # int32 [E]
-    tokens: jax.Array  # int32 [E, Q]; row i is the token at position L + i + 1
+    num_accepted: PerVerify
+    tokens: VerifyTokens  # row i is the token at position L + i + 1
 
 
-def shared_noise(logits, laws, positions, drafts, num_drafts, *, filters):
+def shared_noise(
+    logits: VerifyScores,
+    laws: sampling.Law,
+    positions: VerifyTokens,
+    drafts: VerifyDrafts,
+    num_drafts: PerVerify,
+    *,
+    filters: bool,
+) -> Verified:
     """Accept drafts while they equal the target's choice.
 
-    logits float32 [E, Q, V]; laws: Law of E * Q rows; positions int32 [E, Q] of the
-    tokens to choose; drafts int32 [E, K]; num_drafts int32 [E]. Row i of the result
-    is the target's choice given that the drafts before it hold.
+    laws: of E * Q rows; positions: of the tokens to choose. Row i of the result is the
+    target's choice given that the drafts before it hold.
     """
     lanes, rows, vocab = logits.shape
     choice = sampling.choose(
@@ -44,7 +63,16 @@ def shared_noise(logits, laws, positions, drafts, num_drafts, *, filters):
     return Verified(count_prefix(agrees, num_drafts), choice)
 
 
-def forced(logits, laws, positions, drafts, num_drafts, *, probability, filters):
+def forced(
+    logits: VerifyScores,
+    laws: sampling.Law,
+    positions: VerifyTokens,
+    drafts: VerifyDrafts,
+    num_drafts: PerVerify,
+    *,
+    probability: float,
+    filters: bool,
+) -> Verified:
     """Accept every draft with `probability`, unseen: for timing random weights.
 
     As `shared_noise`, but the text is the drafts' and not the target's.
@@ -62,10 +90,19 @@ def forced(logits, laws, positions, drafts, num_drafts, *, probability, filters)
     return Verified(accepted, jnp.where(is_draft, padded, choice))
 
 
-def ratio_test(logits, laws, positions, drafts, num_drafts, draft_law, *, filters):
+def ratio_test(
+    logits: VerifyScores,
+    laws: sampling.Law,
+    positions: VerifyTokens,
+    drafts: VerifyDrafts,
+    num_drafts: PerVerify,
+    draft_law: DraftLaw,
+    *,
+    filters: bool,
+) -> Verified:
     """Accept draft d with probability min(1, p(d) / q(d)), else draw from (p - q)+.
 
-    As `shared_noise`, with draft_law fields [E, K, M]. Rows before the first
+    As `shared_noise`, with the law of each draft. Rows before the first
     rejection hold the drafts; that row holds the residual's draw, or the target's
     own choice when every draft was accepted.
     """
@@ -104,11 +141,17 @@ def ratio_test(logits, laws, positions, drafts, num_drafts, draft_law, *, filter
     return Verified(accepted, jnp.where(is_stop, drawn[:, None], padded))
 
 
-def draft_from_top_m(logits, laws, positions, *, num_kept, filters):
+def draft_from_top_m(
+    logits: Logits,
+    laws: sampling.Law,
+    positions: RowInts,
+    *,
+    num_kept: int,
+    filters: bool,
+) -> tuple[RowInts, DraftLaw]:
     """Draw drafts from the law cut to its `num_kept` likeliest tokens.
 
-    logits float32 [R, V] to (tokens int32 [R], DraftLaw with fields [R, M]). The cut
-    law is the one the ratio test uses, so nothing else of the draft is stored.
+    The cut law is the one the ratio test uses, so nothing else of the draft is stored.
     """
     probs = sampling.probabilities(logits, laws, filters=filters)
     top, token_ids = jax.lax.top_k(probs, num_kept)
@@ -119,7 +162,7 @@ def draft_from_top_m(logits, laws, positions, *, num_kept, filters):
     return tokens, DraftLaw(token_ids.astype(jnp.int32), top)
 
 
-def count_prefix(agrees, num_drafts):
-    """Length int32 [E] of the true prefix of `agrees` [E, K], at most `num_drafts`."""
+def count_prefix(agrees: LaneFlags, num_drafts: PerLane) -> PerLane:
+    """Length of the true prefix of each row of `agrees`, at most `num_drafts`."""
     inside = jnp.arange(agrees.shape[1])[None] < num_drafts[:, None]
     return jnp.cumprod((agrees & inside).astype(jnp.int32), axis=1).sum(axis=1)

@@ -8,54 +8,62 @@ the draft cache, where the next draft step writes.
 
 import jax.numpy as jnp
 
+from sparsespec_jax.array_types import (
+    DraftsOfGuesses,
+    DraftTokens,
+    Guesses,
+    PerDraft,
+    VerifyCounters,
+)
 from sparsespec_jax.device.acceptance import count_prefix
+from sparsespec_jax.device.context import StepContext
+from sparsespec_jax.device.lanes import DraftLanes, VerifyLanes, add, put, take
+from sparsespec_jax.device.state import DecodeState
 
 
-def guess(state, lanes, shape, proposer):
-    """Guesses int32 [A, m] of what follows each lane's newest token; m may be 0."""
-    if not (shape.draft_lanes and shape.num_guesses):
+def guess(context: StepContext, state: DecodeState, lanes: DraftLanes) -> Guesses:
+    """Guesses of what follows each draft lane's newest token, perhaps none."""
+    shape = context.shape
+    if not (context.is_drafting and shape.num_guesses):
         return jnp.zeros((shape.draft_lanes, shape.num_guesses), jnp.int32)
-    known = lanes.of_draft(state.lengths + state.num_drafted + 1)
-    history = lanes.of_draft(state.history)
-    return proposer.guesser.propose(history, known, shape.num_guesses)
+    known = take(state.lengths + state.num_drafted + 1, lanes.slots)
+    history = take(state.history, lanes.slots)
+    return context.proposer.guesser.propose(history, known, shape.num_guesses)
 
 
-def num_kept(guesses, drafts, lanes):
-    """How many int32 [A] of `drafts` [A, Qd] stand; `lanes` are StepLanes.
+def num_kept(guesses: Guesses, drafts: DraftsOfGuesses, lanes: DraftLanes) -> PerDraft:
+    """How many of the drafts stand.
 
     A row's draft counts only if the guesses up to its own token are the drafts.
     """
-    hits = count_prefix(guesses == drafts[:, :-1], lanes.draft_rows - 1)
-    return jnp.where(lanes.draft_active, hits + 1, 0)
+    hits = count_prefix(guesses == drafts[:, :-1], lanes.num_rows - 1)
+    return jnp.where(lanes.is_active, hits + 1, 0)
 
 
-def record(state, lanes, drafts, count):
-    """Put the first `count` [A] of `drafts` [A, Qd] in the histories, and count.
+def record(
+    state: DecodeState, lanes: DraftLanes, drafts: DraftTokens, count: PerDraft
+) -> DecodeState:
+    """Put the first `count` of each lane's drafts in the histories, and count.
 
     `state` is that before the drafts join it.
     """
-    slots, drafted = lanes.draft_slots, lanes.of_draft(state.num_drafted)
+    slots, drafted = lanes.slots, take(state.num_drafted, lanes.slots)
     row = jnp.arange(drafts.shape[1])[None]
-    newest = lanes.of_draft(state.lengths) + drafted
+    newest = take(state.lengths, slots) + drafted
     place = jnp.where(
         row < count[:, None], newest[:, None] + 1 + row, state.history.shape[1]
     )
-    rows = lanes.draft_rows
+    rows = lanes.num_rows
     seen = jnp.stack([jnp.ones_like(rows), rows - 1, drafted + rows], axis=1)
-    seen = jnp.where(lanes.draft_active[:, None], seen, 0)
+    seen = jnp.where(lanes.is_active[:, None], seen, 0)
     return state._replace(
-        history=state.history.at[slots[:, None], place].set(drafts, mode="drop"),
-        cascade_counts=state.cascade_counts.at[slots].add(seen, mode="drop"),
+        history=put(state.history, drafts, slots[:, None], place),
+        cascade_counts=add(state.cascade_counts, seen, slots),
     )
 
 
-def report(state, lanes, header):
-    """The state with counts of the verified slots at 0, and `header` with them behind.
-
-    Adds the columns of plan.CascadeCounts; `lanes` are VerifyLanes.
-    """
-    slots, counts = lanes.slots, state.cascade_counts
-    found = counts.at[slots].get(mode="clip")
+def counts(state: DecodeState, lanes: VerifyLanes) -> VerifyCounters:
+    """CascadeCounts of the verified slots as columns."""
+    found = take(state.cascade_counts, lanes.slots)
     drafts = jnp.maximum(lanes.num_rows - 1, 0)[:, None]
-    state = state._replace(cascade_counts=counts.at[slots].set(0, mode="drop"))
-    return state, jnp.concatenate([header, drafts, found], axis=1)
+    return jnp.concatenate([drafts, found], axis=1)

@@ -8,12 +8,16 @@ host and nothing compiles after `warm_up`. Host memory is taken once, on constru
 
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsespec_jax.plan import RESTORE_CHUNKS, PageMove
+from sparsespec_jax.array_types import PlanBuffer
+from sparsespec_jax.device.state import DecodeState
+from sparsespec_jax.plan.buffer import PageMove
+from sparsespec_jax.plan.shape import RESTORE_CHUNKS
 
 _HOST_MEMORY = "pinned_host"
 
@@ -30,7 +34,7 @@ class HostPages:
       RuntimeError: XLA_FLAGS make host memory the device's.
     """
 
-    def __init__(self, state, num_chunks, chunk_pages):
+    def __init__(self, state: DecodeState, num_chunks: int, chunk_pages: int):
         pool = state.layers[0].kv_pages
         self._num_pages, self._chunk_pages = pool.shape[0], chunk_pages
         device = next(iter(pool.devices()))
@@ -59,7 +63,7 @@ class HostPages:
         """Everything held, what is still on its way included."""
         return self._chunks, self._staged
 
-    def warm_up(self, state, buffers):
+    def warm_up(self, state: DecodeState, buffers: Sequence[PlanBuffer]) -> DecodeState:
         """Compile the copies; returns the state with its pages unchanged.
 
         `buffers`: one plan buffer of each length for `sent_first`. Copies without pages
@@ -75,7 +79,7 @@ class HostPages:
         self._chunks[spare] = None
         return state
 
-    def move(self, state, moves):
+    def move(self, state: DecodeState, moves: Sequence[PageMove]) -> DecodeState:
         """Start the copies of `moves` (PageMove) in order; returns the next state.
 
         A restored chunk may still be on its way then. It is in its place after the
@@ -113,7 +117,9 @@ class HostPages:
         return jax.device_put(ids, self._on_device)
 
 
-def sent_first(buffer, moves):
+def sent_first(
+    buffer: PlanBuffer | None, moves: Sequence[PageMove]
+) -> PlanBuffer | None:
     """Sends a plan's buffer ahead of the pages of `moves`; returns it on the device.
 
     The device takes one copy from the host at a time, in any order, and starts each

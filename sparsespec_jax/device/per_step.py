@@ -9,30 +9,47 @@ in plain jnp on every platform; verification and prefill run on the engine's ker
 import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.array_types import (
+    KvPagesOfD,
+    Queries,
+    Selected,
+    SelectedCounts,
+)
+from sparsespec_jax.device.context import StepContext
+from sparsespec_jax.device.lanes import StepLanes, take
 from sparsespec_jax.device.state import read_rows
-from sparsespec_jax.policies.base import SelectionView, as_mask
+from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.policies.base import SelectionOptions, SelectionView, as_mask
 
 _EXACT = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def nothing(shape):
-    """The empty selection (indices [E, 1, cap], counts [E, 1]) of a verification."""
+def nothing(shape: StepShape) -> tuple[Selected, SelectedCounts]:
+    """The empty selection of a verification."""
     indices = jnp.zeros((shape.verify_lanes, 1, shape.max_budget), jnp.int32)
     return indices, indices[..., 0]
 
 
-def attend_drafts(policy, options, layer_index, q, out, kv_pages, lanes, shape):
-    """`out` [T, N, D] with the draft lanes' rows replaced.
+def attend_drafts(
+    context: StepContext,
+    options: SelectionOptions,
+    layer_index: int,
+    q: Queries,
+    out: Queries,
+    kv_pages: KvPagesOfD,
+    lanes: StepLanes,
+) -> Queries:
+    """`out` with the draft lanes' rows replaced.
 
     A draft sees what the policy selects of [0, start), and all rows of its draft cache:
     those of the last verification and the drafts so far.
     """
-    num_lanes, num_heads = shape.draft_lanes, kv_pages.shape[1]
-    size = q.shape[-1]
-    starts = jnp.where(lanes.draft_active, lanes.draft_starts, 0)
-    num_tail = jnp.where(lanes.draft_active, lanes.draft_tails + 1, 0)
-    old_k, old_v = _read(kv_pages, lanes.of_draft(lanes.full_table), starts)
-    new_k, new_v = _read(kv_pages, lanes.of_draft(lanes.draft_table), num_tail)
+    draft, num_heads, size = lanes.draft, kv_pages.shape[1], q.shape[-1]
+    num_lanes = context.shape.draft_lanes
+    starts = jnp.where(draft.is_active, draft.starts, 0)
+    num_tail = jnp.where(draft.is_active, draft.tails + 1, 0)
+    old_k, old_v = _read(kv_pages, take(lanes.full_table, draft.slots), starts)
+    new_k, new_v = _read(kv_pages, take(lanes.draft_table, draft.slots), num_tail)
     query = q[:num_lanes].reshape(num_lanes, num_heads, -1, size).astype(jnp.float32)
     old = _logits(query, old_k, starts)
     new = _logits(query, new_k, num_tail)
@@ -42,17 +59,17 @@ def attend_drafts(policy, options, layer_index, q, out, kv_pages, lanes, shape):
         mass=every[..., :num_keys].mean(2),
         queries=q[:num_lanes, None],
         keys=lambda: old_k,
-        num_queries=lanes.draft_active.astype(jnp.int32),
+        num_queries=draft.is_active.astype(jnp.int32),
         lengths=starts,
-        budgets=jnp.where(lanes.draft_active, lanes.draft_budgets, 0),
+        budgets=jnp.where(draft.is_active, draft.budgets, 0),
         is_first=jnp.zeros(num_lanes, bool),
         state=None,
-        seeds=lanes.draft_seeds,
+        seeds=draft.seeds,
         layer_index=layer_index,
         num_kv_heads=num_heads,
         num_keys=num_keys,
     )
-    chosen = as_mask(view, *policy.select(view, options))[:, :, None]
+    chosen = as_mask(view, *context.policy.select(view, options))[:, :, None]
     weights = jax.nn.softmax(
         jnp.concatenate([jnp.where(chosen, old, -1e30), new], -1), -1
     )

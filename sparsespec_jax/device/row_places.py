@@ -2,59 +2,54 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+
+from sparsespec_jax.array_types import RowPlace, SelectedCounts, SlotCounts
+from sparsespec_jax.device.lanes import StepLanes, take
+from sparsespec_jax.plan.shape import StepShape
 
 
 class RowPlaces(NamedTuple):
     """Where rows of K and V go; a page past the pool drops its row."""
 
-    pages: jax.Array  # int32 [n, H], or [n, 1] for all heads
-    offsets: jax.Array  # int32, like pages: row inside the page
+    pages: RowPlace
+    offsets: RowPlace  # row inside the page
 
 
-def row_places(lanes, shape, counts):
-    """RowPlaces of the step's tokens, in lane order; counts [S, H or 1]."""
+def row_places(
+    lanes: StepLanes, shape: StepShape, counts: SlotCounts
+) -> list:  # of RowPlaces
+    """RowPlaces of the step's tokens, in lane order; counts of selected rows."""
+    draft, verify, prefill = lanes.draft, lanes.verify, lanes.prefill
     row = jnp.arange(shape.draft_queries)[None, :, None]
-    place = (lanes.of_draft(counts) + lanes.draft_tails[:, None])[:, None] + row
-    is_fed = lanes.draft_active[:, None, None] & (row < lanes.draft_rows[:, None, None])
+    place = (take(counts, draft.slots) + draft.tails[:, None])[:, None] + row
+    is_fed = draft.is_active[:, None, None] & (row < draft.num_rows[:, None, None])
     place = jnp.where(is_fed, place, -1)
-    table = lanes.of_draft(lanes.draft_table)
-    verify = lanes.verify
-    places = [
-        _places(shape, table, place),
-        _span(shape, lanes, verify.slots, verify.starts, verify.num_rows,
-              shape.num_queries),
-    ]  # fmt: skip
-    if lanes.prefill_slots.size:
-        places.append(
-            _span(
-                shape,
-                lanes,
-                lanes.prefill_slots,
-                lanes.prefill_starts,
-                lanes.prefill_counts,
-                shape.prefill_chunk,
-            )
-        )
+    table = take(lanes.draft_table, draft.slots)
+    places = [_places(shape, table, place)]
+
+    def add_span(slots, starts, counts, num_rows):
+        """Places of positions starts.. of the slots' full tables."""
+        row = jnp.arange(num_rows)[None]
+        place = jnp.where(row < counts[:, None], starts[:, None] + row, -1)
+        table = take(lanes.full_table, slots)
+        places.append(_places(shape, table, place[..., None]))
+
+    add_span(verify.slots, verify.starts, verify.num_rows, shape.num_queries)
+    if prefill.slots.size:
+        add_span(prefill.slots, prefill.starts, prefill.counts, shape.prefill_chunk)
     return places
 
 
-def _span(shape, lanes, slots, starts, counts, num_rows):
-    """RowPlaces of positions starts.. of the slots' full tables, `num_rows` each."""
-    row = jnp.arange(num_rows)[None]
-    place = jnp.where(row < counts[:, None], starts[:, None] + row, -1)
-    table = lanes.full_table.at[slots].get(mode="clip")
-    return _places(shape, table, place[..., None])
-
-
-def tail_places(lanes, shape, selected):
+def tail_places(
+    lanes: StepLanes, shape: StepShape, selected: SelectedCounts
+) -> RowPlaces:
     """RowPlaces of the verified rows in the draft caches, behind the selected ones."""
     verify = lanes.verify
     row = jnp.arange(shape.num_queries)[None, :, None]
     place = selected[:, None, :] + row
     place = jnp.where(row < verify.num_rows[:, None, None], place, -1)
-    table = lanes.draft_table.at[verify.slots].get(mode="clip")
+    table = take(lanes.draft_table, verify.slots)
     return _places(shape, table, place)
 
 
@@ -77,7 +72,7 @@ def _places(shape, tables, places):
     return RowPlaces(pages.reshape(flat), (places % shape.page_size).reshape(flat))
 
 
-def concatenate(places):
+def concatenate(places: list) -> RowPlaces:
     """RowPlaces of a list, one behind the other."""
     heads = max(place.pages.shape[1] for place in places)
     return RowPlaces(

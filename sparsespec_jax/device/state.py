@@ -5,39 +5,67 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.array_types import (
+    DraftTable,
+    FullTable,
+    HeadCounts,
+    KvPages,
+    PageTable,
+    PerSlot,
+    RowsOfTables,
+    SameCounts,
+    SlotCounters,
+    SlotFlags,
+    SlotMemory,
+    SlotTexts,
+    SlotTokens,
+)
 from sparsespec_jax.device.acceptance import DraftLaw
+from sparsespec_jax.device.lanes import take
+from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.policies.base import Policy
+from sparsespec_jax.proposers.base import RememberingProposer
 
 
 class LayerCache(NamedTuple):
     """What one layer keeps between steps."""
 
-    kv_pages: jax.Array  # [P, H, ps, 2 * D]
-    # int32 [S, H], selected rows at the head of a draft cache; None if counts are fixed
-    draft_counts: jax.Array | None
-    policy_state: jax.Array  # float32 [S, ...], what the policy remembers; often empty
+    kv_pages: KvPages
+    # Selected rows at the head of a draft cache; None if counts are fixed.
+    draft_counts: HeadCounts | None
+    policy_state: SlotMemory  # what the policy remembers; often empty
 
 
 class DecodeState(NamedTuple):
     """Everything the device knows of the requests in its slots."""
 
     layers: tuple[LayerCache, ...]
-    draft_counts: jax.Array | None  # int32 [S, 1], of all layers if counts are fixed
-    full_table: jax.Array  # int32 [S, W], P where no page is
-    draft_table: jax.Array  # int32 [S, Wd]
-    lengths: jax.Array  # int32 [S], committed length L
-    tokens: jax.Array  # int32 [S, Q], the pending token, then the drafts
-    num_drafted: jax.Array  # int32 [S], drafts made in this cycle
-    draft_tails: jax.Array  # int32 [S], committed rows behind the selected ones
-    done: jax.Array  # bool [S], stopped or never started
-    draft_law: DraftLaw  # [S, K, M]; M = 0 unless the ratio test needs it
-    history: jax.Array  # int32 [S, X] token ids for a proposer, else [S, 0]
+    draft_counts: SameCounts | None  # of all layers if counts are fixed
+    full_table: FullTable  # P where no page is
+    draft_table: DraftTable
+    lengths: PerSlot  # committed length L
+    tokens: SlotTokens  # the pending token, then the drafts
+    num_drafted: PerSlot  # drafts made in this cycle
+    draft_tails: PerSlot  # committed rows behind the selected ones
+    done: SlotFlags  # stopped or never started
+    draft_law: DraftLaw  # of slots and drafts; empty unless the ratio test needs it
+    history: SlotTexts  # token ids for a proposer, else empty
     proposer_memory: Any  # pytree of a proposer that remembers, else None
-    # int32 [S, 3], CascadeCounts of this cycle but for the drafts; None if no cascade
-    cascade_counts: jax.Array | None
+    # CascadeCounts of this cycle but for the drafts; None if no cascade.
+    cascade_counts: SlotCounters | None
 
 
-def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy, proposer=None):
-    """An empty DecodeState for `shape` (StepShape); pages hold zeros."""
+def new_state(
+    model_config: ModelConfig,
+    shape: StepShape,
+    *,
+    kv_dtype: Any,
+    draft_top_m: int,
+    policy: Policy,
+    proposer: Any = None,
+) -> DecodeState:
+    """An empty DecodeState; pages hold zeros."""
     slots, rows = shape.num_slots, shape.num_queries
     pool = (
         shape.num_pages,
@@ -74,15 +102,15 @@ def new_state(model_config, shape, *, kv_dtype, draft_top_m, policy, proposer=No
         ),
         history=jnp.zeros((slots, num_keys * shape.keeps_history), jnp.int32),
         proposer_memory=proposer.init_memory(shape)
-        if hasattr(proposer, "init_memory")
+        if isinstance(proposer, RememberingProposer)
         else None,
         cascade_counts=jnp.zeros((slots, 3), jnp.int32) if shape.num_guesses else None,
     )
 
 
-def read_rows(kv_pages, tables):
-    """Rows [lanes, H, W * ps, 2D] of page tables [lanes, W]; junk where no page is."""
-    pages = kv_pages.at[tables].get(mode="clip").swapaxes(1, 2)
+def read_rows(kv_pages: KvPages, tables: PageTable) -> RowsOfTables:
+    """Rows of page tables; junk where no page is."""
+    pages = take(kv_pages, tables).swapaxes(1, 2)
     return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
 
 

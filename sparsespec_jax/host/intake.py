@@ -1,24 +1,43 @@
-"""From a prompt and its SamplingParams to the records that serve it. No jax."""
+"""From a prompt and its SamplingParams to the records that serve it. No jax.
 
+A prompt is encoded and checked once, by `prepare`; everything after that takes the
+PreparedPrompt.
+"""
+
+import dataclasses
 import time
 
-from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.outputs import Output
 from sparsespec_jax.host.request import Request, token_array
 from sparsespec_jax.host.text import OutputText, encode_prompt, no_tokenizer
+from sparsespec_jax.plan.slot_params import slot_params, stop_ids
 
 
-def check_prompt(model, prompt, sampling, max_length):
-    """Token ids of `prompt`; ValueError if no engine of that length could serve it."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedPrompt:
+    """A prompt as token ids, and what is to follow it: encoded and checked."""
+
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop_ids: frozenset  # token ids that end the output
+
+    @property
+    def limit(self):
+        """Tokens, prompt and output, at which a request ends."""
+        return len(self.token_ids) + self.sampling.max_tokens
+
+
+def prepare(model, prompt, sampling=None):
+    """PreparedPrompt of a prompt: text, chat messages or token ids.
+
+    Raises:
+      ValueError: as `encode_prompt`; or stop strings without a tokenizer, or a stop
+        token id outside the vocabulary.
+    """
+    sampling = sampling or SamplingParams()
     tokens = encode_prompt(prompt, model)
-    total = len(tokens) + sampling.max_tokens
-    if total > max_length:
-        raise ValueError(
-            f"a prompt of {len(tokens)} tokens and max_tokens={sampling.max_tokens}"
-            f" make {total}, max_length is {max_length}: shorten one of them"
-            + ("" if total > model.config.max_length else " or raise it")
-        )
     if sampling.stop and model.tokenizer is None:
         raise no_tokenizer(model, "stop strings need", instead="stop_token_ids")
     largest, vocab = max(sampling.stop_token_ids, default=0), model.config.vocab_size
@@ -27,7 +46,34 @@ def check_prompt(model, prompt, sampling, max_length):
             f"stop token id {largest} is outside the vocabulary of {vocab} tokens, so "
             "it could stop nothing: leave it out"
         )
-    return tokens
+    stops = stop_ids(model.config.eos_ids, sampling)
+    return PreparedPrompt(tuple(tokens), sampling, stops)
+
+
+def prepare_all(model, prompts, sampling):
+    """PreparedPrompt of each prompt; `sampling` is a list of as many SamplingParams.
+
+    Raises:
+      ValueError: as `prepare`, with the number of the prompt in front.
+    """
+    prepared = []
+    for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+        try:
+            prepared.append(prepare(model, prompt, params))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
+    return prepared
+
+
+def check_length(prepared, model, max_length):
+    """ValueError if an engine of that length could not serve a PreparedPrompt."""
+    if prepared.limit > max_length:
+        raise ValueError(
+            f"a prompt of {len(prepared.token_ids)} tokens and max_tokens="
+            f"{prepared.sampling.max_tokens} make {prepared.limit}, max_length is "
+            f"{max_length}: shorten one of them"
+            + ("" if prepared.limit > model.config.max_length else " or raise it")
+        )
 
 
 def check_progress(progress, sampling):
@@ -39,30 +85,46 @@ def check_progress(progress, sampling):
         )
 
 
-def make_request(model, tokens, sampling, speculation, *, request_id, sample=0):
-    """The scheduler's record of one sample of a prompt."""
-    limit = len(tokens) + sampling.max_tokens
-    stops = plan_lib.stop_ids(model.config.eos_ids, sampling)
+def make_request(
+    prepared,
+    speculation,
+    request_id,
+    *,
+    sample=0,
+    emitted=(),
+    group=None,
+    expected=None,
+):
+    """The scheduler's record of one sample of a PreparedPrompt.
+
+    `emitted` are tokens that it has already, `group` is the same number for all samples
+    of a prompt, `expected` the tokens that it will emit, if that is known.
+    """
+    num_prompt = len(prepared.token_ids)
     return Request(
         request_id=request_id,
-        tokens=token_array(tokens),
-        num_prompt=len(tokens),
-        limit=limit,
+        tokens=token_array((*prepared.token_ids, *emitted)),
+        num_prompt=num_prompt,
+        limit=prepared.limit,
         budget_ratio=speculation.budget_ratio,
         min_budget=speculation.min_budget,
-        slot_params=plan_lib.slot_params(sampling, sample, limit, stops, speculation),
+        slot_params=slot_params(
+            prepared.sampling, sample, prepared.limit, prepared.stop_ids, speculation
+        ),
+        prompt_group=group,
+        expected_length=None if expected is None else num_prompt + expected,
     )
 
 
-def make_output(model, request, sampling, speculation, *, prompt_index, sample):
+def make_output(model, request, prepared, speculation, *, prompt_index, sample):
     """The empty output of a request, submitted now."""
     return Output(
         request=request,
-        sampling=sampling,
-        prompt_index=request.request_id if prompt_index is None else prompt_index,
+        sampling=prepared.sampling,
+        prompt_index=prompt_index,
         sample_index=sample,
-        text=OutputText(model.tokenizer, sampling.stop),
-        stop_ids=plan_lib.stop_ids(model.config.eos_ids, sampling),
+        text=OutputText(model.tokenizer, prepared.sampling.stop),
+        stop_ids=prepared.stop_ids,
         metrics=RequestMetrics(
             max_draft_tokens=speculation.num_draft_tokens,
             max_draft_steps=speculation.cycle - 1,

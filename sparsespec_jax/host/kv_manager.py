@@ -10,9 +10,9 @@ import dataclasses
 
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.host.page_allocator import PageAllocator
-from sparsespec_jax.plan import PageMove, budget_tokens, pages_for
+from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, PageMove
+from sparsespec_jax.plan.shape import pages_for
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,8 +82,7 @@ class KvManager:
         drafts = self._shape.num_draft_tokens
         if not self._shape.draft_lanes:
             return 0
-        cap = self._shape.max_budget
-        rows = budget_tokens(length, ratio=ratio, floor=floor, cap=cap)
+        rows = self._shape.budget_tokens(length, ratio=ratio, floor=floor)
         # Rows just verified, then the drafts of the next cycle behind them.
         return pages_for(rows + 2 * drafts + 1, self._shape.page_size)
 
@@ -118,11 +117,11 @@ class KvManager:
 
         Appends rows (table, slot, column, page) to `updates`.
         """
-        self._grow(plan_lib.FULL_TABLE, slots, full, updates)
-        self._grow(plan_lib.DRAFT_TABLE, slots, draft, updates)
+        self._grow(FULL_TABLE, slots, full, updates)
+        self._grow(DRAFT_TABLE, slots, draft, updates)
 
     def _grow(self, table, slots, needed, updates):
-        is_full = table == plan_lib.FULL_TABLE
+        is_full = table == FULL_TABLE
         counts, lists = (
             (self.resident, self._full) if is_full else (self.num_draft, self._draft)
         )
@@ -147,9 +146,7 @@ class KvManager:
         self._full[target] = list(pages)
         self.resident[target] = count
         self.counters.shared_pages += count
-        updates.extend(
-            (plan_lib.FULL_TABLE, target, i, page) for i, page in enumerate(pages)
-        )
+        updates.extend((FULL_TABLE, target, i, page) for i, page in enumerate(pages))
 
     def free_draft(self, slot):
         """Give back a slot's draft pages."""
@@ -176,7 +173,7 @@ class KvManager:
         """Bring back the chunk that was spilled last; its pages must be free."""
         chunk, count = self._spilled[slot].pop()
         first = int(self.resident[slot])
-        self._grow(plan_lib.FULL_TABLE, [slot], np.array([first + count]), updates)
+        self._grow(FULL_TABLE, [slot], np.array([first + count]), updates)
         moves.append(PageMove(False, chunk, tuple(self._full[slot][first:])))
         self._chunks.append(chunk)
         self.counters.restored_pages += count

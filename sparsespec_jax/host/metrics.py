@@ -23,6 +23,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from sparsespec_jax.host.cost_model import ratio, speed_of_light
+
 
 @dataclass(kw_only=True)
 class KvTokens:
@@ -142,7 +144,7 @@ class RequestMetrics:
     @property
     def mean_accepted_draft_tokens(self) -> float:
         """Accepted drafts per verify step, 0..k, without the bonus token."""
-        return _ratio(self.num_accepted_draft_tokens, self.num_verify_steps)
+        return ratio(self.num_accepted_draft_tokens, self.num_verify_steps)
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -152,17 +154,17 @@ class RequestMetrics:
     @property
     def draft_acceptance_rate(self) -> float:
         """Accepted drafts over judged drafts."""
-        return _ratio(self.num_accepted_draft_tokens, self.num_draft_tokens)
+        return ratio(self.num_accepted_draft_tokens, self.num_draft_tokens)
 
     @property
     def steps_per_cycle(self) -> float:
         """Steps that fed tokens per verify step, that one included; 1..k+1."""
-        return 1 + _ratio(self.num_draft_steps, self.num_verify_steps)
+        return 1 + ratio(self.num_draft_steps, self.num_verify_steps)
 
     @property
     def guess_hit_rate(self) -> float:
         """Accepted guesses over checked ones; NaN without a cascade."""
-        return _ratio(self.num_accepted_guesses, self.num_guesses)
+        return ratio(self.num_accepted_guesses, self.num_guesses)
 
     @property
     def accepted_at_position(self) -> list[int]:
@@ -174,17 +176,17 @@ class RequestMetrics:
     def acceptance_at_position(self) -> list[float]:
         """[k]: ``accepted_at_position`` over verify steps; never increases."""
         steps = self.num_verify_steps
-        return [_ratio(n, steps) for n in self.accepted_at_position]
+        return [ratio(n, steps) for n in self.accepted_at_position]
 
     @property
     def kv_read_ratio(self) -> float:
         """KV traffic over that of plain decoding for the same output; below 1 saves."""
-        return _ratio(self.kv_tokens_read.decode, self.plain_kv_tokens)
+        return ratio(self.kv_tokens_read.decode, self.plain_kv_tokens)
 
     @property
     def kv_tokens_per_output_token(self) -> float:
         """KV tokens moved per output token after the first."""
-        return _ratio(self.kv_tokens_read.decode, self.num_decode_tokens)
+        return ratio(self.kv_tokens_read.decode, self.num_decode_tokens)
 
     def to_dict(self) -> dict:
         """Counters and derived values as JSON types; undefined ratios are None."""
@@ -235,12 +237,12 @@ class DecodeStats:
         """Mean of a ratio of RequestMetrics over the requests where it is defined."""
         values = [getattr(request, name) for request in self.requests]
         values = [value for value in values if not math.isnan(value)]
-        return _ratio(sum(values), len(values))
+        return ratio(sum(values), len(values))
 
     @property
     def tokens_per_s(self) -> float:
         """Output tokens per second of wall time."""
-        return _ratio(self.total.num_output_tokens, self.wall_time_s)
+        return ratio(self.total.num_output_tokens, self.wall_time_s)
 
     @property
     def kv_bytes_per_output_token(self) -> float:
@@ -260,16 +262,16 @@ class DecodeStats:
         total = self.total
         drafts = total.max_draft_steps
         verify = total.kv_tokens_read.verify
-        plain_step = _ratio(total.plain_kv_tokens, total.num_decode_tokens)
+        plain_step = ratio(total.plain_kv_tokens, total.num_decode_tokens)
         return speed_of_light(
             num_draft_tokens=drafts,
             mean_accepted_draft_tokens=total.mean_accepted_draft_tokens,
             weight_bytes=self.weight_bytes,
             kv_bytes=self.num_slots * plain_step * self.kv_bytes_per_token,
-            budget_ratio=_ratio(total.kv_tokens_read.draft, drafts * verify)
+            budget_ratio=ratio(total.kv_tokens_read.draft, drafts * verify)
             if drafts
             else 0.0,
-            overhead_ratio=_ratio(2 * total.kv_tokens_read.gather, verify),
+            overhead_ratio=ratio(2 * total.kv_tokens_read.gather, verify),
             num_slots=self.num_slots,
             balance_tokens=balance_tokens,
         )
@@ -313,66 +315,6 @@ def plain_kv_tokens(*, num_prompt_tokens: int, num_output_tokens: int) -> int:
     """
     steps = max(0, num_output_tokens - 1)
     return steps * num_prompt_tokens + steps * (steps + 1) // 2
-
-
-def speed_of_light(
-    *,
-    num_draft_tokens: int,
-    mean_accepted_draft_tokens: float,
-    weight_bytes: float,
-    kv_bytes: float,
-    budget_ratio: float,
-    overhead_ratio: float | None = None,
-    num_slots: int = 1,
-    balance_tokens: float = math.inf,
-) -> float:
-    """Bound on the speed-up over plain decoding when every step is bound by memory.
-
-    A plain step reads the weights W and the caches KV of all slots and commits one
-    token per slot. A cycle of k draft steps and one verification reads
-    (k + 1) W + (k s + 1 + m) KV and commits a + 1, so the bound is
-    (a + 1) (W + KV) / ((k + 1) W + (k s + 1 + m) KV).
-
-    A step of more than `balance_tokens` is bound by arithmetic instead, and its W
-    counts as more: a plain step has S tokens, one of a cycle S (2k + 1) / (k + 1).
-
-    Args:
-        num_draft_tokens: k; of a proposer or a cascade the draft steps of a cycle.
-        mean_accepted_draft_tokens: a, without the bonus token.
-        weight_bytes: W, read once per step whatever the number of slots.
-        kv_bytes: KV, what one plain step reads over all slots.
-        budget_ratio: s, share of the cache that a draft step reads.
-        overhead_ratio: m, share of the cache moved by mass, selection and gather;
-            None is a gather's read and write, 2 s (0 without drafts).
-        num_slots: S, requests of a step.
-        balance_tokens: tokens whose products with all weights take as long as reading
-            these.
-    """
-    k, s = num_draft_tokens, budget_ratio
-    m = (2 * s if k else 0.0) if overhead_ratio is None else overhead_ratio
-
-    def weights(tokens):
-        return weight_bytes * max(1.0, tokens / balance_tokens)
-
-    in_cycle = weights(num_slots * (2 * k + 1) / (k + 1))
-    cycle_bytes = (k + 1) * in_cycle + (k * s + 1 + m) * kv_bytes
-    committed = mean_accepted_draft_tokens + 1
-    return _ratio(committed * (weights(num_slots) + kv_bytes), cycle_bytes)
-
-
-def token_forwards_per_token(
-    *, num_draft_tokens: int, mean_accepted_draft_tokens: float
-) -> float:
-    """Token forwards per committed token, (2k + 1) / (a + 1): the compute side.
-
-    Where a step is bound by arithmetic instead of memory, speculation multiplies
-    the work by this.
-    """
-    return (2 * num_draft_tokens + 1) / (mean_accepted_draft_tokens + 1)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
 
 
 def _add_fields(left, right, **replaced):

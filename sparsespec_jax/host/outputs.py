@@ -1,20 +1,26 @@
-"""The growing outputs: outcomes of steps in, finished results out. No jax."""
+"""The growing outputs: outcomes of steps in, finished results out. No jax.
+
+An outcome is taken in three turns: `judge` decides which of its tokens stand, the
+scheduler writes them to the requests, `hand_out` makes results and events of them.
+Nothing here writes to a Request or commands the scheduler.
+"""
 
 import array
 import copy
 import dataclasses
 import itertools
 import time
+from typing import NamedTuple
 
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.request import Request
 from sparsespec_jax.host.results import DecodeResult, RequestProgress, StreamEvent
 from sparsespec_jax.host.text import OutputText
-from sparsespec_jax.plan import CascadeCounts, budget_tokens
+from sparsespec_jax.plan.outcome import SEED, CascadeCounts
+from sparsespec_jax.plan.slot_params import NUM_STOP_IDS
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -32,24 +38,32 @@ class Output:
     logprobs: array.array = dataclasses.field(default_factory=lambda: array.array("f"))
     params_versions: list = dataclasses.field(default_factory=list)  # [version, tokens]
     draft_cache: int = 0  # rows that the last verification left for drafts to read
+    prefill_reads: int = 0  # of its request, as far as they are counted
+
+
+class Emission(NamedTuple):
+    """What an outcome adds to one output."""
+
+    output: Output
+    tokens: list  # the new ones that stand
+    finish_reason: str | None  # None: it goes on
+    stop_reason: str | int | None
 
 
 class Outputs:
     """The unfinished outputs by request id, and the metrics of the finished ones.
 
     Args:
-      scheduler: hears of every commitment and of every end.
-      max_budget: most tokens that a verification selects.
+      shape: StepShape of the largest K.
       with_acceptance: keep running counts for `acceptance`.
     """
 
-    def __init__(self, scheduler, *, max_budget, max_draft_tokens, with_acceptance):
-        self._scheduler = scheduler
-        self._max_budget = max_budget
+    def __init__(self, shape, *, with_acceptance):
+        self._shape = shape
         self._unfinished = {}
         self.with_acceptance = with_acceptance
-        self._judged = np.zeros(max_draft_tokens)
-        self._accepted = np.zeros(max_draft_tokens)
+        self._judged = np.zeros(shape.num_draft_tokens)
+        self._accepted = np.zeros(shape.num_draft_tokens)
         self.num_emitted = 0  # tokens, of all requests
         self.num_silent = 0  # unfinished requests without a token
         self.max_new_tokens = 0  # that the unfinished requests can still emit
@@ -58,11 +72,19 @@ class Outputs:
     def __len__(self):
         return len(self._unfinished)
 
-    def add(self, output):
-        """Take in the output of a new request."""
+    def add(self, output, progress=None):
+        """Take in the output of a new request, or of one that goes on."""
         self._unfinished[output.request.request_id] = output
-        self.num_silent += 1
+        self.num_silent += progress is None
         self.max_new_tokens += output.sampling.max_tokens
+        if progress is None:
+            return
+        self.max_new_tokens -= len(progress.token_ids)
+        output.logprobs.extend(progress.logprobs)
+        output.params_versions = [list(item) for item in progress.params_versions]
+        output.metrics = copy.deepcopy(progress.metrics)
+        if output.sampling.stop:
+            output.text.push(progress.token_ids)
 
     def get(self, request_id):
         """The unfinished Output of a request, or None."""
@@ -77,16 +99,6 @@ class Outputs:
         """
         with np.errstate(invalid="ignore"):
             return tuple((self._accepted / self._judged).tolist())
-
-    def resume(self, output, progress):
-        """Give an output the tokens (already its request's) that it had before."""
-        self.num_silent -= 1
-        self.max_new_tokens -= len(progress.token_ids)
-        output.logprobs.extend(progress.logprobs)
-        output.params_versions = [list(item) for item in progress.params_versions]
-        output.metrics = copy.deepcopy(progress.metrics)
-        if output.sampling.stop:
-            output.text.push(progress.token_ids)
 
     def progress(self, known):
         """RequestProgress of outputs longer than `known` (request id -> tokens).
@@ -110,19 +122,17 @@ class Outputs:
                 )
         return found
 
-    def commit(self, planned, outcome, version, results, events):
-        """Append what a step emitted; ended requests join `results`.
+    def judge(self, planned, outcome, version, *, with_text):
+        """(rows that each verify lane committed int [n], Emissions) of an outcome.
 
-        `version` is that of the weights the step ran with.
-        `events` is a list to fill with StreamEvents, or None if nobody wants them.
+        `version` is that of the weights the step ran with; `with_text` says whether
+        `hand_out` will make events.
         """
         num_lanes = len(planned.requests)
         accepted = outcome.num_accepted[:num_lanes]
-        is_seed = accepted == plan_lib.NOT_SEED
-        num_rows = planned.num_rows
-        selected = self._selected(planned, is_seed)
-        self._scheduler.commit(planned, np.where(is_seed, num_rows, accepted + 1))
-        cascade = itertools.repeat(None)
+        is_seed = accepted == SEED
+        committed = np.where(is_seed, planned.num_rows, accepted + 1)
+        num_rows, cascade = planned.num_rows, itertools.repeat(None)
         if outcome.cascade is not None:
             counts = outcome.cascade[:num_lanes]
             num_rows = np.where(is_seed, num_rows, counts[:, 0] + 1)
@@ -132,39 +142,48 @@ class Outputs:
         lanes = zip(
             planned.requests,
             outcome.num_emitted[:num_lanes].tolist(),
-            accepted.tolist(),
             outcome.is_done[:num_lanes].tolist(),
             outcome.tokens[:num_lanes].tolist(),
             outcome.logprobs[:num_lanes].tolist(),
+            accepted.tolist(),
             num_rows.tolist(),
-            selected.tolist(),
+            self._selected(planned, is_seed).tolist(),
             planned.is_whole.tolist(),
             strict=True,
         )
-        for (request, count, taken, is_done, tokens, logprobs, *judged), counts in zip(
+        emissions = []
+        for (request, count, is_done, tokens, logprobs, *judged), counts in zip(
             lanes, cascade, strict=False
         ):
             output = self._unfinished.get(request.request_id)
             if output is None or count == 0:
                 continue  # finished or aborted while this step was in flight
-            self._record(output, taken, *judged, counts)
-            first = len(request.tokens)
-            if events is not None:
-                _take_text(output)  # of tokens that came while nobody listened
-            reason, stop = _append(output, tokens[:count], logprobs[:count], is_done)
-            self._count_emitted(output, first, version)
+            self._record(output, *judged, counts)
+            if with_text:
+                _push_known(output)  # tokens that came while nobody listened
+            emission = _emission(output, tokens[:count], logprobs[:count], is_done)
+            self._count_emitted(output, len(emission.tokens), version)
+            emissions.append(emission)
+        return committed, emissions
+
+    def hand_out(self, emissions, results, events):
+        """Ended outputs join `results`; their requests hold the tokens by now.
+
+        `events` is a list to fill with StreamEvents, or None if nobody wants them.
+        """
+        for output, tokens, reason, stop in emissions:
+            ended = None
             if reason:
-                results.append(self.finish(output, reason, stop))
+                ended = self.finish(output, reason, stop)
+                results.append(ended)
             if events is not None:
-                ended = results[-1] if reason else None
-                events.append(_event(output, first, ended))
+                events.append(_event(output, len(tokens), ended))
 
     def finish(self, output, reason, stop_reason):
-        """End an output; returns its DecodeResult."""
+        """End an output whose request is released; returns its DecodeResult."""
         request = output.request
         self.num_silent -= len(request.tokens) == request.num_prompt
         self.max_new_tokens -= request.limit - len(request.tokens)
-        self._scheduler.release(request)
         del self._unfinished[request.request_id]
         new = tuple(request.tokens[request.num_prompt :])
         output.metrics.finish(num_output_tokens=len(new))
@@ -187,23 +206,21 @@ class Outputs:
     def _selected(self, planned, is_seed):
         """Tokens that each verification selected for drafting, int [n]."""
         requests = planned.requests
-        if planned.num_queries == 1:
+        if planned.num_queries == 1 or not self._shape.draft_lanes:
             return np.zeros(len(requests), np.int64)
         # A seed verify starts below the tokens known, a cycle at the pending one.
         below = np.where(is_seed, planned.num_rows, 1)
-        return budget_tokens(
+        return self._shape.budget_tokens(
             np.array([len(r.tokens) for r in requests], np.int64) - below,
             ratio=np.array([r.budget_ratio for r in requests], np.float32),
             floor=np.array([r.min_budget for r in requests], np.int32),
-            cap=self._max_budget,
         )
 
-    def _count_emitted(self, output, first, version):
+    def _count_emitted(self, output, count, version):
         request, versions = output.request, output.params_versions
-        count = len(request.tokens) - first
         self.num_emitted += count
         self.max_new_tokens -= count
-        self.num_silent -= first == request.num_prompt
+        self.num_silent -= len(request.tokens) == request.num_prompt
         if not versions or versions[-1][0] != version:
             versions.append([version, 0])
         versions[-1][1] += count
@@ -223,17 +240,17 @@ class Outputs:
         """
         request, metrics = output.request, output.metrics
         reads = metrics.kv_tokens_read
-        if num_accepted == plan_lib.NOT_SEED:
+        if num_accepted == SEED:
             length = len(request.tokens)
             if length == request.num_prompt:
                 elapsed = time.perf_counter() - output.submitted_s
                 metrics.time_to_first_token_s = elapsed
-            reads.prefill += request.prefill_reads + length
-            request.prefill_reads = 0
+            reads.prefill += request.prefill_reads - output.prefill_reads + length
+            output.prefill_reads = request.prefill_reads
             tail = num_rows
         else:
             drafts = num_rows - 1
-            steps = drafts if self._max_budget else 0
+            steps = drafts if self._shape.draft_lanes else 0
             guesses, tail_keys = 0, steps * (steps + 1) // 2
             if cascade is not None:
                 _, steps, guesses, tail_keys = cascade
@@ -257,45 +274,43 @@ def _as_tuples(versions):
     return tuple(tuple(item) for item in versions)
 
 
-def _append(output, tokens, logprobs, is_done):
-    """Append new tokens up to a stop; returns (finish reason or None, stop reason)."""
-    request, text = output.request, output.text
-    if len(output.stop_ids) > plan_lib.NUM_STOP_IDS:  # more than the device looks for
+def _emission(output, tokens, logprobs, is_done):
+    """The Emission of new tokens, up to a stop; keeps their log-probabilities."""
+    text, reason, stop = output.text, None, None
+    if len(output.stop_ids) > NUM_STOP_IDS:  # more than the device looks for
         ends = (i for i, token in enumerate(tokens, 1) if token in output.stop_ids)
         if (end := next(ends, None)) is not None:
-            tokens, logprobs, is_done = tokens[:end], logprobs[:end], True
+            tokens, is_done = tokens[:end], True
     # The device cuts an outcome at its first stop token, which is no text, or at the
     # limit.
     is_stopped = is_done and tokens[-1] in output.stop_ids
+    if is_done:
+        reason, stop = ("stop", tokens[-1]) if is_stopped else ("length", None)
     if output.sampling.stop:
         num_read = text.num_pushed
         if text.push(tokens[: -1 if is_stopped else None]):
-            count = text.num_pushed - num_read
-            request.tokens.extend(tokens[:count])
-            output.logprobs.extend(logprobs[:count])
-            return "stop", text.stop_string
-    request.tokens.extend(tokens)
-    output.logprobs.extend(logprobs)
-    if not is_done:
-        return None, None
-    return ("stop", tokens[-1]) if is_stopped else ("length", None)
+            tokens = tokens[: text.num_pushed - num_read]
+            reason, stop = "stop", text.stop_string
+    output.logprobs.extend(logprobs[: len(tokens)])
+    return Emission(output, tokens, reason, stop)
 
 
-def _take_text(output):
-    """The text that is certain by now and was not taken before."""
+def _push_known(output):
+    """Push the tokens that were not; returns the text that is certain by now."""
     request, text = output.request, output.text
     text.push(request.tokens[request.num_prompt + text.num_pushed :])
     return text.take()
 
 
-def _event(output, first, result):
-    """The StreamEvent of the tokens from index `first` on.
+def _event(output, count, result):
+    """The StreamEvent of the last `count` tokens.
 
-    `result` is the DecodeResult if they are the last: then all remaining text is news.
+    `result` is the DecodeResult if the request ended: then all remaining text is news.
     """
     request = output.request
     if result is None:
-        text, reason = _take_text(output), None
+        text, reason = _push_known(output), None
     else:
         text, reason = output.text.rest(result.text or ""), result.finish_reason
-    return StreamEvent(request.request_id, tuple(request.tokens[first:]), text, reason)
+    new = tuple(request.tokens[len(request.tokens) - count :])
+    return StreamEvent(request.request_id, new, text, reason)

@@ -20,7 +20,10 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One request; its tokens lag the device by up to `lag` steps."""
+    """One request; its tokens lag the device by up to `lag` steps.
+
+    Only the scheduler writes to it.
+    """
 
     request_id: int
     tokens: array.array  # int32: prompt, then every emitted token the host has seen
@@ -34,7 +37,7 @@ class Request:
     status: Status = Status.WAITING
     slot: int = -1  # -1 while it holds none
     prefilled: int = 0  # first tokens that have KV or will by the steps planned
-    prefill_reads: int = 0  # KV tokens that chunks read since the seed verify
+    prefill_reads: int = 0  # KV tokens that its prompt chunks read
     is_seeded: bool = False  # the device holds its length and pending token
     is_returning: bool = False  # preempted, and its pages have begun to come back
     verifies_in_flight: int = 0  # planned, outcome not read

@@ -12,19 +12,20 @@ from collections import deque
 
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.host.kv_manager import KvManager
 from sparsespec_jax.host.page_allocator import OutOfPagesError
 from sparsespec_jax.host.prompt_groups import PromptGroups
 from sparsespec_jax.host.request import Status
 from sparsespec_jax.host.slot_arrays import NO_PHASE, SlotArrays
-from sparsespec_jax.plan import RESTORE_CHUNKS, PlannedVerifies, pages_for
+from sparsespec_jax.plan.buffer import PENDING_ONLY, StepPlan
+from sparsespec_jax.plan.outcome import PlannedVerifies
+from sparsespec_jax.plan.shape import RESTORE_CHUNKS, pages_for
 
 _HEADROOM = 0.01  # share of the pool left for growth when a request is let in
 
 
 class Scheduler:
-    """Admits, balances, preempts and plans. Needs no device data.
+    """Admits, balances, preempts and plans, without device data. Owns the Requests.
 
     Args:
       shape: StepShape of the largest K.
@@ -57,7 +58,7 @@ class Scheduler:
     @property
     def has_work(self):
         """True while any request waits or holds a slot."""
-        return bool(self.waiting) or self.num_active > 0
+        return self.num_active + len(self.waiting) > 0
 
     @property
     def num_active(self):
@@ -158,30 +159,36 @@ class Scheduler:
         )
         plan = None
         if prefilling or slots.size or updates or drafting.size:
-            plan = self.shape.new_plan(prefill=bool(prefilling))
-            views = plan.views
-            views["slot_params"][:] = self.arrays.params
-            views["draft_slots"][: drafting.size] = drafting
+            plan = StepPlan.empty(self.shape, prefill=bool(prefilling))
+            plan.views["slot_params"][:] = self.arrays.params
+            plan.views["draft_slots"][: drafting.size] = drafting
             self.kv.grow(*growth, updates)
-            self._plan_verifies(views, slots, planned)
+            self._plan_verifies(plan, slots, planned)
             for lane, request in enumerate(prefilling):
-                self._plan_prefill(views, lane, request)
+                self._plan_prefill(plan, lane, request)
             self.arrays.drafted[drafting] += 1
             if self.shape.draft_lanes:
                 self.arrays.rebalance(now, self.shape.cycle, self.shape.verify_lanes)
             if updates:
-                views["table_updates"][: len(updates)] = updates
+                plan.views["table_updates"][: len(updates)] = updates
         moves, self._moves = self._moves, []
         return plan, planned, moves
 
-    def commit(self, planned, num_committed):
-        """Note an outcome: verify lane i committed `num_committed[i]` rows."""
+    def commit(self, planned, num_committed, emissions):
+        """Take in an outcome: verify lane i committed `num_committed[i]` rows.
+
+        `emissions` are (request, new tokens, whether they are its last).
+        """
         for request in planned.requests:
             request.verifies_in_flight -= 1
         slots = np.array([r.slot for r in planned.requests], np.int64)
         held = slots >= 0
         surplus = planned.num_rows - np.asarray(num_committed, np.int64)
         self.arrays.reach[slots[held]] -= surplus[held]
+        for request, tokens, is_over in emissions:
+            request.tokens.extend(tokens)
+            if is_over:
+                self.release(request)
 
     def _admit(self):
         """Give slots to waiting requests, first come first served, while pages last.
@@ -269,28 +276,28 @@ class Scheduler:
             np.append(draft, [0] * len(ends)),
         )
 
-    def _plan_verifies(self, views, slots, planned):
+    def _plan_verifies(self, plan, slots, planned):
         """Fill the verify lanes for `slots`."""
-        views["verify_slots"][: slots.size] = slots
+        plan.views["verify_slots"][: slots.size] = slots
         arrays, rows = self.arrays, planned.num_rows
         for lane in np.flatnonzero(~arrays.is_running[slots]).tolist():
             request = planned.requests[lane]
-            rows[lane] = self._plan_first_verify(views, lane, request)
+            rows[lane] = self._plan_first_verify(plan, lane, request)
         arrays.is_running[slots] = True
         arrays.drafted[slots] = 0
         for request in planned.requests:
             request.verifies_in_flight += 1
         arrays.reach[slots] += rows
 
-    def _plan_first_verify(self, views, lane, request):
-        """A seed verify, or the pending token alone after a change of K; its rows."""
+    def _plan_first_verify(self, plan, lane, request):
+        """A seed verify, or after a change of K the pending token alone; its rows."""
         request.status = Status.RUNNING
         if request.is_seeded:
-            views["seed_counts"][lane] = plan_lib.PENDING_ONLY
+            plan.views["seed_counts"][lane] = PENDING_ONLY
             return 1
         start = self._prefill_target(request)
         tail = request.tokens[start:]
-        plan_lib.put_seed(views, lane, start, tail)
+        plan.seed(lane, start, tail)
         request.is_seeded = True
         return len(tail)
 
@@ -332,10 +339,10 @@ class Scheduler:
         left = self._prefill_target(request) - request.prefilled
         return request.prefilled, min(self.shape.prefill_chunk, left)
 
-    def _plan_prefill(self, views, lane, request):
+    def _plan_prefill(self, plan, lane, request):
         start, count = self._prefill_span(request)
         tokens = request.tokens[start : start + count]
-        plan_lib.put_prefill(views, lane, request.slot, start, tokens)
+        plan.prefill_chunk(lane, request.slot, start, tokens)
         request.prefilled = start + count
         request.prefill_reads += count * start + count * (count + 1) // 2
         if request.prefilled == self._prefill_target(request):
@@ -412,10 +419,8 @@ class Scheduler:
         needed -= int(self.kv.resident[request.slot])
         if request.is_returning:
             needed = self.kv.next_chunk(request.slot)
-        if (
-            self.kv.num_available
-            >= needed + (not request.is_returning) * self._headroom
-        ):
+        headroom = 0 if request.is_returning else self._headroom
+        if self.kv.num_available >= needed + headroom:
             return True
         if self.num_active > len(self._preempted):
             return False  # pages come when one of the others ends

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
+from sparsespec_jax.plan.slot_params import NUM_SLOT_PARAMS
 
 NO_PHASE = -1
 _TOLERANCE = 1.03  # load of a phase over the mean that is left alone
@@ -12,7 +12,7 @@ class SlotArrays:
     """Facts of S slots: a step costs operations on these and no loop over slots."""
 
     def __init__(self, num_slots):
-        self.params = np.zeros((num_slots, plan_lib.NUM_SLOT_PARAMS), np.int32)
+        self.params = np.zeros((num_slots, NUM_SLOT_PARAMS), np.int32)
         self.request_id = np.full(num_slots, -1, np.int64)
         self.phase = np.full(num_slots, NO_PHASE, np.int32)
         self.is_running = np.zeros(num_slots, bool)

@@ -49,21 +49,6 @@ def encode_prompt(prompt, model):
     return tokens
 
 
-def encode_prompts(prompts, model):
-    """Token ids of each prompt.
-
-    Raises:
-      ValueError: as `encode_prompt`, with the number of the prompt in front.
-    """
-    encoded = []
-    for number, prompt in enumerate(prompts):
-        try:
-            encoded.append(encode_prompt(prompt, model))
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from error
-    return encoded
-
-
 def no_tokenizer(model, needs, *, instead):
     """The error of what `needs` a tokenizer, for a model that has none, and why."""
     return ValueError(

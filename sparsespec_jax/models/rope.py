@@ -1,13 +1,11 @@
 """Rotary position embedding in float32, with the published context extensions."""
 
-from __future__ import annotations
-
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsespec_jax.array_types import Frequencies, PerToken, RopeTable
 from sparsespec_jax.models.config import (
     LinearScaling,
     Llama3Scaling,
@@ -16,8 +14,8 @@ from sparsespec_jax.models.config import (
 )
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per token of each rotated pair, float32 [D/2], fastest first."""
+def inverse_frequencies(config: ModelConfig) -> Frequencies:
+    """Radians per token of each rotated pair, fastest first."""
     # Rounded where the training code rounds: at position 10,000 an angle carries
     # 10,000 times the error of its frequency.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
@@ -69,9 +67,9 @@ def _yarn(base: np.ndarray, scaling: YarnScaling, config: ModelConfig) -> np.nda
 
 
 def rope_tables(
-    positions: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of positions [T], each float32 [T, D/2].
+    positions: PerToken, config: ModelConfig
+) -> tuple[RopeTable, RopeTable]:
+    """Cos and sin of positions.
 
     Element i of a head is paired with element i + D/2, the convention of Hugging Face
     checkpoints (GGUF files pair neighbours; their loader reorders the weights).

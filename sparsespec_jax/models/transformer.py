@@ -20,8 +20,6 @@ whatever the compiler would have merged. The fused output axes keep KV heads and
 units apart, so either can be sharded over devices.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -35,13 +33,26 @@ from flax import linen as nn
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.common import is_for_gpu, rms_norm, sum_of_parts
 from pallas_kernels.rotate_heads import rotate_heads
+from sparsespec_jax.array_types import (
+    Features,
+    Floats,
+    Logits,
+    PerToken,
+    Queries,
+    RopeTable,
+    RowsOfHeads,
+    Stream,
+    StreamParts,
+    StreamRows,
+    TokenInputs,
+)
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.rope import rope_tables
 
 Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
 Params = dict[str, Any]
-# (layer_index, q [T, N, D], rows [T, H, K V], cache) -> out [T, N, D], cache
-Attend = Callable[[int, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+# (layer_index, q, rows, cache) -> out, cache
+Attend = Callable[[int, Queries, RowsOfHeads, Cache], tuple[Queries, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
 
@@ -106,7 +117,7 @@ class Projection(nn.Module):
     cuts: Cuts | None = None  # given: the result may be parts, see _contract_in_parts
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: TokenInputs) -> Floats:
         """Return the projected x, in out_dtype; or float32 parts [P, T, *features]."""
         init = nn.initializers.lecun_normal()
         shape = (x.shape[-1], *self.features)
@@ -146,8 +157,8 @@ class RmsNorm(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return x [..., n] normalised and scaled, in dtype."""
+    def __call__(self, x: TokenInputs) -> TokenInputs:
+        """Return x normalised and scaled, in dtype."""
         ones = nn.initializers.ones_init()
         scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
         return rms_norm(x.astype(jnp.float32), scale, self.eps).astype(self.dtype)
@@ -165,8 +176,16 @@ class Layer(nn.Module):
     impl: str | None
 
     @nn.compact
-    def __call__(self, x, y, cos, sin, attend: Attend, cache: Cache):
-        """Return stream and addend [T, hidden] after this block, and its new cache.
+    def __call__(
+        self,
+        x: Stream,
+        y: StreamParts | None,
+        cos: RopeTable,
+        sin: RopeTable,
+        attend: Attend,
+        cache: Cache,
+    ) -> tuple[Stream, StreamParts, Cache]:
+        """Return stream and addend after this block, and its new cache.
 
         x, y: stream and addend before it; no addend (None) before the first block. An
         addend may be the parts of a product.
@@ -225,12 +244,12 @@ class Embedding(nn.Module):
         init = nn.initializers.normal(0.02)
         self.weight = self.param("weight", init, shape, self.dtype)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Rows of tokens [T], [T, hidden]."""
+    def __call__(self, tokens: PerToken) -> Stream:
+        """Rows of tokens."""
         return self.weight[tokens].astype(self.dtype)
 
-    def project(self, hidden: jax.Array) -> jax.Array:
-        """Products of hidden [R, hidden] with every row, float32 [R, V]."""
+    def project(self, hidden: StreamRows) -> Logits:
+        """Products of hidden states with every row."""
         return _contract(hidden, self.weight.astype(self.dtype), jnp.float32, axis=1)
 
 
@@ -258,16 +277,16 @@ class Transformer(nn.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: PerToken,
+        positions: PerToken,
         attend: Attend,
         caches: tuple[Cache, ...],
         feature_layers: tuple[int, ...] = (),
-    ) -> tuple[jax.Array, tuple[Cache, ...], jax.Array | None]:
-        """Normed hidden states [T, hidden] of tokens [T] at positions [T].
+    ) -> tuple[Stream, tuple[Cache, ...], Features | None]:
+        """Normed hidden states of tokens at positions.
 
         caches: one pytree a layer, passed through attend and returned in order. The
-        third value holds the streams behind `feature_layers`, [T, n * hidden].
+        third value holds the streams behind `feature_layers`, side by side.
         """
         # The barrier keeps layers from evaluating the angles again, each for itself.
         tables = jax.lax.optimization_barrier(rope_tables(positions, self.config))
@@ -286,15 +305,15 @@ class Transformer(nn.Module):
         _, hidden = add_norm(x, y, scale, eps=eps, impl=self.impl)
         return hidden, tuple(new_caches), features
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token logits of normed hidden states [R, hidden], float32 [R, V]."""
+    def logits(self, hidden: StreamRows) -> Logits:
+        """Next-token logits of normed hidden states."""
         hidden = hidden.astype(self.dtype)
         if self.config.tie_embeddings:
             return self.embed.project(hidden)
         return self.lm_head(hidden)
 
-    def everything(self, tokens: jax.Array) -> jax.Array:
-        """Logits [T, V] of one text [T]: touches every parameter, for init."""
+    def everything(self, tokens: PerToken) -> Logits:
+        """Logits of one text: touches every parameter, for init."""
         positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         caches = (None,) * self.config.num_layers
         hidden, _, _ = self(tokens, positions, causal_attend, caches)
@@ -304,16 +323,16 @@ class Transformer(nn.Module):
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: PerToken,
+    positions: PerToken,
     attend: Attend,
     caches: tuple[Cache, ...],
     *,
     impl: str | None = None,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Normed hidden states [T, hidden] and new caches; computes in the params' dtype.
+) -> tuple[Stream, tuple[Cache, ...]]:
+    """Normed hidden states and new caches; computes in the params' dtype.
 
-    tokens, positions: int32 [T], of any mix of requests; ids must lie in [0, V).
+    tokens, positions: of any mix of requests; ids must lie in [0, V).
     impl: of the kernels, one of `pallas_kernels.IMPLS`; None: that of the platform.
     """
     args = config, params, tokens, positions, attend, caches
@@ -321,17 +340,25 @@ def forward(
 
 
 def forward_with_features(
-    config, params, tokens, positions, attend, caches, feature_layers=(), *, impl=None
-):
-    """As `forward`, and the streams behind `feature_layers` [T, n * hidden] or None."""
+    config: ModelConfig,
+    params: Params,
+    tokens: PerToken,
+    positions: PerToken,
+    attend: Attend,
+    caches: tuple[Cache, ...],
+    feature_layers: tuple[int, ...] = (),
+    *,
+    impl: str | None = None,
+) -> tuple[Stream, tuple[Cache, ...], Features | None]:
+    """As `forward`, and the streams behind `feature_layers` side by side, or None."""
     module = Transformer(config, dtype=params_dtype(params), impl=impl)
     return module.apply(
         {"params": params}, tokens, positions, attend, caches, feature_layers
     )
 
 
-def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Next-token logits of hidden states [R, hidden], float32 [R, V]."""
+def logits(config: ModelConfig, params: Params, hidden: StreamRows) -> Logits:
+    """Next-token logits of hidden states."""
     module = Transformer(config, dtype=params_dtype(params))
     return module.apply({"params": params}, hidden, method="logits")
 
@@ -392,12 +419,12 @@ def _random_arrays(key, *, spec):
 
 
 def causal_attend(
-    layer_index: int, q: jax.Array, rows: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
+    layer_index: int, q: Queries, rows: RowsOfHeads, cache: Cache
+) -> tuple[Queries, Cache]:
     """Plain causal attention among the T tokens given, taken as one text in order.
 
-    q [T, N, D]; rows [T, H, 2 * D], K then V; the cache is returned as it came. For
-    tests and for scoring a text: scores are [T, N, T] in float32.
+    rows: K then V; the cache is returned as it came. For tests and for scoring a text:
+    scores are [T, N, T] in float32.
     """
     del layer_index
     num_tokens, num_heads, head_dim = q.shape

@@ -9,10 +9,22 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.select_tokens import select_tokens
+from sparsespec_jax.array_types import (
+    CandidateFlags,
+    KeyFlags,
+    KeyScores,
+    PerVerify,
+    PolicyMemory,
+    Selected,
+    SelectedCounts,
+    VerifyFlags,
+    VerifyMass,
+    VerifySeeds,
+    ViewQueries,
+)
 from sparsespec_jax.config import MAX_INT, put_float, put_int
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
@@ -25,15 +37,15 @@ class SelectionView(NamedTuple):
     A field that the policy did not ask for in `Policy.needs` is None.
     """
 
-    mass: jax.Array | None  # float32 [E, H, X], attention mass of every candidate
-    queries: jax.Array | None  # [E, Q, N, D], rotated; rows past num_queries are junk
+    mass: VerifyMass | None  # attention mass of every candidate
+    queries: ViewQueries | None  # rotated; rows past num_queries are junk
     keys: Callable | None  # () -> [E, H, X, D], rotated; 0 at columns without a token
-    num_queries: jax.Array  # int32 [E], valid query rows
-    lengths: jax.Array  # int32 [E], candidates are positions [0, length)
-    budgets: jax.Array  # int32 [E], tokens to select, <= cap
-    is_first: jax.Array  # bool [E], first selection of its request: state is all zero
-    state: jax.Array | None  # float32 [E, *state_shape], what the policy remembers
-    seeds: jax.Array  # uint32 [E, 2], request seeds
+    num_queries: PerVerify  # valid query rows
+    lengths: PerVerify  # candidates are positions [0, length)
+    budgets: PerVerify  # tokens to select, <= cap
+    is_first: VerifyFlags  # first selection of its request: state is all zero
+    state: PolicyMemory | None  # what the policy remembers, by its state_shape
+    seeds: VerifySeeds  # of the requests
     layer_index: int | None  # None: of several layers, see Policy.layers_at_once
     num_kv_heads: int
     num_keys: int  # X, static columns of a full table times the page size
@@ -123,6 +135,16 @@ class Policy:
             )
 
     @property
+    def kind(self):
+        """When it selects: "together" for several layers, by "layer", by draft "step".
+
+        Each kind has its own way to fill the draft caches (device/filling.py).
+        """
+        if self.per_step:
+            return "step"
+        return "together" if self.layers_at_once else "layer"
+
+    @property
     def needs_mass(self):
         """True if verification must produce attention mass for it."""
         return "mass" in self.needs or "edge_mass" in self.needs
@@ -136,7 +158,9 @@ class Policy:
         return layer_index % self.anchor_every == 0
 
 
-def run_policy(policy, view, options):
+def run_policy(
+    policy: Policy, view: SelectionView, options: SelectionOptions
+) -> tuple[Selected, SelectedCounts, PolicyMemory | None]:
     """(indices, counts, new state or None) of one call of the policy's function."""
     result = policy.select(view, options)
     expected = 3 if policy.state_shape else 2
@@ -148,11 +172,17 @@ def run_policy(policy, view, options):
     return (*result, None)[:3]
 
 
-def top_tokens(view, scores, options, *, budgets=None):
-    """The candidates of largest `scores` (float32 [E, H, X]), as a policy returns them.
+def top_tokens(
+    view: SelectionView,
+    scores: KeyScores,
+    options: SelectionOptions,
+    *,
+    budgets: PerVerify | SelectedCounts | None = None,
+) -> tuple[Selected, SelectedCounts]:
+    """The candidates of largest scores, as a policy returns them.
 
-    `budgets`: int32 [E] or, one per head, [E, H]; None means the view's. Scores must be
-    finite below `view.lengths`; `options` adds recents and the scope of the selection.
+    `budgets` may be one per head; None means the view's. Scores must be finite below
+    `view.lengths`; `options` adds recents and the scope of the selection.
     """
     budgets = view.budgets if budgets is None else budgets
     if budgets.ndim == 2:
@@ -182,13 +212,13 @@ def _top_tokens_by_head(view, scores, options, budgets):
     return indices.reshape(lanes, heads, -1), counts.reshape(lanes, heads)
 
 
-def candidates(view):
-    """Bool [E, 1, X]: the positions that may be selected."""
+def candidates(view: SelectionView) -> CandidateFlags:
+    """The positions that may be selected."""
     return jnp.arange(view.num_keys)[None, None] < view.lengths[:, None, None]
 
 
-def as_mask(view, indices, counts):
-    """Bool [E, H or 1, X] of a selection."""
+def as_mask(view: SelectionView, indices: Selected, counts: SelectedCounts) -> KeyFlags:
+    """The positions of a selection."""
     place = jnp.arange(indices.shape[-1])
     columns = jnp.where(place < counts[..., None], indices, view.num_keys)
     lane = jnp.arange(indices.shape[0])[:, None, None]

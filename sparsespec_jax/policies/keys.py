@@ -11,7 +11,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparsespec_jax.policies.base import Policy, candidates, top_tokens
+from sparsespec_jax.array_types import (
+    CandidateFlags,
+    ChannelRanges,
+    KeyRows,
+    VerifyMass,
+)
+from sparsespec_jax.policies.base import (
+    Policy,
+    SelectionView,
+    candidates,
+    top_tokens,
+)
 
 _LARGE = 1e30
 
@@ -25,8 +36,8 @@ def _queries_by_group(view):
     return queries, 1.0 / jnp.maximum(view.num_queries, 1)
 
 
-def page_scores(view, page_size):
-    """Quest's bound on the logits of each page, spread over its keys [E, H, X].
+def page_scores(view: SelectionView, page_size: int) -> VerifyMass:
+    """Quest's bound on the logits of each page, spread over its keys.
 
     Per query head, sum over channels of max(q * min K, q * max K) over the page (Quest,
     arXiv 2406.10774, section 3.3); the mean over rows and group ranks pages for a KV
@@ -73,8 +84,8 @@ def quest(name="quest", *, page_size=16, per_step=False):
     return _key_policy(name, select, per_step)
 
 
-def label_scores(view, num_channels):
-    """Logits from each KV head's `num_channels` heaviest channels only [E, H, X].
+def label_scores(view: SelectionView, num_channels: int) -> VerifyMass:
+    """Logits from each KV head's `num_channels` heaviest channels only.
 
     Double Sparsity (arXiv 2408.07092) ranks channels offline by calibration; here the
     mean |q| |k| over the verification's queries and the candidates ranks them.
@@ -99,12 +110,14 @@ def double_sparsity(name="double_sparsity", *, num_channels=16, per_step=False):
     return _key_policy(name, select, per_step)
 
 
-def coded_keys(keys, used, *, bits, page_size):
-    """What a `bits`-bit index keeps of keys float32 [E, H, X, D]: (values, ranges).
+def coded_keys(
+    keys: KeyRows, used: CandidateFlags, *, bits: int, page_size: int
+) -> tuple[KeyRows, ChannelRanges]:
+    """What a `bits`-bit index keeps of keys: (values, ranges).
 
     Each channel of each page is rounded to 2**bits levels between its smallest and
-    largest value over the `used` keys (bool [E, 1, X]); `ranges` [E, H, D] is that
-    span, the mean over pages, a measure of how much the channel tells keys apart.
+    largest value over the `used` keys; `ranges` is that span, the mean over pages, a
+    measure of how much the channel tells keys apart.
     """
     lanes, heads, num_keys, size = keys.shape
     num_pages = -(-num_keys // page_size)

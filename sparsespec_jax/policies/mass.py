@@ -10,8 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.array_types import KeyScores, VerifyMass
 from sparsespec_jax.config import put_choice, put_flag, put_float, put_int
-from sparsespec_jax.policies.base import Policy, as_mask, candidates, top_tokens
+from sparsespec_jax.policies.base import (
+    Policy,
+    SelectionView,
+    as_mask,
+    candidates,
+    top_tokens,
+)
 
 ROWS = ("config", "edges", "last")
 SCOPES = ("config", "kv_head", "layer")
@@ -145,8 +152,8 @@ def _shifted_sum(scores, shifts, factor=1.0):
     return total
 
 
-def force_recent(view, scores, share):
-    """Scores [E, H, X] that put the newest `share` of the budget above all others."""
+def force_recent(view: SelectionView, scores: KeyScores, share: float) -> KeyScores:
+    """Scores that put the newest `share` of the budget above all others."""
     count = jnp.floor(share * view.budgets.astype(jnp.float32)).astype(jnp.int32)
     position = jnp.arange(view.num_keys)
     is_recent = position[None] >= (view.lengths - count)[:, None]
@@ -181,8 +188,8 @@ def _smallest_budgets(mass, view, scores, options):
     return jnp.minimum(count, view.budgets[:, None]).astype(jnp.int32)
 
 
-def last_row_mass(view):
-    """Softmax probability of every key for the last query, mean of the group [E, H, X].
+def last_row_mass(view: SelectionView) -> VerifyMass:
+    """Softmax probability of every key for the last query, mean of the group.
 
     Reads the keys once more; the attention kernel gives mass of all or edge rows only.
     """

@@ -10,12 +10,20 @@ import runpy
 import jax.numpy as jnp
 
 from sparsespec_jax import sampling
-from sparsespec_jax.policies.base import Policy, top_tokens
+from sparsespec_jax.array_types import Selected, SelectedCounts
+from sparsespec_jax.policies.base import (
+    Policy,
+    SelectionOptions,
+    SelectionView,
+    top_tokens,
+)
 from sparsespec_jax.policies.keys import double_sparsity, index_step, lserve, quest
 from sparsespec_jax.policies.mass import mass_policy
 
+Selection = tuple[Selected, SelectedCounts]
 
-def window(view, options):
+
+def window(view: SelectionView, options: SelectionOptions) -> Selection:
     """Attention sinks and the newest tokens (StreamingLLM, as MagicDec drafts)."""
     counts = jnp.minimum(view.budgets, view.lengths)
     sinks = jnp.minimum(options.num_sinks, counts)[:, None]
@@ -25,19 +33,19 @@ def window(view, options):
     return indices[:, None], counts[:, None]
 
 
-def recents(view, options):
+def recents(view: SelectionView, options: SelectionOptions) -> Selection:
     """The newest tokens only."""
     return window(view, options._replace(num_sinks=0))
 
 
-def everything(view, options):
+def everything(view: SelectionView, options: SelectionOptions) -> Selection:
     """The first tokens; with a budget of all, the dense draft that tests the loop."""
     counts = jnp.minimum(view.budgets, view.lengths)
     place = jnp.arange(options.cap, dtype=jnp.int32)[None, None]
     return jnp.broadcast_to(place, (counts.size, 1, options.cap)), counts[:, None]
 
 
-def random(view, options):
+def random(view: SelectionView, options: SelectionOptions) -> Selection:
     """Uniformly random positions, the floor of every comparison."""
     keys = jnp.arange(view.num_keys)
     salt = view.lengths * 64 + view.layer_index

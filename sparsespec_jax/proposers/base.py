@@ -1,39 +1,82 @@
 """Drafts from something other than the model's own sparse attention.
 
-A proposer is any hashable object with `propose(history, lengths, num_drafts)`: from the
-token ids int32 [E, X] of E requests, of which the first `lengths` [E] are known, it
-returns the drafts int32 [E, num_drafts] that follow. It runs inside the compiled step,
-right after acceptance, so every request is verified in every step. Any proposal is
-lossless; the draft law is a single token each.
+A proposer is any hashable object that is a `Proposer` or a `RememberingProposer`. It
+runs inside the compiled step, right after acceptance, so every request is verified in
+every step. Any proposal is lossless; the draft law is a single token each.
 
-One that remembers has `init_memory(shape)`, a pytree kept in the device state, weights
-included, and instead `propose_from(view, memory, num_drafts)`, which returns (drafts,
-memory) from a `ProposalView`; `feature_layers` names the streams that it reads.
-
-A `Cascade` is no proposer in that sense: the model drafts with its sparse attention
-and checks a few tokens of its `guesser`, an object with `propose`, in every draft step.
+A `Cascade` is none: the model drafts with its sparse attention and checks a few tokens
+of its `guesser`, a Proposer, in every draft step.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.array_types import (
+    PerLane,
+    PerVerify,
+    Proposed,
+    Texts,
+    VerifyFlags,
+    ViewFeatures,
+    ViewTexts,
+)
 from sparsespec_jax.config import put_int
 
 
 class ProposalView(NamedTuple):
     """What a proposer that remembers sees after a verification; E lanes."""
 
-    slots: jax.Array  # int32 [E], num_slots for an idle lane
-    starts: jax.Array  # int32 [E], committed length before
-    num_rows: jax.Array  # int32 [E], rows verified, rejected ones included
-    is_seed: jax.Array  # bool [E], first verification of a request
-    lengths: jax.Array  # int32 [E], committed length now; the pending token's position
-    history: jax.Array  # int32 [E, X], token ids up to the pending one
-    features: jax.Array | None  # [E, Q, n * hidden] of `feature_layers`
+    slots: PerVerify  # num_slots for an idle lane
+    starts: PerVerify  # committed length before
+    num_rows: PerVerify  # rows verified, rejected ones included
+    is_seed: VerifyFlags  # first verification of a request
+    lengths: PerVerify  # committed length now; the pending token's position
+    history: ViewTexts  # token ids up to the pending one
+    features: ViewFeatures | None  # of `feature_layers`, side by side
     params: Any  # the model's
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Drafts from the tokens alone."""
+
+    def propose(self, history: Texts, lengths: PerLane, num_drafts: int) -> Proposed:
+        """Drafts of texts of which `lengths` tokens are known."""
+
+
+@runtime_checkable
+class RememberingProposer(Protocol):
+    """Drafts from a ProposalView and from what it keeps in the device state."""
+
+    feature_layers: tuple[int, ...]  # whose streams it reads
+
+    def init_memory(self, shape):
+        """What is kept between steps of a StepShape: a pytree, weights included."""
+
+    def propose_from(
+        self, view: ProposalView, memory: Any, num_drafts: int
+    ) -> tuple[Proposed, Any]:
+        """(drafts, memory) after a verification."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FromTexts:
+    """A Proposer in the form of a RememberingProposer that keeps nothing."""
+
+    proposer: Proposer
+    feature_layers: tuple[int, ...] = ()
+
+    def init_memory(self, shape):
+        """Nothing."""
+
+    def propose_from(
+        self, view: ProposalView, memory: Any, num_drafts: int
+    ) -> tuple[Proposed, Any]:
+        """See RememberingProposer."""
+        known = view.lengths + 1  # the pending token included
+        return self.proposer.propose(view.history, known, num_drafts), memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +103,7 @@ class NGram:
                 f"({self.max_match})"
             )
 
-    def propose(self, history, lengths, num_drafts):
+    def propose(self, history: Texts, lengths: PerLane, num_drafts: int) -> Proposed:
         """See the module; reads max_match + num_drafts times the history."""
         place = jnp.arange(history.shape[1])[None]
         last = lengths[:, None] - 1
@@ -99,73 +142,25 @@ PROPOSERS = {"ngram": NGram(), "cascade": Cascade()}
 
 
 def resolve_proposer(proposer):
-    """The proposer named or given, None for "self"; ValueError for an unknown one."""
-    if proposer == "self":
-        return None
+    """None for "self", a Cascade, or a RememberingProposer.
+
+    Raises:
+      ValueError: an unknown name, or an object without the functions.
+    """
     if isinstance(proposer, str):
-        if proposer not in PROPOSERS:
+        if proposer != "self" and proposer not in PROPOSERS:
             raise ValueError(
                 f"proposer must be 'self', one of {tuple(PROPOSERS)} or an object with "
                 f"a propose function, got {proposer!r}"
             )
-        return PROPOSERS[proposer]
-    name = "propose_from" if hasattr(proposer, "init_memory") else "propose"
-    if not callable(getattr(getattr(proposer, "guesser", proposer), name, None)):
-        raise ValueError(f"proposer has no {name} function: {proposer!r}")
-    return proposer
-
-
-def keep_history(state, plan, lanes, tokens, shape):
-    """Put the tokens of verifications and prompt chunks [E * Q (+ F * C)] in histories.
-
-    The pending token of a verified slot comes behind them.
-    """
-    verify_rows = shape.verify_lanes * shape.num_queries
-    groups = [(lanes.slots, lanes.starts, lanes.num_rows, tokens[:verify_rows])]
-    if tokens.size > verify_rows:
-        names = ("prefill_slots", "prefill_starts", "prefill_counts")
-        groups.append((*(plan[name] for name in names), tokens[verify_rows:]))
-    history = state.history
-    for slots, starts, counts, ids in groups:
-        ids = ids.reshape(slots.size, -1)
-        row = jnp.arange(ids.shape[1])[None]
-        place = jnp.where(
-            row < counts[:, None], starts[:, None] + row, history.shape[1]
-        )
-        history = history.at[slots[:, None], place].set(ids, mode="drop")
-    slots = lanes.slots
-    known = state.lengths.at[slots].get(mode="clip")
-    pending = state.tokens.at[slots, 0].get(mode="clip")
-    return state._replace(history=history.at[slots, known].set(pending, mode="drop"))
-
-
-def propose(state, plan, lanes, tokens, features, params, shape, proposer):
-    """Keep the step's tokens [T] in the histories and draft for the verified slots."""
-    state = keep_history(state, plan, lanes, tokens, shape)
-    slots, history, count = lanes.slots, state.history, shape.num_draft_tokens
-    verify_rows = shape.verify_lanes * shape.num_queries
-    known = state.lengths.at[slots].get(mode="clip")
-    texts = history.at[slots].get(mode="clip")
-    memory = state.proposer_memory
-    if memory is None:
-        drafts = proposer.propose(texts, known + 1, count)
-    else:
-        if features is not None:
-            features = features[:verify_rows].reshape(*slots.shape, count + 1, -1)
-        view = ProposalView(
-            slots, lanes.starts, lanes.num_rows, lanes.is_seed, known, texts,
-            features, params,
-        )  # fmt: skip
-        drafts, memory = proposer.propose_from(view, memory, count)
-    law = state.draft_law
-    if law.token_ids.size:  # the ratio test: all of the draft's law on one token
-        ids = law.token_ids.at[slots, :count, 0].set(drafts, mode="drop")
-        law = law._replace(
-            token_ids=ids, probs=law.probs.at[slots, :count, 0].set(1.0, mode="drop")
-        )
-    return state._replace(
-        proposer_memory=memory,
-        draft_law=law,
-        tokens=state.tokens.at[slots, 1 : count + 1].set(drafts, mode="drop"),
-        num_drafted=state.num_drafted.at[slots].set(count, mode="drop"),
+        proposer = PROPOSERS.get(proposer)
+    if proposer is None or isinstance(proposer, RememberingProposer):
+        return proposer
+    if isinstance(proposer, Proposer):
+        return FromTexts(proposer)
+    if isinstance(proposer, Cascade) and isinstance(proposer.guesser, Proposer):
+        return proposer
+    raise ValueError(
+        f"proposer has no propose function: {proposer!r} (one that remembers has "
+        "feature_layers, init_memory and propose_from instead)"
     )

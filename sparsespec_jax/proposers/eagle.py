@@ -8,12 +8,11 @@ Two things differ from the published head: it drafts a chain and no tree, and it
 to the last `window` tokens only, so a slot keeps a ring of features and no KV cache.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +20,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels.rotate_heads import rotate_heads
+from sparsespec_jax.array_types import (
+    Features,
+    PerToken,
+    Proposed,
+    Stream,
+    TextKeys,
+    TextQueries,
+    TextVisible,
+)
 from sparsespec_jax.config import put_int
 from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.rope import rope_tables
 from sparsespec_jax.models.transformer import Projection, RmsNorm
+from sparsespec_jax.proposers.base import ProposalView
 
 _MASKED = -1e30
 _EXACT = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -55,12 +64,14 @@ class EagleHead(nn.Module):
         self.gate_up = Projection((2, c.intermediate_size), dtype)
         self.down = Projection(hidden, dtype)
 
-    def fuse(self, features):
-        """Streams [T, 3 * hidden] to the head's input [T, hidden]."""
+    def fuse(self, features: Features) -> Stream:
+        """Three streams side by side to the head's input."""
         return self.fuse_features(features)
 
-    def step(self, feature, embedded, positions, attend):
-        """Next features [T, hidden] of features and the embedded tokens after them.
+    def step(
+        self, feature: Stream, embedded: Stream, positions: PerToken, attend: Callable
+    ) -> Stream:
+        """Next features of features and the embedded tokens after them.
 
         `attend(q [T, N, D], k [T, H, D], v [T, H, D])` returns [T, N, D].
         """
@@ -75,8 +86,8 @@ class EagleHead(nn.Module):
         inner = self.gate_up(self.mlp_norm(x))
         return x + self.down(nn.silu(inner[:, 0]) * inner[:, 1])
 
-    def normed(self, feature):
-        """What the target's output projection takes, [T, hidden]."""
+    def normed(self, feature: Stream) -> Stream:
+        """What the target's output projection takes."""
         return self.final_norm(feature)
 
     def everything(self, features, embedded):
@@ -96,8 +107,10 @@ def init_head(config: ModelConfig, seed: int, dtype=jnp.float32):
     return head.init(jax.random.key(seed), wide, narrow, method="everything")["params"]
 
 
-def attention(query, keys, values, visible):
-    """[B, T, N, D] over keys, values [B, X, H, D]; visible bool [B, T, X]."""
+def attention(
+    query: TextQueries, keys: TextKeys, values: TextKeys, visible: TextVisible
+) -> TextQueries:
+    """Attention of a text's queries over its visible keys."""
     batch, num, heads, size = query.shape
     grouped = query.reshape(batch, num, keys.shape[2], -1, size)
     logits = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, keys, **_EXACT) * size**-0.5
@@ -146,8 +159,10 @@ class Eagle:
             "positions": jnp.full(ring, -1, jnp.int32),
         }
 
-    def propose_from(self, view, memory, num_drafts):
-        """(greedy drafts int32 [E, num_drafts], memory) after a verification."""
+    def propose_from(
+        self, view: ProposalView, memory: dict[str, Any], num_drafts: int
+    ) -> tuple[Proposed, dict[str, Any]]:
+        """(greedy drafts, memory) after a verification."""
         memory = self._remember(view, memory)
         lanes = view.slots.size
         back = jnp.arange(self.window)[None] - self.window

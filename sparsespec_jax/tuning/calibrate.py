@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.host.cost_model import CostModel
 from sparsespec_jax.loading.default_model import user_cache_dir
 from sparsespec_jax.models.transformer import params_dtype
-from sparsespec_jax.tuning.cost_model import CostModel
+from sparsespec_jax.plan.buffer import StepPlan
+from sparsespec_jax.plan.slot_params import slot_params
 
 _ROUNDS = 3  # the first one is not counted
 _STEPS = 24  # of a round at least, in whole cycles, none of them waited for
@@ -120,7 +121,7 @@ def _full_pages(shape):
 def made_up_cycle(engine, k, length):
     """Put `length` made-up tokens into every slot; returns the plans of a cycle.
 
-    They go to `engine.run_plan` in turn, as often as wanted: steps of `k` drafts, in
+    They go to `run_plan` in turn, as often as wanted: steps of `k` drafts, in
     each of which another part of the slots verifies.
     """
     shape = engine.shape.with_draft_tokens(k)
@@ -136,7 +137,7 @@ def _time(engine, k, length) -> float:
     for _ in range(_ROUNDS):
         start = time.perf_counter()
         for plan in steps:
-            outcome = engine.run_plan(plan)
+            outcome = run_plan(engine, plan)
         outcome.block_until_ready()
         times.append((time.perf_counter() - start) / len(steps))
     return float(np.median(times[1:]))  # the first fills the draft caches
@@ -163,12 +164,17 @@ def _state_fields(engine, length, *, idle=False):
     }
 
 
+def run_plan(engine, plan):
+    """Dispatch a made-up plan as the engine's next step; the packed outcome to come."""
+    return engine.device_steps.submit(engine.params, False, plan).result()
+
+
 def _plan(engine, shape, phase):
     """A step in which the slots of `phase` verify and all others draft."""
-    plan = shape.new_plan(prefill=False)
+    plan = StepPlan.empty(shape, prefill=False)
     views = plan.views
     law = SamplingParams(temperature=1.0, ignore_eos=True)
-    views["slot_params"][:] = plan_lib.slot_params(
+    views["slot_params"][:] = slot_params(
         law, 0, engine.max_length + 1, (), engine.speculation
     )
     slots = np.arange(shape.num_slots)

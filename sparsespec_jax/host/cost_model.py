@@ -4,7 +4,8 @@ A step of every k is timed once per device at a few context lengths. In between,
 time is taken as linear in the context tokens over all slots: weights, launches and
 sampling do not depend on them, the KV cache read does. No step is shorter than what the
 host does for it, which the engine measures as it runs. Tokens per second then follow
-from the acceptance seen so far, and k = 0 is one of the choices. Host only, no jax.
+from the acceptance seen so far, and k = 0 is one of the choices. The speed of light,
+the bound by bytes alone, stands beside it. No jax.
 """
 
 from __future__ import annotations
@@ -76,6 +77,67 @@ def accepted_drafts(acceptance, k: int) -> float:
         share = known[position] if position < len(known) else share * conditional
         total += share
     return total
+
+
+def speed_of_light(
+    *,
+    num_draft_tokens: int,
+    mean_accepted_draft_tokens: float,
+    weight_bytes: float,
+    kv_bytes: float,
+    budget_ratio: float,
+    overhead_ratio: float | None = None,
+    num_slots: int = 1,
+    balance_tokens: float = math.inf,
+) -> float:
+    """Bound on the speed-up over plain decoding when every step is bound by memory.
+
+    A plain step reads the weights W and the caches KV of all slots and commits one
+    token per slot. A cycle of k draft steps and one verification reads
+    (k + 1) W + (k s + 1 + m) KV and commits a + 1, so the bound is
+    (a + 1) (W + KV) / ((k + 1) W + (k s + 1 + m) KV).
+
+    A step of more than `balance_tokens` is bound by arithmetic instead, and its W
+    counts as more: a plain step has S tokens, one of a cycle S (2k + 1) / (k + 1).
+
+    Args:
+        num_draft_tokens: k; of a proposer or a cascade the draft steps of a cycle.
+        mean_accepted_draft_tokens: a, without the bonus token.
+        weight_bytes: W, read once per step whatever the number of slots.
+        kv_bytes: KV, what one plain step reads over all slots.
+        budget_ratio: s, share of the cache that a draft step reads.
+        overhead_ratio: m, share of the cache moved by mass, selection and gather;
+            None is a gather's read and write, 2 s (0 without drafts).
+        num_slots: S, requests of a step.
+        balance_tokens: tokens whose products with all weights take as long as reading
+            these.
+    """
+    k, s = num_draft_tokens, budget_ratio
+    m = (2 * s if k else 0.0) if overhead_ratio is None else overhead_ratio
+
+    def weights(tokens):
+        return weight_bytes * max(1.0, tokens / balance_tokens)
+
+    in_cycle = weights(num_slots * (2 * k + 1) / (k + 1))
+    cycle_bytes = (k + 1) * in_cycle + (k * s + 1 + m) * kv_bytes
+    committed = mean_accepted_draft_tokens + 1
+    return ratio(committed * (weights(num_slots) + kv_bytes), cycle_bytes)
+
+
+def token_forwards_per_token(
+    *, num_draft_tokens: int, mean_accepted_draft_tokens: float
+) -> float:
+    """Token forwards per committed token, (2k + 1) / (a + 1): the compute side.
+
+    Where a step is bound by arithmetic instead of memory, speculation multiplies
+    the work by this.
+    """
+    return (2 * num_draft_tokens + 1) / (mean_accepted_draft_tokens + 1)
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """The quotient; NaN by 0."""
+    return numerator / denominator if denominator else math.nan
 
 
 class Chooser:

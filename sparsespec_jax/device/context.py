@@ -1,0 +1,48 @@
+"""What a compiled step is made of: fixed while it is traced, and part of its name."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.policies.base import Policy
+
+
+class StepOptions(NamedTuple):
+    """What of a SpeculationConfig the compiled step depends on; budgets are data."""
+
+    acceptor: str
+    mass_rows: str
+    scope: str
+    num_recent: int
+    num_sinks: int
+    draft_top_m: int
+    forced_probability: float | None
+
+
+def step_options(speculation):
+    """StepOptions of a SpeculationConfig."""
+    return StepOptions(*(getattr(speculation, name) for name in StepOptions._fields))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """The static arguments of a step."""
+
+    model: ModelConfig
+    shape: StepShape
+    policy: Policy
+    proposer: Any  # None: the model itself; a Cascade or a RememberingProposer
+    options: StepOptions
+    filters: bool  # whether any request may use top-k, top-p or min-p
+    impl: str  # of the kernels
+
+    @property
+    def uses_ratio_test(self):
+        """True if drafts are judged by their own laws."""
+        return self.options.acceptor == "ratio_test"
+
+    @property
+    def is_drafting(self):
+        """True if the model itself drafts, from the draft caches."""
+        return self.shape.draft_lanes > 0
