@@ -37,7 +37,9 @@ CASES = {
 }
 
 
-def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
+def run(
+    names: list[str], impl: str, commit: str, output: str | None, layers: int
+) -> None:
     """Prints one line per case, and writes the report so far after each.
 
     Raises:
@@ -56,7 +58,7 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
         versions=dict(jax=jax.__version__, numpy=np.__version__),
         date=time.strftime("%Y-%m-%d"),
         method=__doc__.split("\n\n")[2].replace("\n", " "),
-        layers=_LAYERS,
+        layers=layers,
         seconds_of_a_repeat=timing.SECONDS,
         read_tb_per_s=rates.read / 1e12,
         copy_tb_per_s=rates.copy / 1e12,
@@ -66,7 +68,7 @@ def run(names: list[str], impl: str, commit: str, output: str | None) -> None:
     for name in names:
         timing.drop_programs()
         operation, case = CASES[name]
-        result = operation.bench(case, impl=impl, rates=rates, num_layers=_LAYERS)
+        result = operation.bench(case, impl=impl, rates=rates, num_layers=layers)
         report["cases"][name] = result
         values = (f"{k} {_short(v)}" for k, v in result.items())
         print(f"{name:17s}", ", ".join(values), flush=True)
@@ -102,9 +104,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--commit", default="unknown", help="recorded in the file")
+    parser.add_argument("--layers", type=int, default=_LAYERS, help="of a program")
     options = parser.parse_args()
     impl = options.impl or default_impl()
-    run(options.cases, impl, options.commit, options.output)
+    run(options.cases, impl, options.commit, options.output, options.layers)
 
 
 if __name__ == "__main__":

@@ -46,17 +46,28 @@ def bench(case: AttentionCase, *, impl: str, rates: Rates, num_layers: int) -> d
     return result
 
 
-def time_case(case: AttentionCase, *, impl: str, rates: Rates, num_layers: int) -> dict:
-    """Returns time, rate and errors of one case."""
+def time_case(
+    case: AttentionCase,
+    *,
+    impl: str,
+    rates: Rates,
+    num_layers: int,
+    against: tuple[AttentionCase, str] | None = None,
+) -> dict:
+    """Returns time, rate and errors of one case, against another and its `impl`."""
     layers, shared = attention_layers(case, num_layers)
 
-    def attend(q, table, pool, kv_lengths, q_lengths, impl=impl):
-        args = (q, pool, table, kv_lengths, q_lengths)
-        return paged_attention(*args, **case.options, impl=impl)
+    def call(case, impl):
+        def attend(q, table, pool, kv_lengths, q_lengths):
+            args = (q, pool, table, kv_lengths, q_lengths)
+            return paged_attention(*args, **case.options, impl=impl)
 
+        return attend
+
+    attend = call(case, impl)
     us = time_us(attend, layers, shared)
     got = jax.jit(attend)(*layers[0], *shared)
-    expected = attend(*layers[0], *shared, impl="reference")
+    expected = call(*(against or (case, "reference")))(*layers[0], *shared)
     result = dict(
         us=us,
         bytes=case.num_kv_bytes,

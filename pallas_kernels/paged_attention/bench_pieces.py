@@ -45,8 +45,14 @@ CASES += tuple(_bits_cases())
 def bench(
     case: AttentionCase | BitsCase, *, impl: str, rates: Rates, num_layers: int
 ) -> dict:
-    """Returns time, rate and errors of a case, or what differs in bits."""
+    """Returns time, rate and errors of a case, or what differs in bits.
+
+    Errors of the two cuts are against each other.
+    """
     if isinstance(case, BitsCase):
         options = dict(interpret=True) if impl == "gpu_interpret" else {}
         return compare(case, **options)
-    return attention.time_case(case, impl=impl, rates=rates, num_layers=num_layers)
+    free = dataclasses.replace(case, groups=tuple(g[:2] for g in case.groups))
+    return attention.time_case(
+        case, impl=impl, rates=rates, num_layers=num_layers, against=(free, impl)
+    )

@@ -105,12 +105,12 @@ def variations(case: BitsCase) -> Iterator[tuple[str, Call]]:
         yield f"mass of {rows}, drafts", _with(verify, mass_rows=rows, **drafts)
     yield "drafts", _with(verify, **drafts)
     yield "drafts, reversed", _with(verify, lanes=lanes[::-1], **drafts)
-    yield "other pages", _with(verify, page_size=case.other_page_size)
     yield "other CTAs", _with(verify, num_ctas=case.other_num_ctas)
     yield "other table", _with(verify, extra_columns=3 * 1024 // case.page_size)
     yield "one lane", _with(plain, lanes=single[-most:][:1])
     if case.chunk:
         yield from _of_prompts(case, plain)
+    yield "other pages", _with(verify, page_size=case.other_page_size)
 
 
 def _of_prompts(case: BitsCase, call: Call) -> Iterator[tuple[str, Call]]:
@@ -144,66 +144,68 @@ _with = dataclasses.replace
 
 
 class Requests:
-    """Keys, values and queries of the requests of a case."""
+    """Keys, values and queries of the requests of a case, drafts behind them."""
 
     def __init__(self, case: BitsCase, seed: int = 0):
-        self.case, rng = case, np.random.default_rng(seed)
-        shape = (case.num_heads, 2 * case.head_size)
-        lengths = (*case.lengths, *case.draft_lengths)  # drafts are requests as well
-        self.texts = [rng.standard_normal((n, *shape), np.float32) for n in lengths]
+        self.case = case
+        self.lengths = (*case.lengths, *case.draft_lengths)
         most = max(*case.num_queries, 2 * case.chunk)
-        num_heads = case.num_heads * case.group_size
-        sizes = [(min(most, n), num_heads, case.head_size) for n in case.lengths]
-        self.queries = [2 * rng.standard_normal(size, np.float32) for size in sizes]
-
+        self.num_known = [min(most, n) for n in self.lengths]  # queries, at the end
+        keys, queries = jax.random.split(jax.random.key(seed))
+        shape = (case.num_heads, 2 * case.head_size)
+        self._texts = _normal(keys, (sum(self.lengths), *shape))
+        shape = (case.num_heads * case.group_size, case.head_size)
+        self._queries = 2 * _normal(queries, (sum(self.num_known), *shape))
         self._pool = None, None  # the last one: they are large
 
     def pool(self, page_size: int) -> tuple[jax.Array, list[np.ndarray]]:
-        """Returns a pool, and the pages of every text, scattered."""
+        """Returns a pool, and the pages of every request, scattered."""
         if self._pool[0] != page_size:
             self._pool = page_size, self._make_pool(page_size)
         return self._pool[1]
 
     def _make_pool(self, page_size):
-        case, rng = self.case, np.random.default_rng(page_size)
-        counts = [-(-len(text) // page_size) for text in self.texts]
+        rng = np.random.default_rng(page_size)
+        counts = [-(-length // page_size) for length in self.lengths]
         pages = rng.permutation(sum(counts)).astype(np.int32)
         pages = np.split(pages, np.cumsum(counts)[:-1])
-        shape = (sum(counts), case.num_heads, page_size, 2 * case.head_size)
-        pool = np.full(shape, np.nan, np.float32)
-        for text, own in zip(self.texts, pages, strict=True):
-            at = np.arange(len(text))
-            pool[own[at // page_size], :, at % page_size] = text
-        return jnp.asarray(pool, jnp.bfloat16), pages
+        rows = [np.arange(length) for length in self.lengths]
+        page = [own[at // page_size] for own, at in zip(pages, rows, strict=True)]
+        page, row = np.concatenate(page), np.concatenate(rows) % page_size
+        shape = (sum(counts), self.case.num_heads, page_size, 2 * self.case.head_size)
+        pool = jnp.full(shape, jnp.nan, jnp.bfloat16)
+        return pool.at[page, :, row].set(self._texts), pages
 
     def arguments(self, call: Call) -> tuple:
         """Returns q, pool, page table, kv_lengths and q_lengths of a call."""
-        num_drafts, first_draft = len(call.draft_lengths), len(self.case.lengths)
+        first_draft = len(self.case.lengths)
+        drafts = [
+            Lane(first_draft + i, length, 1)
+            for i, length in enumerate(call.draft_lengths)
+        ]
+        lanes = (*drafts, *call.lanes)
         pool, pages = self.pool(call.page_size)
-        owners = [*range(first_draft, first_draft + num_drafts)]
-        owners += [lane.request for lane in call.lanes]
-        width = max(len(pages[owner]) for owner in owners) + call.extra_columns
-        table = np.full((len(owners), width), -1, np.int32)
-        for lane, owner in enumerate(owners):
-            table[lane, : len(pages[owner])] = pages[owner]
-        lengths = [*call.draft_lengths, *(lane.length for lane in call.lanes)]
-        lengths = np.repeat(np.int32(lengths)[:, None], self.case.num_heads, axis=1)
-        rows = np.int32([1] * num_drafts + [lane.num_rows for lane in call.lanes])
-        return self._queries(call), pool, table, lengths, rows
+        width = max(len(pages[lane.request]) for lane in lanes) + call.extra_columns
+        table = np.full((len(lanes), width), -1, np.int32)
+        for own, lane in zip(table, lanes, strict=True):
+            own[: len(pages[lane.request])] = pages[lane.request]
+        lengths = np.int32([lane.length for lane in lanes])[:, None]
+        lengths = np.repeat(lengths, self.case.num_heads, axis=1)
+        index = [self._query_index(lane, 1) for lane in drafts]
+        index += [self._query_index(lane, call.num_queries) for lane in call.lanes]
+        q = self._queries.at[np.concatenate(index)].get(mode="fill", fill_value=jnp.nan)
+        return q, pool, table, lengths, np.int32([lane.num_rows for lane in lanes])
 
-    def _queries(self, call: Call) -> np.ndarray:
-        case = self.case
-        shape = (case.num_heads * case.group_size, case.head_size)
-        q = np.full((len(call.lanes), call.num_queries, *shape), np.nan, np.float32)
-        for i, lane in enumerate(call.lanes):
-            queries = self.queries[lane.request]
-            for row in range(lane.num_rows):
-                position = lane.length - lane.num_rows + row
-                q[i, row] = queries[position % len(queries)]
-        drafts = np.ones((len(call.draft_lengths), *shape), np.float32)
-        return jnp.asarray(
-            np.concatenate([drafts, q.reshape(-1, *shape)]), jnp.bfloat16
-        )
+    def _query_index(self, lane: Lane, num_queries: int) -> np.ndarray:
+        """Returns where the queries of a lane are, far away for rows it has not."""
+        known = self.num_known[lane.request]
+        position = lane.length - lane.num_rows + np.arange(num_queries)
+        index = sum(self.num_known[: lane.request]) + position % known
+        return np.where(np.arange(num_queries) < lane.num_rows, index, 2**30)
+
+
+def _normal(key, shape):
+    return jax.random.normal(key, shape, jnp.bfloat16)
 
 
 def groups_of(call: Call, piece: int | None) -> tuple[LaneGroup, ...]:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.gpu_layouts import row_layout
 from pallas_kernels.paged_attention.gpu_layout import (
+    FEW_PARTS,
     TILE,
     Spec,
     edge_position,
@@ -144,8 +145,8 @@ def _merge_token(
         w = plgpu.load(w, layout=layout.reduce(1), optimized=False)
         return x.astype(jnp.float32), w + jnp.where(cta < last, 0.0, 2 * MASK_VALUE)
 
-    def add(turn, carry):
-        numbers = [turn * at_once + k for k in range(at_once)]
+    def add(at_once, first, turn, carry):
+        numbers = [first + turn * at_once + k for k in range(at_once)]
         loaded = [[load(i, k) for k in numbers] for i in range(len(heads))]
         return [_add_parts(*pair) for pair in zip(carry, loaded, strict=True)]
 
@@ -155,8 +156,15 @@ def _merge_token(
         full((G,), 0.0, layout.reduce(1)),
     )
     longest = functools.reduce(jnp.maximum, [last - first for first, last in ranges])
-    steps = lax.div(longest + (at_once - 1), at_once)
-    sums = lax.fori_loop(0, steps, add, [zero] * len(heads))
+    sums, done = [zero] * len(heads), 0
+    for count in sorted({at_once, min(at_once, FEW_PARTS)}, reverse=True):
+        left = longest - done
+        if count > FEW_PARTS:  # the others are loaded a few at a time
+            steps = lax.div(left, count)
+        else:
+            steps = lax.div(left + (count - 1), count)
+        sums = lax.fori_loop(0, steps, functools.partial(add, count, done), sums)
+        done += steps * count
     for head, (first, last), state in zip(heads, ranges, sums, strict=True):
         window = out.at[token, pl.ds(head * G, G)]
         _write_rows(window, *state[::2], last > first, layout)

@@ -20,6 +20,7 @@ WARPS = 4  # of a CTA
 MASS_BLOCKS = 16  # whose mass a CTA sums at a time
 MERGE_ROWS = 48  # of parts, loaded together by a CTA that merges: registers
 FEW_MERGE_ROWS = 24  # the same where a warp holds a share of every row
+FEW_PARTS = 4  # most segments have no more
 MASS_CTAS = 16  # at most, that share the mass of one lane and KV head
 
 
@@ -156,6 +157,11 @@ class Spec:
     def tile_queries(self) -> int:
         """Queries of the largest tile."""
         return max(group.step for group in self.groups)
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of the queries of the largest tile, a multiple of 8."""
+        return round_up(self.tile_queries * self.group_size, 8)
 
     @property
     def num_segments(self) -> int:
