@@ -56,6 +56,7 @@ from pallas_kernels.array_types import (
 )
 
 __all__ = [
+    "Array",
     "KvPages",
     "KvPagesOfD",
     "NewRows",

@@ -163,7 +163,7 @@ def test_the_unrolled_loss_is_the_chains(tiny_model, head):
         text.features[None, :length],
         text.tokens[None, 1 : length + 1],
         text.hidden[None, 1 : length + 1],
-        np.arange(length)[None],
+        np.arange(length, dtype=np.int32)[None],
     )
     _, agreement = train_eagle.unrolled_loss(
         tiny_model.config, tiny_model.params, head, batch, 2

@@ -127,7 +127,7 @@ def test_filters_off_keep_everything():
 
 def test_logprobs_of_the_model_and_of_the_law():
     logits = np.random.default_rng(2).normal(size=(4, 20)).astype(np.float32)
-    tokens = np.argmax(logits, -1)
+    tokens = np.argmax(logits, -1).astype(np.int32)
     raw = sampling.logprobs(jnp.asarray(logits), law(4), tokens, filters=False)
     lse = np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(raw, logits[np.arange(4), tokens] - lse, rtol=1e-5)
