@@ -12,16 +12,17 @@ import pytest
 
 PREAMBLE = """
 import os, signal, sys, threading
-import jax
+import jax, jax.numpy as jnp
 import sparsespec_jax as ss
 import dataclasses
 from experiments import models
 from sparsespec_jax.models.transformer import init_params
 
-config = dataclasses.replace(models.TINY, vocab_size=1_000_000)
-model = ss.Model(
-    name="wide", config=config, params=init_params(config, seed=0), tokenizer=None
-)
+few = dataclasses.replace(models.TINY, vocab_size=1000, num_layers=1)
+params = init_params(few, seed=0)
+params["embed"]["weight"] = jnp.tile(params["embed"]["weight"], (1000, 1))
+config = dataclasses.replace(few, vocab_size=1_000_000)
+model = ss.Model(name="wide", config=config, params=params, tokenizer=None)
 prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
 law = ss.SamplingParams(max_tokens=5)
 options = dict(
