@@ -1,8 +1,8 @@
 """What the paper claims (arXiv 2512.01278), and what a results file says of it.
 
-A judge takes the content of one results file and returns (verdict, what was measured in
-words); of a study its config as "flags" and its records as "rows". Differences within
-two standard errors are "undecided".
+A judge takes the content of one run, its "flags", "rows" and figures by name. It
+returns (verdict, what was measured in words). Differences within two standard errors
+are "undecided".
 """
 
 from __future__ import annotations
@@ -109,21 +109,21 @@ def lossless(data):
 
 def throughput(data):
     """Up to 2.13 times plain decoding, in a whole run."""
-    metrics = data["metrics"]
-    whole = metrics["spec_tokens_per_s"] / metrics["ar_tokens_per_s"]
-    clock = data["runs"]["speculative"][0].get("device_clock")  # with --clock
+    whole = data["spec_tokens_per_s"] / data["ar_tokens_per_s"]
+    spec = next(row for row in data["rows"] if row["mode"] == "speculative")
+    clock = spec.get("device_clock")  # with --clock
     text = (
-        f"{metrics['speedup']:.2f} times while all slots are busy, byte bound "
-        f"{metrics['speed_of_light']:.2f}; {whole:.2f} times in all"
+        f"{data['speedup']:.2f} times while all slots are busy, byte bound "
+        f"{data['speed_of_light']:.2f}; {whole:.2f} times in all"
     )
-    if metrics["forced_acceptance"] is not None:
+    if data["forced_acceptance"] is not None:
         text += "; acceptance forced, random weights"
     if data.get("flags", {}).get("trace_steps", 0) > 100:
         text += f"; profiler on for {data['flags']['trace_steps']} steps"
     if clock:
         share, window = clock["idle_between_steps_share"], clock["window_s"]
         text += f"; device idle between steps for {100 * share:.2g} % of {window:.1f} s"
-    return MET if metrics["speedup"] >= SPEEDUP else MISSED, text
+    return MET if data["speedup"] >= SPEEDUP else MISSED, text
 
 
 def speedup_map(data):
@@ -162,7 +162,7 @@ def simulator(data):
 
 def eagle(data):
     """A trained head has fewer than 2 drafts accepted."""
-    found = data["accepted_drafts"]
+    found = {row["proposer"]: row["accepted_drafts"] for row in data["rows"]}
     bar = {"mean": EAGLE, "standard_error": 0}
     verdict = {True: MISSED, None: UNDECIDED, False: MET}[
         _is_larger(found["eagle"], bar)
@@ -173,29 +173,28 @@ def eagle(data):
 
 def offload(data):
     """Copies to host memory cost 5 % at most."""
-    found = data.get("metrics", {})
     ratios = [
-        f"{found[key]:.2f} times {name}"
+        f"{data[key]:.2f} times {name}"
         for key, name in {
             "offload_over_offload_without_copies": "the same schedule without copies",
             "offload_over_recompute": "recomputing",
             "offload_over_reserve": "reserving",
         }.items()
-        if key in found
+        if key in data
     ]
     text = "spilling to host memory runs at " + ", ".join(ratios)
     hidden = data.get("copies", {}).get("recorded_copies", {}).get("hidden_share")
     text += f"; {hidden:.2f} of the copies beside kernels" if hidden else ""
-    cost = found.get("offload_over_offload_without_copies")
+    cost = data.get("offload_over_offload_without_copies")
     return NOT_MEASURED if cost is None else MET if cost >= 0.95 else MISSED, text
 
 
 def kernels(data):
     """Shares of the read rate; no bar of the paper's."""
     found = [
-        f"{name} {case['fraction_of_read']:.2f}"
-        for name, case in data.get("cases", {}).items()
-        if "fraction_of_read" in case
+        f"{row['case']} {row['fraction_of_read']:.2f}"
+        for row in data["rows"]
+        if "fraction_of_read" in row
     ]
     return "", "of the read rate: " + ", ".join(found)
 
@@ -214,16 +213,16 @@ def host(data):
     )
 
 
-# (claim, {whose figure: judge}), in the order of the page. "study:NAME", or how the
-# name of an entry begins; without a judge nothing here measures the claim.
+# (claim, {whose figure: judge}), in the order of the page: an experiment, "study:NAME",
+# or the benchmark of kernels. Without a judge nothing here measures the claim.
 CLAIMS = (
     (
         "the output equals plain decoding's, token by token",
-        {"demo_": lossless, "lossless_": lossless},
+        {"generate": lossless, "lossless": lossless},
     ),
     (
         "6.16 of 8 drafts accepted at s = 0.05 (section 5)",
-        {"acceptance_": accepted, "study:policies": accepted},
+        {"acceptance": accepted, "study:policies": accepted},
     ),
     (
         "PillarAttn has more drafts accepted than Quest and a window (section 5)",
@@ -231,7 +230,7 @@ CLAIMS = (
     ),
     (
         "acceptance saturates at s = 0.05 (ablation)",
-        {"acceptance_": saturates_in_budget, "study:sweep_budget": saturates_in_budget},
+        {"acceptance": saturates_in_budget, "study:sweep_budget": saturates_in_budget},
     ),
     ("acceptance saturates at k = 8 (ablation)", {"study:sweep_k": saturates_in_k}),
     ("up to 2.13 times plain decoding (section 6)", {"throughput": throughput}),
@@ -239,16 +238,19 @@ CLAIMS = (
         "own: speculation is not slower than plain decoding",
         {"speedup_map": speedup_map},
     ),
-    ("attention of a step takes 5.2 ms instead of 17.1", {"steps_": attention}),
+    ("attention of a step takes 5.2 ms instead of 17.1", {"step_time": attention}),
     ("the unified schedule makes 1.23 times the tokens", {}),
     ("delayed verification makes 1.12 times the tokens", {}),
     ("the KV manager makes 1.61 times the tokens", {}),
     (
         "the pool is full without recomputation (section 4.4)",
-        {"kv_simulator": simulator},
+        {"simulate": simulator},
     ),
     ("KV offloading costs next to nothing (section 4.4)", {"offload": offload}),
-    ("an EAGLE-3 head has fewer than 2 drafts accepted (section 5)", {"eagle": eagle}),
-    ("own: kernels run near the memory's rate", {"kernels_": kernels}),
+    (
+        "an EAGLE-3 head has fewer than 2 drafts accepted (section 5)",
+        {"train_eagle": eagle},
+    ),
+    ("own: kernels run near the memory's rate", {"bench": kernels}),
     ("own: the host keeps ahead of the device", {"host_cost": host}),
 )

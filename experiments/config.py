@@ -2,65 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import pkgutil
 from dataclasses import dataclass
 
+from experiments.models import DTYPES
+from experiments.options import Options, option
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.policies.select import resolve_policy
 
 
-def _option(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Options):
     """What to decode and how; every field is also a command-line flag.
 
     Raises:
         ValueError: a value is out of range; the message names it.
     """
 
-    model: str = _option(
-        "smollm2", "Name, directory, GGUF file or Hugging Face id of the model."
-    )
-    dtype: str = _option("float32", "Type of weights and KV: float32 or bfloat16.")
-    prompts: str = _option("", "A .txt or .jsonl file; empty: built-in problems.")
-    num_prompts: int = _option(0, "Only the first so many prompts; 0: all.")
-    chat: bool = _option(True, "Wrap text prompts as the user turn of a chat.")
+    model: str = option("smollm2")
+    dtype: str = option("float32", "Type of weights and KV.", choices=DTYPES)
+    prompts: str = option("", "A .txt or .jsonl file; empty: built-in problems.")
+    num_prompts: int = option(0, "Only the first so many; 0: all.", at_least=0)
+    chat: bool = option(True, "Wrap text prompts as the user turn of a chat.")
 
-    temperature: float = _option(0.65, "0 is greedy.")
-    top_k: int = _option(0, "Tokens kept by top-k; 0 keeps all.")
-    top_p: float = _option(1.0, "Probability kept by top-p.")
-    min_p: float = _option(0.0, "Share of the top probability a token needs.")
-    max_tokens: int = _option(384, "New tokens per prompt at most.")
-    ignore_eos: bool = _option(False, "Go on past the model's end of text.")
-    seed: int = _option(0, "Prompt i samples with seed + i.")
+    temperature: float = option(0.65, "0 is greedy.")
+    top_k: int = option(0, "Tokens kept by top-k; 0 keeps all.")
+    top_p: float = option(1.0, "Probability kept by top-p.")
+    min_p: float = option(0.0, "Share of the top probability a token needs.")
+    max_tokens: int = option(384, "New tokens per prompt at most.")
+    ignore_eos: bool = option(False, "Go on past the model's end of text.")
+    seed: int = option(0, "Prompt i samples with seed + i.")
 
-    num_draft_tokens: int = _option(8, "Drafts per cycle, k; at least 1.")
-    budget_ratio: float = _option(0.05, "Share of the context that a draft reads.")
+    num_draft_tokens: int = option(8, "Drafts per cycle, k; at least 1.")
+    budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
     # The paper's floor of 192 tokens is for contexts of many thousands; at the few
     # hundred tokens of the built-in prompts it would make most drafts dense.
-    min_budget: int = _option(64, "Tokens that a draft reads at least.")
-    policy: str = _option("pillar", "Selection policy.")
-    acceptor: str = _option("shared_noise", "shared_noise or ratio_test.")
-    mass_rows: str = _option("all", "Verify rows whose attention counts: all or edges.")
-    scope: str = _option("kv_head", "One selection per kv_head or per layer.")
+    min_budget: int = option(64, "Tokens that a draft reads at least.")
+    policy: str = option("pillar", "Selection policy.")
+    acceptor: str = option("shared_noise", "shared_noise or ratio_test.")
+    mass_rows: str = option("all", "Verify rows whose attention counts: all or edges.")
+    scope: str = option("kv_head", "One selection per kv_head or per layer.")
 
-    num_slots: int = _option(4, "Requests decoded at the same time.")
-    page_size: int = _option(16, "Tokens per KV page.")
-    prefill_chunk: int = _option(64, "Prompt tokens prefilled per step.")
-    lag: int = _option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
-    impl: str = _option("", "Kernels: reference, tpu or gpu; empty: the platform's.")
+    num_slots: int = option(4, "Requests decoded at the same time.")
+    page_size: int = option(16, "Tokens per KV page.")
+    prefill_chunk: int = option(64, "Prompt tokens prefilled per step.")
+    lag: int = option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
+    impl: str = option("", "Kernels: reference, tpu or gpu; empty: the platform's.")
+    journal_seconds: float = option(
+        1.0,
+        "Time between two syncs of what requests have emitted.",
+        at_least=0,
+        is_recorded=False,
+    )
 
     def __post_init__(self):
         """Build the option records once, so that each checks its own fields."""
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.num_prompts < 0:
-            raise ValueError(f"num_prompts must be at least 0, got {self.num_prompts}")
+        super().__post_init__()
         if self.num_draft_tokens < 1:
             raise ValueError(
                 f"num_draft_tokens must be at least 1, got {self.num_draft_tokens}: "
@@ -113,21 +109,3 @@ class GenerateConfig:
         The ratio test keeps the law of the output but not the sampled path.
         """
         return self.acceptor == "shared_noise" or self.temperature == 0
-
-
-def config_names() -> list[str]:
-    """Names of the modules in experiments/configs."""
-    from experiments import configs
-
-    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
-
-
-def load_config(name: str) -> GenerateConfig:
-    """The config of experiments/configs/NAME.py.
-
-    Raises:
-        ValueError: there is no such module.
-    """
-    if name not in config_names():
-        raise ValueError(f"config must be one of {config_names()}, got {name!r}")
-    return importlib.import_module(f"experiments.configs.{name}").get_config()

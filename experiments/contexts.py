@@ -14,21 +14,22 @@ which spares every later `experiments.study` that work.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
 import random
 
-from absl import flags
+import numpy as np
 
-from experiments import fingerprint, launch, record, signals
+from experiments import fingerprint, launch, models, record, signals
+from experiments.options import Writes, option
 from experiments.prompts import as_chat, load_prompts
 from sparsespec_jax import (
     Engine,
     EngineConfig,
     SamplingParams,
     SpeculationConfig,
-    load_model,
     sizes,
 )
 
@@ -60,6 +61,20 @@ def prompts(count):
         raise ValueError(f"num_prefixes must be at most {len(pairs)}, got {count}")
     random.Random(0).shuffle(pairs)
     return [as_chat(task.format(topic)) for task, topic in pairs[:count]]
+
+
+def prompt_ids(model, count, is_smoke):
+    """Token ids of the `prompts`; a smoke run, whose model cannot read, has others."""
+    if is_smoke:
+        return smoke_contexts()[:count]
+    tokenizer = model.require_tokenizer()
+    return [tokenizer.encode_chat(chat) for chat in prompts(count)]
+
+
+def smoke_contexts():
+    """Two short texts of random tokens."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 97, n).tolist() for n in (60, 53)]
 
 
 def plain_options(*, length, num_slots, page_size, impl, prefill_chunk=32):
@@ -124,16 +139,6 @@ def finish(engine):
     while engine.has_work:
         results += engine.step()
     return sorted(results, key=lambda result: result.prompt_index)
-
-
-def check_length(length, *, ranges=RANGES):
-    """ValueError if texts of `length` tokens give no context of any range."""
-    needed = min(high for _, high in ranges)
-    if length < needed:
-        raise ValueError(
-            f"texts of {length} tokens give no context: {needed} are needed for one of "
-            f"the lengths {', '.join(f'{low}-{high}' for low, high in ranges)}"
-        )
 
 
 def cut(texts, *, seed, ranges=RANGES):
@@ -268,35 +273,31 @@ def parse_ranges(values):
     return tuple(ranges)
 
 
-def _define_flags():
-    flags.DEFINE_string("output", None, "Contexts to write, JSON.", required=True)
-    flags.DEFINE_string("continuations", None, "Plain texts to write, JSON.")
-    flags.DEFINE_string("model", "smollm2", "Model.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type.")
-    flags.DEFINE_string("prompts", None, "Prompt file; default: essays and exercises.")
-    flags.DEFINE_integer(
-        "num_prefixes", 24, "Prompts that texts are made from.", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "samples_per_prompt", 1, "Texts of each prompt.", lower_bound=1
-    )
-    flags.DEFINE_list("ranges", ["500-1000", "1000-2000", "2000-3000"], "Lengths.")
-    flags.DEFINE_list("temperatures", ["0", "0.3", "0.65", "1"], "Of continuations.")
-    flags.DEFINE_integer("max_tokens", 96, "New tokens per context.", lower_bound=1)
-    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
-    flags.DEFINE_integer("prefill_chunk", 128, "Prompt tokens per step.", lower_bound=1)
-    flags.DEFINE_integer(
-        "seed", 0, "Seed of texts, cuts and continuations.", lower_bound=0
-    )
-    flags.DEFINE_string("impl", None, "Kernels; default: the platform's.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextsConfig(Writes):
+    """Contexts to write, and what is to continue them."""
+
+    continuations: str | None = option(None, "Plain texts to write, JSON.")
+    model: str = option("smollm2")
+    dtype: str = option("float32", "Type.", choices=models.DTYPES)
+    prompts: str | None = option(None, "Prompt file; default: essays and exercises.")
+    num_prefixes: int = option(24, "Prompts that texts are made from.", at_least=1)
+    samples_per_prompt: int = option(1, "Texts of each prompt.", at_least=1)
+    ranges: tuple[str, ...] = option(("500-1000", "1000-2000", "2000-3000"), "Lengths.")
+    temperatures: tuple[float, ...] = option((0.0, 0.3, 0.65, 1.0), "Of continuations.")
+    max_tokens: int = option(96, "New tokens per context.", at_least=1)
+    page_size: int = option(16, "Tokens per KV page.", at_least=1)
+    prefill_chunk: int = option(128, "Prompt tokens per step.", at_least=1)
+    seed: int = option(0, "Seed of texts, cuts and continuations.", at_least=0)
+    impl: str | None = option(None, "Kernels; default: the platform's.")
 
 
-def main():
+def main(values):
     """Write contexts, then their plain continuations."""
-    values = flags.FLAGS
     with launch.checking():
         ranges = parse_ranges(values.ranges)
-        temperatures = list(map(_temperature, values.temperatures))
+        for temperature in values.temperatures:
+            SamplingParams(temperature=temperature)
         count = values.num_prefixes
         chats = (
             load_prompts(values.prompts, chat=True)
@@ -305,7 +306,7 @@ def main():
         )
         if len(chats) < count:
             raise ValueError(f"{values.prompts} holds {len(chats)} of {count} prompts")
-        model = load_model(values.model, dtype=values.dtype)
+        model = models.load(values.model, dtype=values.dtype)
         longest = max(high for _, high in ranges)
         chats = encode_chats(model, chats[:count], length=longest)
         behind = values.max_tokens + 1 if values.continuations else 0
@@ -327,17 +328,13 @@ def main():
         law = dict(max_tokens=behind, seed=values.seed)
         inputs = continuation_inputs(model, contexts, **law)
         found = {"inputs": inputs, "texts": {}}
-        for name, temperature in zip(values.temperatures, temperatures, strict=True):
+        for temperature in values.temperatures:
             results = continue_contexts(
                 engine, contexts, temperature=temperature, **law
             )
-            found["texts"][name] = [list(r.token_ids) for r in results]
-            print(f"continued at temperature {name}", flush=True)
+            found["texts"][str(temperature)] = [list(r.token_ids) for r in results]
+            print(f"continued at temperature {temperature}", flush=True)
         _write(values.continuations, found)
-
-
-def _temperature(text):
-    return SamplingParams(temperature=float(text)).temperature
 
 
 def write_contexts(path, contexts):
@@ -354,5 +351,4 @@ def _write(path, value):
 
 
 if __name__ == "__main__":
-    _define_flags()
-    launch.run(main)
+    launch.run(main, ContextsConfig)

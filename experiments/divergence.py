@@ -1,6 +1,6 @@
 """Greedy texts in bfloat16: how often speculation leaves plain decoding, and how close.
 
-    python -m experiments.divergence --output experiments/results/divergence_h100.json
+    python -m experiments.divergence --output experiments/results/divergence_h100
 
 In float32 both texts are the same (experiments.lossless). In bfloat16 a verification
 and a plain step round differently, so that two nearly equal logits can change places:
@@ -11,55 +11,44 @@ over the text so far, beside the gaps at all other tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from experiments import contexts, launch, record
+from experiments import contexts, experiment, models
+from experiments.experiment import Experiment
+from experiments.options import Options, option
 from experiments.prompts import load_prompts
 from sparsespec_jax import (
     Engine,
     EngineConfig,
     SamplingParams,
     SpeculationConfig,
-    load_model,
     sizes,
 )
-from sparsespec_jax.host.text import encode_prompts
+from sparsespec_jax.host.intake import prepare_all
 from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
-_MODEL = flags.DEFINE_string("model", "smollm2", "Model to decode with.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Type.")
-_PROMPTS = flags.DEFINE_string("prompts", "", "A .txt or .jsonl file of prompts.")
-_COUNT = flags.DEFINE_integer(
-    "num_prompts", 0, "Only the first so many; 0: all.", lower_bound=0
-)
-_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 2000, "New tokens per prompt.", lower_bound=1
-)
-_SLOTS = flags.DEFINE_integer(
-    "num_slots", 32, "Requests decoded at the same time.", lower_bound=1
-)
-_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per KV page.", lower_bound=1)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DivergenceConfig(Options):
+    """What is decoded."""
 
-def decode_all(model, prompts, speculation, config):
-    """Greedy token ids (prompt and output) of every prompt, in order."""
-    engine = Engine(model, speculation=speculation, engine=config)
-    law = SamplingParams(temperature=0, max_tokens=_TOKENS.value, ignore_eos=True)
-    for prompt in prompts:
-        engine.add_request(prompt, law)
-    done = contexts.finish(engine)
-    accepted = sum(r.metrics.num_accepted_draft_tokens for r in done)
-    verifies = sum(r.metrics.num_verify_steps for r in done)
-    return [(r.prompt_token_ids, r.token_ids) for r in done], accepted / verifies
+    model: str = option("smollm2")
+    dtype: str = option("bfloat16", "Type.", choices=models.DTYPES)
+    prompts: str = option("", "A .txt or .jsonl file of prompts.")
+    num_prompts: int = option(0, "Only the first so many; 0: all.", at_least=0)
+    max_tokens: int = option(2000, "New tokens per prompt.", at_least=1)
+    num_slots: int = option(32, "Requests decoded at the same time.", at_least=1)
+    page_size: int = option(64, "Tokens per KV page.", at_least=1)
+    prefill_chunk: int = option(128, "Prompt tokens prefilled per step.", at_least=1)
+    num_draft_tokens: int = option(8, "Drafts per cycle.", at_least=1)
+    budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
+    min_budget: int = option(192, "Tokens a draft reads at least.", at_least=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,72 +61,118 @@ def best_two(config, params, tokens):
     return top[:, 0] - top[:, 1]
 
 
-def compare(model, plain, speculative, max_length) -> list[dict]:
-    """One row per request: where the texts part and the logit gap there."""
-    rows = []
-    for (prompt, left), (_, right) in zip(plain, speculative, strict=True):
-        same = np.array(left) == np.array(right)
-        place = len(left) if same.all() else int(np.argmin(same))
-        text = np.zeros(max_length, np.int32)
-        ids = [*prompt, *left]
+class Divergence(Experiment):
+    """Every prompt decoded both ways."""
+
+    name = "divergence"
+    claim = "in bfloat16 texts part from plain decoding at near-ties only"
+    Config = DivergenceConfig
+    SMOKE = models.smoke(*models.SMOKE, dtype="float32")
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        self.model = models.load(config.model, dtype=config.dtype)
+        if self.is_smoke:
+            self.prompts = contexts.smoke_contexts()
+        else:
+            prompts = load_prompts(config.prompts, chat=True)
+            prompts = prompts[: config.num_prompts or None]
+            self.prompts = self._encoded(prompts)
+        self.parts["prompts"] = self.prompts
+        self.max_length = max(map(len, self.prompts)) + config.max_tokens
+        for k in (0, config.num_draft_tokens):
+            sizes.resolve(self.model, *self._options(k))
+
+    def _encoded(self, prompts):
+        laws = [SamplingParams(max_tokens=self.config.max_tokens)] * len(prompts)
+        prepared = prepare_all(self.model, prompts, laws)
+        return [list(prompt.token_ids) for prompt in prepared]
+
+    def _options(self, k):
+        config, speculation = self.config, SpeculationConfig(num_draft_tokens=0)
+        if k:
+            speculation = SpeculationConfig(
+                num_draft_tokens=k,
+                budget_ratio=config.budget_ratio,
+                min_budget=config.min_budget,
+            )
+        return speculation, EngineConfig(
+            num_slots=config.num_slots,
+            page_size=config.page_size,
+            prefill_chunk=config.prefill_chunk,
+            max_length=self.max_length,
+        )
+
+    def _decode(self, k):
+        """Greedy results of every prompt, in order."""
+        speculation, config = self._options(k)
+        engine = Engine(self.model, speculation=speculation, engine=config)
+        law = SamplingParams(
+            temperature=0, max_tokens=self.config.max_tokens, ignore_eos=True
+        )
+        for index, prompt in enumerate(self.prompts):
+            engine.add_request(prompt, law, prompt_index=index)
+        done = contexts.finish(engine)
+        del engine
+        gc.collect()  # the pool must go before the next one comes
+        return done
+
+    @functools.cached_property
+    def decoded(self):
+        """Results of plain and of speculative decoding."""
+        return self._decode(0), self._decode(self.config.num_draft_tokens)
+
+    def rows(self):
+        """One for each prompt."""
+        return [{"prompt": index} for index in range(len(self.prompts))]
+
+    def measure(self, row):
+        """Where the texts part, and the logit gap there."""
+        plain, speculative = (done[row["prompt"]] for done in self.decoded)
+        ids = [*plain.prompt_token_ids, *plain.token_ids]
+        text = np.zeros(self.max_length, np.int32)
         text[: len(ids)] = ids
+        model = self.model
         gaps = np.asarray(best_two(model.config, model.params, jnp.asarray(text)))
-        gaps = gaps[len(prompt) - 1 : len(ids) - 1]  # of the output tokens
-        rows.append(
-            {
-                "identical": bool(same.all()),
-                "first_difference": None if same.all() else place,
-                "gap_there": None if same.all() else float(gaps[place]),
-                "rank_of_gap": None
-                if same.all()
-                else float((gaps[: place + 1] < gaps[place]).mean()),
-                "median_gap": float(np.median(gaps)),
-            }
-        )
-    return rows
+        gaps = gaps[len(plain.prompt_token_ids) - 1 : len(ids) - 1]  # of the output
+        return parting(plain.token_ids, speculative.token_ids, gaps) | {
+            "num_accepted": speculative.metrics.num_accepted_draft_tokens,
+            "num_verify_steps": speculative.metrics.num_verify_steps,
+        }
+
+    def describe(self, records):
+        """How many texts are the same, and how close the others were."""
+        parted = [record for record in records if not record["identical"]]
+        first = [record["first_difference"] for record in parted]
+        verifies = sum(record["num_verify_steps"] for record in records)
+        accepted = sum(record["num_accepted"] for record in records)
+        return {
+            "num_requests": len(records),
+            "num_tokens_each": self.config.max_tokens,
+            "share_identical": 1 - len(parted) / len(records),
+            "mean_accepted_draft_tokens": accepted / verifies,
+            "median_first_difference": float(np.median(first)) if parted else None,
+            "largest_gap_there": max((r["gap_there"] for r in parted), default=None),
+            "median_gap_elsewhere": float(
+                np.median([record["median_gap"] for record in records])
+            ),
+        }
 
 
-def main():
-    """Decode both ways, compare, write the report."""
-    with launch.checking():
-        prompts = load_prompts(_PROMPTS.value, chat=True)[: _COUNT.value or None]
-        model = load_model(_MODEL.value, dtype=_DTYPE.value)
-        encoded = encode_prompts(prompts, model)
-        max_length = max(map(len, encoded)) + _TOKENS.value
-        config = EngineConfig(
-            num_slots=_SLOTS.value, page_size=_PAGE.value, max_length=max_length
-        )
-        for speculation in (SpeculationConfig(num_draft_tokens=0), SpeculationConfig()):
-            sizes.resolve(model, speculation, config)
-    header = record.results_header(
-        flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]),
-        commit=_COMMIT.value,
-    )
-    plain, _ = decode_all(model, encoded, SpeculationConfig(num_draft_tokens=0), config)
-    print(f"decoded {len(plain)} requests with k = 0", flush=True)
-    gc.collect()
-    speculative, accepted = decode_all(model, encoded, SpeculationConfig(), config)
-    print(f"decoded them speculatively, {accepted:.2f} drafts accepted", flush=True)
-    gc.collect()
-    rows = compare(model, plain, speculative, max_length)
-    parted = [row for row in rows if not row["identical"]]
-    summary = {
-        "num_requests": len(rows),
-        "num_tokens_each": _TOKENS.value,
-        "share_identical": 1 - len(parted) / len(rows),
-        "mean_accepted_draft_tokens": accepted,
-        "median_first_difference": float(
-            np.median([row["first_difference"] for row in parted])
-        )
-        if parted
-        else None,
-        "largest_gap_there": max((row["gap_there"] for row in parted), default=None),
-        "median_gap_elsewhere": float(np.median([row["median_gap"] for row in rows])),
+def parting(left, right, gaps):
+    """Where two texts of one length part; `gaps` of the logits at every token."""
+    same = np.array(left) == np.array(right)
+    found = {"identical": bool(same.all()), "median_gap": float(np.median(gaps))}
+    if same.all():
+        nothing = dict.fromkeys(("first_difference", "gap_there", "rank_of_gap"))
+        return found | nothing
+    place = int(np.argmin(same))
+    return found | {
+        "first_difference": place,
+        "gap_there": float(gaps[place]),
+        "rank_of_gap": float((gaps[: place + 1] < gaps[place]).mean()),
     }
-    record.write_results(_OUTPUT.value, header | {"summary": summary, "rows": rows})
-    for name, value in summary.items():
-        print(f"{name:28s} {value}")
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(Divergence)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from sparsespec_jax.host.metrics import (
-    DecodeStats,
-    RequestMetrics,
-    token_forwards_per_token,
-)
+from sparsespec_jax.host.cost_model import token_forwards_per_token
+from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
 
 MODES = ("plain", "speculative")
 

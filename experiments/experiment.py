@@ -39,9 +39,9 @@ class Experiment:
         name: of its module.
         config: a `Config`.
         is_smoke: of a run with `--smoke`.
-        model: the Model, None if there is none or each row has another.
+        model: the Model, None if there is none.
+        directory: the RunDirectory while rows are measured; takes what is no record.
         parts: what else the records follow from: token ids or text by name.
-        notes: what was measured or counted before the rows, for summary.json.
     """
 
     name: str
@@ -50,10 +50,11 @@ class Experiment:
     SMOKE: dict = {}
     figure = None
     model = None
+    directory = None
 
     def __init__(self, config, *, is_smoke=False):
         self.config, self.is_smoke = config, is_smoke
-        self.parts, self.notes = {}, {}
+        self.parts = {}
 
     def rows(self) -> list[dict]:
         """The rows wanted, in the order of worth."""
@@ -63,13 +64,15 @@ class Experiment:
         """What is found for a row."""
         raise NotImplementedError
 
-    def measure_all(self, rows, directory):
+    def check(self, directory) -> None:
+        """ValueError if a run directory holds what this run cannot have written."""
+        del directory
+
+    def measure_all(self, rows):
         """Yield (row, what is found, or the exception if it failed) for every row.
 
-        Rows that are measured together have a method of their own. `directory` takes
-        what is no record.
+        Rows that are measured together have a method of their own.
         """
-        del directory
         for row in rows:
             start = time.perf_counter()
             try:
@@ -96,7 +99,7 @@ class Experiment:
         return "\n".join(f"{name:32s} {value}" for name, value in plain.items())
 
     def headline(self, found) -> str:
-        """The figures of a row that are one value, for the terminal."""
+        """The figures of a row that are one value, for the terminal; "" for no line."""
         plain = {k: v for k, v in found.items() if isinstance(v, int | float)}
         return ", ".join(f"{name} {value:.4g}" for name, value in plain.items())
 
@@ -147,6 +150,7 @@ def prepare(kind, config, how):
         signals.resumable("add --resume to go on")
     experiment = kind(config, is_smoke=how.smoke)
     directory = record.RunDirectory(output, inputs=experiment.inputs(), **again)
+    experiment.check(directory)
     where = "" if how.output else f" --output {output}"
     signals.resumable(f"add --resume{where} to go on")
     return experiment, directory
@@ -181,16 +185,27 @@ def measure(experiment, directory, *, commit=None) -> str:
 def _measure(experiment, directory, missing, num_rows):
     """Measure and record these rows; how many failed."""
     num_found, num_failed = num_rows - len(missing), 0
-    for row, found in experiment.measure_all(missing, directory):
+    experiment.directory = directory
+    for row, found in experiment.measure_all(missing):
+        if not isinstance(found, Exception):
+            found = _as_read_back(found)
         if isinstance(found, Exception):
             num_failed += 1
             note_failure(directory, row, found)
             continue
         directory.append(row | {"session": directory.session} | found)
         num_found += 1
-        place = f"[{num_found} of {num_rows}]"
-        print(place, json.dumps(row), experiment.headline(found), flush=True)
+        if line := experiment.headline(found):
+            print(f"[{num_found} of {num_rows}] {json.dumps(row)} {line}", flush=True)
     return num_failed
+
+
+def _as_read_back(found):
+    """What a file gives back, or a ValueError: NaN is no figure."""
+    try:
+        return json.loads(json.dumps(found, allow_nan=False))
+    except ValueError as error:
+        return error
 
 
 def _write_summary(experiment, directory, rows):
@@ -198,7 +213,7 @@ def _write_summary(experiment, directory, rows):
     records = records_of(directory.records, rows)
     described = None
     if len(records) == len(rows):
-        described = experiment.notes | experiment.describe(records)
+        described = experiment.describe(records)
     head = {"experiment": experiment.name, "claim": experiment.claim}
     counts = {"rows_wanted": len(rows), "rows_found": len(records)}
     directory.write_summary(head | counts | (described or {}))

@@ -1,48 +1,57 @@
-"""Figures of the studies: one PNG and one SVG in every run directory.
+"""Figures of runs: one PNG and one SVG in every complete run directory.
 
     python -m experiments.figures --results experiments/results
 
-Needs the extra `plots`. A study names its axes; a row's interval is its error bar.
+Needs the extra `plots`. Each experiment draws its own (`Experiment.figure`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 
-from absl import flags
+from experiments import experiment, launch, reader, record, signals
+from experiments.options import Options, option
+from experiments.study_config import Row, as_json
 
-from experiments import launch, record, signals
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FiguresConfig(Options):
+    """Where the runs are."""
+
+    results: str = option("experiments/results", "Folder of run directories.")
 
 
-def study_directories(results):
-    """Run directories of studies with a row or more below `results`, by name."""
+def drawable(results):
+    """[(run directory, its Experiment)] below `results` that are complete."""
     found = []
-    for path in sorted(pathlib.Path(results).glob("**/summary.json")):
-        if "claim" in record.read_json(path) and record.load(path.parent)[1]:
-            found.append(path.parent)
+    for path in sorted(pathlib.Path(results).glob("**/results.jsonl")):
+        run = reader.read(path.parent)
+        kind = run.experiment and experiment.of_module(run.experiment)
+        if kind and kind.figure and run.is_complete:
+            found.append((path.parent, kind))
     return found
 
 
 def lines_of(summary, records):
-    """{series: [(x, mean, low, high)]} in the order of the rows.
+    """{series: [(x, mean, low, high)]} of a study, in the order of the rows.
 
     A series also names every other setting in which its rows differ.
     """
     x, y, series = summary["x"], summary["y"], summary["series"]
     varied = [
         name
-        for name in records[0]["row"]
+        for name in as_json(Row())
         if name not in (x, series)
-        and len({json.dumps(r["row"][name]) for r in records}) > 1
+        and len({json.dumps(r.get(name)) for r in records}) > 1
     ]
     if x == "policy":
         varied = [v for v in varied if v not in ("budget_ratio",)]
     lines = {}
-    for found in records:
-        row = found["row"]
-        figure = found.get(y) or found.get("expected_accepted")
+    for row in records:
+        figure = row.get(y) or row.get("expected_accepted")
         label = " ".join(
             [str(row[series]), *(f"{name}={row[name]}" for name in varied)]
         )
@@ -51,22 +60,10 @@ def lines_of(summary, records):
     return lines
 
 
-def draw(directory):
-    """Write figure.png and figure.svg of one study; returns the PNG's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "sparsespec_jax"
-    from matplotlib import pyplot
-
-    directory = pathlib.Path(directory)
-    _, records = record.load(directory)
-    summary = record.read_json(directory / "summary.json")
-    lines = lines_of(summary, records)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for label, points in lines.items():
-        names = [p[0] for p in points]
-        is_number = all(isinstance(name, int | float) for name in names)
+def study_lines(axes, summary, records):
+    """A study: it names its axes, and a row's interval is its error bar."""
+    for label, points in lines_of(summary, records).items():
+        is_number = all(isinstance(p[0], int | float) for p in points)
         if is_number:
             points = sorted(points)
         places = [p[0] if is_number else str(p[0]) for p in points]
@@ -79,8 +76,23 @@ def draw(directory):
     if not is_number:
         for name in axes.get_xticklabels():
             name.set(rotation=60, ha="right", rotation_mode="anchor")
+
+
+def draw(directory, kind):
+    """Write figure.png and figure.svg of one run; returns the PNG's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sparsespec_jax"
+    from matplotlib import pyplot
+
+    directory = pathlib.Path(directory)
+    summary = record.read_json(directory / "summary.json")
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    kind.figure(axes, summary, record.load(directory)[1])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     for suffix in ("png", "svg"):
         metadata = {"Date": None} if suffix == "svg" else {}  # the same file each time
         with signals.deferred():
@@ -90,16 +102,15 @@ def draw(directory):
     return directory / "figure.png"
 
 
-def main():
-    """Draw every study found."""
+def main(values):
+    """Draw every run found."""
     with launch.checking():
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError('figures need matplotlib: pip install -e ".[plots]"')
-        found = study_directories(flags.FLAGS.results)
-    for directory in found:
-        print(draw(directory))
+        found = drawable(values.results)
+    for directory, kind in found:
+        print(draw(directory, kind))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("results", "experiments/results", "Folder of run directories.")
-    launch.run(main)
+    launch.run(main, FiguresConfig)

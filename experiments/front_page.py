@@ -10,14 +10,16 @@ carries. Needs the extra `plots`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app
 
 from experiments import launch, record
+from experiments.options import Writes, option
 
 STUDY = "study_policies_replay_cpu"
 MAP = "speedup_map_h100.json"
@@ -47,13 +49,11 @@ def accepted(results):
     directory = pathlib.Path(results) / STUDY
     config, records = record.load(directory)
     environment = json.loads((directory / "environment.json").read_text())
-    found = {
-        r["row"]["policy"]: r for r in records if r["row"]["temperature"] == TEMPERATURE
-    }
+    found = {r["policy"]: r for r in records if r["temperature"] == TEMPERATURE}
     figures = [
         (label, found[name]["expected_accepted"]) for name, label in BARS.items()
     ]
-    row = found["pillar"]["row"]
+    row = found["pillar"]
     setting = {
         "drafts": row["num_draft_tokens"],
         "share": row["budget_ratio"],
@@ -131,18 +131,23 @@ def draw(results, output):
     pyplot.close(figure)
 
 
-def main():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrontPageConfig(Writes):
+    """Where the results are."""
+
+    results: str = option("experiments/results", "Folder to read.")
+
+
+def main(values):
     """Draw it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise app.UsageError('a picture needs matplotlib: pip install -e ".[plots]"')
-    output = pathlib.Path(flags.FLAGS.output)
+    output = pathlib.Path(values.output)
     if output.suffix != ".svg":
-        raise app.UsageError(f"--output must end in .svg, got {flags.FLAGS.output!r}")
-    draw(flags.FLAGS.results, output)
+        raise app.UsageError(f"--output must end in .svg, got {values.output!r}")
+    draw(values.results, output)
     print(output)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("results", "experiments/results", "Folder to read.")
-    flags.DEFINE_string("output", None, "The picture to write.", required=True)
-    launch.run(main)
+    launch.run(main, FrontPageConfig)

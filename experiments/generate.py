@@ -1,11 +1,11 @@
 """Decode prompts plainly and speculatively, and compare them token by token.
 
-    python -m experiments.generate --max_tokens 256 --output_dir runs/first
+    python -m experiments.generate --max_tokens 256 --output runs/first
 
 Both modes run in one process on the same prompts, seeds and kernels; plain decoding
 is the same engine without drafts. The exit status is 1 if a token differs that must
-not. Writes results.jsonl, journal.jsonl and summary.json to --output_dir, beside what
-they come from (config.json, inputs.json, environment.json). After an interruption,
+not. Expected of the demo, the defaults: all of more than 1,000 tokens identical, on any
+CPU with 2 cores and 4 GB of memory. After an interruption,
 --resume decodes what is missing, if flags, prompts and model are the same: unfinished
 requests go on from the tokens in the journal. After Ctrl-C or SIGTERM none is lost,
 after a kill those of about a second.
@@ -14,74 +14,32 @@ after a kill those of about a second.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 
-from absl import flags
 from tqdm import tqdm
 
-from experiments import config as config_lib
-from experiments import equality, fingerprint, launch, record, signals
+from experiments import equality, experiment, models, record, signals
+from experiments.config import GenerateConfig
+from experiments.contexts import smoke_contexts
+from experiments.experiment import Experiment
 from experiments.prompts import load_prompts
-from sparsespec_jax import Engine, load_model, sizes
+from sparsespec_jax import Engine, sizes
+from sparsespec_jax.host.intake import prepare_all
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.results import RequestProgress
-from sparsespec_jax.host.text import encode_prompts
-
-_CONFIG = flags.DEFINE_string(
-    "config", "demo", "Name of a module in experiments/configs; flags override it."
-)
-_OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Run directory. Default: runs/generate-DATE-TIME."
-)
-_JOURNAL_SECONDS = flags.DEFINE_float(
-    "journal_seconds",
-    1.0,
-    "Time between two syncs of what requests have emitted.",
-    lower_bound=0,
-)
-_RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --output_dir.")
 
 
-def _define_option_flags():
-    define = {
-        str: flags.DEFINE_string,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        bool: flags.DEFINE_bool,
-    }
-    for field in dataclasses.fields(config_lib.GenerateConfig):
-        text = f"{field.metadata['help']} (demo: {field.default!r})"
-        define[type(field.default)](field.name, None, text)
+def decode(engine, prompts, config, *, mode, indices, directory):
+    """Decode the prompts of these indices; yield (row, found) as they are finished.
 
-
-_define_option_flags()
-
-
-def config_from_flags() -> config_lib.GenerateConfig:
-    """The named config with the given flags in place of its values."""
-    base = config_lib.load_config(_CONFIG.value)
-    names = [field.name for field in dataclasses.fields(base)]
-    given = {name: flags.FLAGS[name].value for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(base, **given)
-
-
-def decode_missing(engine, prompts, config, *, mode, directory, journal_seconds):
-    """Decode the prompts that `directory` has no record of in this mode.
-
-    Each finished request is recorded before the next step is taken, and what the others
-    emit every `journal_seconds`. Time counts from the first step, after compilation.
+    What the others emit goes into the journal every `journal_seconds`. Time counts from
+    the first step, after compilation.
     """
-    done = {r["index"] for r in directory.records if r["mode"] == mode}
-    missing = [index for index in range(len(prompts)) if index not in done]
-    if not missing:
-        return
-    journal = Journal(directory, mode, seconds=journal_seconds)
-    for index in missing:
-        journal.submit(engine, prompts[index], config.sampling(index), index)
+    journal = Journal(directory, mode, seconds=config.journal_seconds)
+    for index in indices:
+        journal.submit(engine, prompts[index], index)
     bar = tqdm(
-        total=len(missing) * config.max_tokens, desc=mode, unit="tok", mininterval=1
+        total=len(indices) * config.max_tokens, desc=mode, unit="tok", mininterval=1
     )
     with bar, signals.at_end(bar.close), signals.at_end(lambda: journal.sync(engine)):
         engine.warm_up()
@@ -92,9 +50,8 @@ def decode_missing(engine, prompts, config, *, mode, directory, journal_seconds)
                 results, num_steps = engine.step(), num_steps + 1
                 seconds = time.perf_counter() - start
                 for result in results:
-                    place = {"session": directory.session, "step": num_steps}
-                    place["elapsed_s"] = seconds
-                    directory.append(_result_record(mode, place, result))
+                    place = {"step": num_steps, "elapsed_s": seconds}
+                    yield _result_record(mode, place, result)
                     bar.total -= config.max_tokens - len(result.token_ids)
                 journal.write(engine)
                 bar.update(engine.num_emitted_tokens - bar.n)
@@ -114,16 +71,12 @@ class Journal:
         self._known = {}  # request id -> emitted tokens in the journal
         self._written = time.monotonic()
 
-    def submit(self, engine, prompt, sampling, index):
+    def submit(self, engine, prepared, index):
         """Queue a prompt where an earlier session left it."""
         progress = progress_of(self._directory, self._mode, index)
-        if progress is None:
-            engine.add_request(prompt, sampling, prompt_index=index)
-            return
-        request_id = engine.resume_request(
-            prompt, sampling, progress, prompt_index=index
-        )
-        self._known[request_id] = len(progress.token_ids)
+        request_id = engine.submit(prepared, prompt_index=index, progress=progress)
+        if progress is not None:
+            self._known[request_id] = len(progress.token_ids)
 
     def write(self, engine):
         """Append what is new, if the last time is long enough ago."""
@@ -182,9 +135,8 @@ def progress_of(directory, mode, index):
 
 
 def _result_record(mode, place, result):
-    return {
-        "mode": mode,
-        "index": result.prompt_index,
+    """(row, found) of a finished request."""
+    return {"mode": mode, "index": result.prompt_index}, {
         **place,
         "prompt_token_ids": list(result.prompt_token_ids),
         "token_ids": list(result.token_ids),
@@ -196,28 +148,22 @@ def _result_record(mode, place, result):
     }
 
 
-def checked_prompts(model, config) -> list[list[int]]:
-    """Token ids of the config's prompts.
+def checked_prompts(model, config, prompts):
+    """PreparedPrompts, each with its SamplingParams.
 
     Raises:
         ValueError: a prompt is malformed or too long for the model.
     """
-    prompts = load_prompts(config.prompts, chat=config.chat)
-    prompts = prompts[: config.num_prompts or None]
-    encoded = encode_prompts(prompts, model)
-    for number, ids in enumerate(encoded):
-        if len(ids) + config.max_tokens > model.config.max_length:
+    laws = [config.sampling(index) for index in range(len(prompts))]
+    prepared = prepare_all(model, prompts, laws)
+    for number, prompt in enumerate(prepared):
+        if prompt.limit > model.config.max_length:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, which with max_tokens "
-                f"({config.max_tokens}) is more than the {model.config.max_length} the "
-                "model was made for: lower --max_tokens"
+                f"prompt {number} has {len(prompt.token_ids)} tokens, which with "
+                f"max_tokens ({config.max_tokens}) is more than the "
+                f"{model.config.max_length} the model was made for: lower --max_tokens"
             )
-    return encoded
-
-
-def engine_config(config, prompts):
-    """The engine's sizes for prompts (token ids) of any of these lengths."""
-    return config.engine(max(map(len, prompts)) + config.max_tokens)
+    return prepared
 
 
 def check_records(directory, num_prompts):
@@ -225,119 +171,127 @@ def check_records(directory, num_prompts):
     known = {"mode", "index", "session", "step", "elapsed_s", "token_ids", "metrics"}
     places = set()
     for number, found in enumerate(directory.records, start=1):
-        place = found.get("mode"), found.get("index")
-        if not (known <= found.keys() and _is_place(place, num_prompts)):
-            raise record.RunError(
-                f"{directory.path}/results.jsonl:{number} is damaged: no result of a "
-                "prompt of this run"
-            )
+        place = _place(directory, "results", number, found, known, num_prompts)
         if place in places:
             raise record.RunError(
                 f"{directory.path}/results.jsonl:{number} is damaged: prompt "
                 f"{place[1]} is there twice"
             )
         places.add(place)
-    for number, found in enumerate(directory.journal, start=1):
-        place = found.get("mode"), found.get("index")
-        if not (_ENTRY <= found.keys() and _is_place(place, num_prompts)):
-            raise record.RunError(
-                f"{directory.path}/journal.jsonl:{number} is damaged: no tokens of a "
-                "prompt of this run"
-            )
-    for mode, index in {(e["mode"], e["index"]) for e in directory.journal} - places:
+    unfinished = {
+        _place(directory, "journal", number, found, _ENTRY, num_prompts)
+        for number, found in enumerate(directory.journal, start=1)
+    }
+    for mode, index in unfinished - places:
         progress_of(directory, mode, index)
 
 
-def _is_place(place, num_prompts):
-    mode, index = place
-    return mode in equality.MODES and index in range(num_prompts)
-
-
-def run(model, prompts, config, directory, *, journal_seconds=1.0):
-    """Decode in both modes into `directory`; returns (statistics, Comparison).
-
-    Args:
-        model: what load_model returns.
-        prompts: lists of token ids.
-        config: GenerateConfig.
-        directory: an open RunDirectory; its records are not decoded again.
-        journal_seconds: time between two syncs of what unfinished requests emitted.
-    """
-    environment = record.describe_environment()
-    stats, tokens = {}, {}
-    for mode in equality.MODES:
-        options = config.speculation(mode), engine_config(config, prompts)
-        with Engine(model, speculation=options[0], engine=options[1]) as engine:
-            if mode == equality.MODES[0]:
-                directory.write_environment(environment | {"impl": engine.impl})
-            decode_missing(
-                engine,
-                prompts,
-                config,
-                mode=mode,
-                directory=directory,
-                journal_seconds=journal_seconds,
-            )
-            empty = engine.stats(0.0)
-        records = [r for r in directory.records if r["mode"] == mode]
-        stats[mode] = equality.stats_of(records, like=empty)
-        tokens[mode] = {r["index"]: r["token_ids"] for r in records}
-    comparison = equality.compare(*(tokens[mode] for mode in equality.MODES))
-    summary = {mode: stats[mode].to_dict() for mode in equality.MODES}
-    directory.write_summary({"comparison": dataclasses.asdict(comparison)} | summary)
-    return stats, comparison
-
-
-def print_report(config, directory, stats, comparison):
-    """Print texts, table and the closing lines of a finished run."""
-    for item in sorted(directory.records, key=lambda r: r["index"]):
-        if item["mode"] == "speculative":
-            print(equality.excerpt(item), end="\n\n")
-    print(equality.table(stats), end="\n\n")
-    print(f"Results: {directory.path}")
-    print(
-        equality.closing_lines(
-            comparison,
-            stats["speculative"],
-            is_deterministic=config.is_deterministic,
-        )
+def _place(directory, file, number, found, known, num_prompts):
+    """(mode, index) of a line of a file; RunError if it is none of this run."""
+    mode, index = place = found.get("mode"), found.get("index")
+    if known <= found.keys() and mode in equality.MODES and index in range(num_prompts):
+        return place
+    raise record.RunError(
+        f"{directory.path}/{file}.jsonl:{number} is damaged: no tokens of a prompt of "
+        "this run"
     )
 
 
-def main():
-    """Check everything, then run; a bad flag or input ends it in one line."""
-    output_dir = _OUTPUT_DIR.value or time.strftime("runs/generate-%Y%m%d-%H%M%S")
-    known = {"launcher": "generate"}
-    with launch.checking():
-        if _RESUME.value and not _OUTPUT_DIR.value:
-            raise ValueError("--resume needs the --output_dir of the run")
-        config = config_from_flags()
-        of_run = dict(config=dataclasses.asdict(config), resume=_RESUME.value)
-        record.check(output_dir, inputs=known, **of_run)
-        if _RESUME.value:
-            signals.resumable("add --resume to go on")
-        load_prompts(config.prompts, chat=config.chat)
-        model = load_model(config.model, dtype=config.dtype)
-        prompts = checked_prompts(model, config)
+class Generate(Experiment):
+    """Every prompt in both modes."""
+
+    name = "generate"
+    claim = "the output is plain decoding's, token for token"
+    Config = GenerateConfig
+    SMOKE = models.smoke(*models.SMOKE)
+
+    def __init__(self, config, *, model=None, prompts=None, **how):
+        """Model and prompts are those of `config` unless they are given."""
+        super().__init__(config, **how)
+        if self.is_smoke:
+            prompts = smoke_contexts()
+        elif prompts is None:
+            prompts = load_prompts(config.prompts, chat=config.chat)
+            prompts = prompts[: config.num_prompts or None]
+        self.model = model or models.load(config.model, dtype=config.dtype)
+        self.prompts = checked_prompts(self.model, config, prompts)
+        self.parts["prompts"] = [prompt.token_ids for prompt in self.prompts]
+        self._empty = {}  # statistics of an engine of each mode that did nothing
         for mode in equality.MODES:
-            found = sizes.resolve(
-                model, config.speculation(mode), engine_config(config, prompts)
-            )
-        inputs = fingerprint.of_run("generate", model, impl=found.impl, prompts=prompts)
-        directory = record.RunDirectory(output_dir, inputs=inputs, **of_run)
-        check_records(directory, len(prompts))
-    again = "" if _OUTPUT_DIR.value else f" --output_dir {output_dir}"
-    signals.resumable(f"add --resume{again} to go on")
-    with directory:
-        if len(directory.records) == len(equality.MODES) * len(prompts):
-            print(f"{output_dir} is finished: nothing to decode", file=sys.stderr)
-        stats, comparison = run(
-            model, prompts, config, directory, journal_seconds=_JOURNAL_SECONDS.value
+            sizes.resolve(self.model, *self._options(mode))
+
+    def _options(self, mode):
+        """(SpeculationConfig, EngineConfig) for prompts of any of these lengths."""
+        longest = max(prompt.limit for prompt in self.prompts)
+        return self.config.speculation(mode), self.config.engine(longest)
+
+    def check(self, directory):
+        """RunError if the run directory holds what this run cannot have written."""
+        check_records(directory, len(self.prompts))
+
+    def rows(self):
+        """Every prompt in every mode."""
+        return [
+            {"mode": mode, "index": index}
+            for mode in equality.MODES
+            for index in range(len(self.prompts))
+        ]
+
+    def measure_all(self, rows):
+        """The prompts of a mode together."""
+        for mode in equality.MODES:
+            indices = [row["index"] for row in rows if row["mode"] == mode]
+            speculation, config = self._options(mode)
+            with Engine(self.model, speculation=speculation, engine=config) as engine:
+                if indices:
+                    yield from decode(
+                        engine,
+                        self.prompts,
+                        self.config,
+                        mode=mode,
+                        indices=indices,
+                        directory=self.directory,
+                    )
+                self._empty[mode] = engine.stats(0.0)
+
+    def headline(self, found):
+        """Nothing: there is a bar."""
+        return ""
+
+    def results(self, records):
+        """(DecodeStats by mode, Comparison) of all records."""
+        stats, tokens = {}, {}
+        for mode in equality.MODES:
+            found = [r for r in records if r["mode"] == mode]
+            stats[mode] = equality.stats_of(found, like=self._empty[mode])
+            tokens[mode] = {r["index"]: r["token_ids"] for r in found}
+        return stats, equality.compare(*(tokens[mode] for mode in equality.MODES))
+
+    def describe(self, records):
+        """Equality, and the statistics of both modes."""
+        stats, comparison = self.results(records)
+        summary = {mode: stats[mode].to_dict() for mode in equality.MODES}
+        return {"comparison": dataclasses.asdict(comparison)} | summary
+
+    def text(self, described, records):
+        """Texts, table and the closing lines."""
+        stats, comparison = self.results(records)
+        spoken = [record for record in records if record["mode"] == "speculative"]
+        closing = equality.closing_lines(
+            comparison,
+            stats["speculative"],
+            is_deterministic=self.config.is_deterministic,
         )
-        print_report(config, directory, stats, comparison)
-    if config.is_deterministic and not comparison.is_identical:
-        sys.exit(1)
+        excerpts = map(equality.excerpt, spoken)
+        return "\n\n".join([*excerpts, equality.table(stats), closing])
+
+    def fault(self, records):
+        """A token that differs and must not."""
+        _, comparison = self.results(records)
+        if self.config.is_deterministic and not comparison.is_identical:
+            return "tokens differ from plain decoding"
+        return ""
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(Generate)

@@ -1,6 +1,6 @@
 """Host time per step: planning and committing, without a model or a device.
 
-    python -m experiments.host_cost --output experiments/results/host_cost.json
+    python -m experiments.host_cost --output experiments/results/host_cost
 
 Drives the scheduler and the output records with simulated outcomes at a full load and
 prints microseconds per step, of this thread's processor time. A device step takes 2 to
@@ -10,45 +10,47 @@ milliseconds from step to step. A minute on two cores.
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 import time
 from collections import deque
 
 import numpy as np
-from absl import flags
 
-from experiments import launch, record
-from sparsespec_jax import SamplingParams, SpeculationConfig, plan
+from experiments import experiment
+from experiments.experiment import Experiment
+from experiments.options import Options, option
+from sparsespec_jax import SamplingParams, SpeculationConfig
+from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.dispatcher import Dispatcher
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.outputs import Output, Outputs
 from sparsespec_jax.host.request import Request, token_array
 from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.host.text import OutputText
-from sparsespec_jax.plan import NOT_SEED, StepOutcome, StepShape
+from sparsespec_jax.plan.outcome import SEED, StepOutcome
+from sparsespec_jax.plan.shape import StepShape, pages_for
+from sparsespec_jax.plan.slot_params import slot_params
 
-_REQUESTS = flags.DEFINE_list("num_requests", ["256", "1024"], "Loads to time.")
-_CONTEXT = flags.DEFINE_integer(
-    "context", 16_384, "Tokens of each request.", lower_bound=1
-)
-_STEPS = flags.DEFINE_integer("num_steps", 500, "Steps timed.", lower_bound=1)
-_DISPATCH_MS = flags.DEFINE_float(
-    "dispatch_ms", 2.0, "Time of a dispatch, without the GIL.", lower_bound=0
-)
-_DEVICE_MS = flags.DEFINE_float(
-    "device_ms", 1.5, "Time of a step on the device.", lower_bound=0
-)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file; default: print only.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostCostConfig(Options):
+    """What is timed."""
+
+    num_requests: tuple[int, ...] = option((256, 1024), "Loads to time.", at_least=1)
+    context: int = option(16_384, "Tokens of each request.", at_least=1)
+    num_steps: int = option(500, "Steps timed.", at_least=1)
+    dispatch_ms: float = option(2.0, "Time of a dispatch, without the GIL.", at_least=0)
+    device_ms: float = option(1.5, "Time of a step on the device.", at_least=0)
+
 
 _NUM_DRAFTS, _PAGE_SIZE, _NEW_TOKENS = 8, 64, 8192
 
 
 def make_shape(num_slots, context):
     """StepShape of the paper's k and budget with pages for every slot."""
-    table = plan.pages_for(context + _NEW_TOKENS + _NUM_DRAFTS, _PAGE_SIZE)
+    table = pages_for(context + _NEW_TOKENS + _NUM_DRAFTS, _PAGE_SIZE)
     budget = (context + _NEW_TOKENS) // 20
-    draft = plan.pages_for(budget + 2 * _NUM_DRAFTS + 2, _PAGE_SIZE)
+    draft = pages_for(budget + 2 * _NUM_DRAFTS + 2, _PAGE_SIZE)
     return StepShape(
         num_slots=num_slots,
         num_draft_tokens=_NUM_DRAFTS,
@@ -71,7 +73,7 @@ def make_output(request_id, context):
         tokens=token_array([1]) * context,
         num_prompt=context,
         limit=limit,
-        slot_params=plan.slot_params(sampling, 0, limit, frozenset(), speculation),
+        slot_params=slot_params(sampling, 0, limit, frozenset(), speculation),
         budget_ratio=speculation.budget_ratio,
         min_budget=speculation.min_budget,
     )
@@ -91,24 +93,24 @@ def random_outcome(planned, step_plan, rng):
     """What a device would say: 1 to 9 tokens of every verify lane."""
     lanes, rows = step_plan.shape.verify_lanes, step_plan.shape.num_queries
     is_seed = step_plan.views["seed_counts"] >= 0
-    accepted = np.where(is_seed, NOT_SEED, rng.integers(0, rows, lanes))
+    accepted = np.where(is_seed, SEED, rng.integers(0, rows, lanes))
     count = np.where(is_seed, 1, accepted + 1)
     count[len(planned.requests) :] = 0
-    packed = np.zeros((lanes, plan.OUTCOME_HEADER + 2 * rows), np.int32)
-    packed[:, plan.NUM_EMITTED], packed[:, plan.NUM_ACCEPTED] = count, accepted
-    return packed
+    return StepOutcome(
+        num_emitted=count.astype(np.int32),
+        num_accepted=accepted.astype(np.int32),
+        is_done=np.zeros(lanes, bool),
+        tokens=np.zeros((lanes, rows), np.int32),
+        logprobs=np.zeros((lanes, rows), np.float32),
+        cascade=None,
+    ).pack(np, lambda floats: floats.view(np.int32))
 
 
 def full_load(num_requests, context):
     """(Scheduler, Outputs) with a request for every slot; steps until all decode."""
     shape = make_shape(num_requests, context)
     scheduler = Scheduler(shape)
-    outputs = Outputs(
-        scheduler,
-        max_budget=shape.max_budget,
-        max_draft_tokens=_NUM_DRAFTS,
-        with_acceptance=True,
-    )
+    outputs = Outputs(shape, with_acceptance=True)
     for i in range(num_requests):
         output = make_output(i, context)
         outputs.add(output)
@@ -128,10 +130,10 @@ def measure(num_requests, context, num_steps):
         packed = random_outcome(planned, step_plan, rng)
         start = time.thread_time()
         outcome = StepOutcome.from_packed(packed, planned.num_queries)
-        outputs.commit(planned, outcome, 0, [], None)
+        commit(scheduler, outputs, planned, outcome, 0, [])
         times["commit"].append(time.thread_time() - start)
     lanes = scheduler.shape.verify_lanes
-    row = {"num_requests": num_requests, "verify_lanes": lanes}
+    row = {"verify_lanes": lanes}
     for name, values in times.items():
         micros = 1e6 * np.array(values[warm_up:])
         row[f"{name}_us"] = round(float(micros.mean()), 1)
@@ -161,32 +163,54 @@ def measure_loop(num_requests, context, num_steps, lag, dispatch_s, device_s):
             ready, packed = future.result()
             time.sleep(max(0.0, ready - time.perf_counter()))
             outcome = StepOutcome.from_packed(packed, planned.num_queries)
-            outputs.commit(planned, outcome, 0, [], None)
+            commit(scheduler, outputs, planned, outcome, 0, [])
     return 1e3 * (time.perf_counter() - start) / num_steps
 
 
-def main():
-    """Time every load and print a line each."""
-    with launch.checking():
-        counts = list(map(int, _REQUESTS.value))
-        if not counts or min(counts) < 1:
-            raise ValueError("--num_requests takes numbers of at least 1")
-        for count in counts:
-            make_shape(count, _CONTEXT.value)
-    rows = []
-    for count in counts:
-        rows.append(measure(count, _CONTEXT.value, _STEPS.value))
-        seconds = 1e-3 * _DISPATCH_MS.value, 1e-3 * _DEVICE_MS.value
-        rows[-1]["loop_ms_by_lag"] = [
-            measure_loop(count, _CONTEXT.value, _STEPS.value, lag, *seconds)
+class HostCost(Experiment):
+    """Host time of every load."""
+
+    name = "host_cost"
+    claim = "the host plans and commits a step in less time than a device step takes"
+    Config = HostCostConfig
+    SMOKE = dict(num_requests=(2,), context=50, num_steps=4, dispatch_ms=1.0)
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        for count in config.num_requests:
+            make_shape(count, config.context)
+
+    def rows(self):
+        """One for each load."""
+        return [{"num_requests": count} for count in self.config.num_requests]
+
+    def measure(self, row):
+        """Microseconds of plan and commit; milliseconds from step to step."""
+        config, count = self.config, row["num_requests"]
+        found = measure(count, config.context, config.num_steps)
+        found["loop_ms_by_lag"] = [
+            measure_loop(
+                count,
+                config.context,
+                config.num_steps,
+                lag,
+                1e-3 * config.dispatch_ms,
+                1e-3 * config.device_ms,
+            )
             for lag in (0, 1, 2)
         ]
-        print(rows[-1], flush=True)
-    if _OUTPUT.value:
-        own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        header = record.results_header(own_flags, commit=_COMMIT.value)
-        record.write_results(_OUTPUT.value, header | {"rows": rows})
+        return found
+
+    @staticmethod
+    def figure(axes, summary, records):
+        """Microseconds of a step by load."""
+        del summary
+        loads = [record["num_requests"] for record in records]
+        for name in ("plan_us", "commit_us"):
+            axes.plot(loads, [record[name] for record in records], "o-", label=name)
+        axes.set_xlabel("requests")
+        axes.set_ylabel("microseconds a step")
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(HostCost)

@@ -10,15 +10,14 @@ and may differ in what changes no token: slots, pages, chunks and kernels.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import pathlib
 import re
 
-from absl import flags
-
 from experiments import launch, record, signals
-from experiments.study import as_json, recorded, split
-from experiments.study_config import load_study, study_names
+from experiments.options import Writes, option
+from experiments.study import axes_of
+from experiments.study_config import as_json, as_row, load_study, split, study_names
 
 _FOLDERS = re.compile(r"(?<=[ =,])/[^ ,]*/")  # of the machine that measured
 _FREE = (
@@ -43,7 +42,7 @@ def join(parts, output, *, suffix):
             names = (first.keys() | now.keys()) - set(_FREE)
             if changed := record.differences(first, now, sorted(names)):
                 raise ValueError(f"{part} is of another run than {parts[0]}: {changed}")
-        found |= {json.dumps(recorded(r["row"]), sort_keys=True): r for r in records}
+        found |= {as_row(r): r for r in records}
         environment = record.read_json(part / "environment.json")
         environment["command"] = _FOLDERS.sub("", environment["command"])
         commits[environment.get("commit")] = None
@@ -51,14 +50,13 @@ def join(parts, output, *, suffix):
     config, inputs = settings[0]
     if inputs.get("launcher") != "study":
         raise ValueError(f"{parts[0]} holds no run of experiments.study")
-    cache = {name: config[name] for name in ("head_dim", "kv_bits")}
+    cache = {name: inputs[name] for name in ("head_dim", "kv_bits")}
     free = {name: value for name, value in config.items() if name not in _FREE}
     written = {}
     for name in study_names():
         study, header = load_study(name)
         wanted, _ = split(lambda row: row.for_model(**cache), study.rows)
-        keys = [json.dumps(as_json(row), sort_keys=True) for row in wanted]
-        rows = [found[key] for key in keys if key in found]
+        rows = [as_json(row) | found[row] for row in wanted if row in found]
         if not rows:
             continue
         path = pathlib.Path(output) / f"study_{name}_{suffix}"
@@ -67,27 +65,33 @@ def join(parts, output, *, suffix):
         ) as directory:
             directory.write_environment(environment)
             for row in rows:
-                directory.append(row | {"row": recorded(row["row"])})
-            summary = {"claim": study.claim, "header": header, "x": study.x}
-            summary |= {"series": study.series, "y": study.y}
+                directory.append(row)
+            summary = {"experiment": "study", "claim": study.claim}
+            summary |= {"rows_wanted": len(wanted), "rows_found": len(rows)}
+            summary |= axes_of(study, header)
             with signals.deferred():
                 directory.write_summary(summary)
                 signals.kept(path)
-        written[name] = len(rows), len(keys)
+        written[name] = len(rows), len(wanted)
     return written
 
 
-def main(parts):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JoinConfig(Writes):
+    """How the directories are called."""
+
+    suffix: str = option(text="study_NAME_SUFFIX.")
+
+
+def main(values, parts):
     """Join the parts named on the command line."""
     with launch.checking():
         if not parts:
             raise ValueError("name the run directories to join")
-        written = join(parts, flags.FLAGS.output, suffix=flags.FLAGS.suffix)
+        written = join(parts, values.output, suffix=values.suffix)
     for name, (rows, wanted) in written.items():
         print(f"{name}: {rows} of {wanted} rows")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "Where the directories go.", required=True)
-    flags.DEFINE_string("suffix", None, "study_NAME_SUFFIX.", required=True)
-    launch.run(main, takes_arguments=True)
+    launch.run(main, JoinConfig, takes_arguments=True)

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.host.request import Request, Status, token_array
 from sparsespec_jax.host.scheduler import Scheduler
-from sparsespec_jax.plan import RESTORE_CHUNKS, StepShape, pages_for
+from sparsespec_jax.plan.shape import RESTORE_CHUNKS, StepShape, pages_for
+from sparsespec_jax.plan.slot_params import NUM_SLOT_PARAMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class Replay:
                 num_prompt=prompt,
                 # What a server knows: the longest output, not the one to come.
                 limit=prompt + options.longest // options.scale,
-                slot_params=np.zeros(plan_lib.NUM_SLOT_PARAMS, np.int32),
+                slot_params=np.zeros(NUM_SLOT_PARAMS, np.int32),
                 budget_ratio=options.budget_ratio,
                 min_budget=options.min_budget // options.scale,
                 expected_length=end,
@@ -152,16 +152,14 @@ class Replay:
         draws = self._rng.random(count)
         committed = np.searchsorted(self._law, draws) + 1
         committed = np.where(is_seed, planned.num_rows, committed)
-        self.scheduler.commit(planned, committed)
         emitted = np.where(is_seed, 1, committed).tolist()
+        emissions = []
         for request, rows in zip(planned.requests, emitted, strict=True):
-            if request.status is Status.FINISHED:
-                continue
-            left = request.expected_length - len(request.tokens)
-            request.tokens.frombytes(bytes(4 * min(rows, left)))
-            if rows >= left:
-                self.scheduler.release(request)
-                self._finished += 1
+            if request.status is not Status.FINISHED:
+                left = request.expected_length - len(request.tokens)
+                emissions.append((request, [0] * min(rows, left), rows >= left))
+        self.scheduler.commit(planned, committed, emissions)
+        self._finished += sum(is_over for _, _, is_over in emissions)
 
     def _sample(self, steps):
         scheduler = self.scheduler

@@ -4,64 +4,58 @@ from __future__ import annotations
 
 import dataclasses
 
+from experiments.models import DTYPES
+from experiments.options import Options, option
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
-from sparsespec_jax.host.intake import check_prompt, make_request
+from sparsespec_jax.host.intake import check_length, make_request, prepare
 from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.policies.select import resolve_policy
 
 
-def _option(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Load:
+class Load(Options):
     """One load; every field is also a command-line flag.
 
     Raises:
         ValueError: a value is out of range; the message names it.
     """
 
-    model: str = _option("qwen3-8b", "A preset (random weights), or a model to load.")
-    random_weights: bool = _option(True, "Weights of the preset's shapes, not real.")
-    dtype: str = _option("bfloat16", "Type of weights and KV: float32 or bfloat16.")
-    num_requests: int = _option(64, "Requests, all submitted at the start.")
-    num_slots: int = _option(64, "Requests decoded at the same time.")
-    prompt_length: int = _option(
+    model: str = option("qwen3-8b")
+    random_weights: bool = option(True, "Weights of the preset's shapes, not real.")
+    dtype: str = option("bfloat16", "Type of weights and KV.", choices=DTYPES)
+    num_requests: int = option(64, "Requests, all submitted at the start.", at_least=1)
+    num_slots: int = option(64, "Requests decoded at the same time.")
+    prompt_length: int = option(
         512, "Random tokens per prompt; 0: prompts of --prompts, or the built-in ones."
     )
-    new_tokens: int = _option(4096, "Tokens per request; end-of-text is ignored.")
-    max_length: int = _option(0, "Prompt and output at most; 0: what the load needs.")
-    temperature: float = _option(0.65, "0 is greedy.")
-    num_draft_tokens: int = _option(8, "Drafts per cycle, k.")
-    budget_ratio: float = _option(0.05, "Share of the context that a draft reads, s.")
-    min_budget: int = _option(192, "Tokens that a draft reads at least.")
-    chooses_k: bool = _option(
+    # A request's first token comes with its prompt: one more is decoded.
+    new_tokens: int = option(
+        4096, "Tokens per request; end-of-text is ignored.", at_least=2
+    )
+    max_length: int = option(0, "Prompt and output at most; 0: what the load needs.")
+    temperature: float = option(0.65, "0 is greedy.")
+    num_draft_tokens: int = option(8, "Drafts per cycle; k = 0 runs too.", at_least=1)
+    budget_ratio: float = option(0.05, "Share of the context that a draft reads, s.")
+    min_budget: int = option(192, "Tokens that a draft reads at least.")
+    chooses_k: bool = option(
         False, "Let the cost model turn speculation off and on, every 64 steps."
     )
-    policy: str = _option("pillar", "Selection policy.")
-    mass_rows: str = _option("all", "Verify rows whose attention counts: all or edges.")
-    scope: str = _option("kv_head", "One selection per kv_head or per layer.")
-    forced_acceptance: float = _option(
+    policy: str = option("pillar", "Selection policy.")
+    mass_rows: str = option("all", "Verify rows whose attention counts: all or edges.")
+    scope: str = option("kv_head", "One selection per kv_head or per layer.")
+    forced_acceptance: float = option(
         -1.0,
         "Mean accepted drafts to force, for random weights; -1: real.",
     )
-    page_size: int = _option(64, "Tokens per KV page.")
-    kv_gib: float = _option(0.0, "Size of the KV pool; 0: what the slots can need.")
-    prefill_chunk: int = _option(512, "Prompt tokens of one prefill lane and step.")
-    prefill_lanes: int = _option(4, "Prompts prefilled in the same step.")
-    lag: int = _option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
+    page_size: int = option(64, "Tokens per KV page.")
+    kv_gib: float = option(0.0, "Size of the KV pool; 0: what the slots can need.")
+    prefill_chunk: int = option(512, "Prompt tokens of one prefill lane and step.")
+    prefill_lanes: int = option(4, "Prompts prefilled in the same step.")
+    lag: int = option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        # A request's first token comes with its prompt: one more is decoded.
-        for name, least in {"num_requests": 1, "new_tokens": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}")
-        if self.num_draft_tokens < 1:
-            raise ValueError("num_draft_tokens must be at least 1: k = 0 always runs")
+        super().__post_init__()
         self.sampling(0), self.speculation(), self.engine(1, None)
         resolve_policy(self.policy)
 
@@ -120,9 +114,9 @@ def check_requests(model, prompts, laws, speculation, config):
         chunk_pages=config.host_chunk_pages,
     )
     for number, (prompt, law) in enumerate(zip(prompts, laws, strict=True)):
-        check_prompt(model, prompt, law, found.max_length)
-        request = make_request(model, prompt, law, speculation, request_id=number)
-        scheduler.check(request)
+        prepared = prepare(model, prompt, law)
+        check_length(prepared, model, found.max_length)
+        scheduler.check(make_request(prepared, speculation, number))
 
 
 _SMOLLM2 = Load(

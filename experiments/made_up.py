@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from experiments import signals, time_split
+from experiments.models import SHAPES
 from pallas_kernels import device_trace
 from pallas_kernels.common import default_impl
 from sparsespec_jax import Engine, sizes
 from sparsespec_jax.device.state import pool_bytes_per_page
-from sparsespec_jax.models.config import PRESETS
+from sparsespec_jax.host.cost_model import CostModel
 from sparsespec_jax.tuning import calibrate
-from sparsespec_jax.tuning.cost_model import CostModel
 
 
 def options(load, choices: list[int], longest: int):
@@ -38,7 +38,7 @@ def make_engine(model, load, choices: list[int], longest: int) -> Engine:
 
 def fits(load, choices, length, most_bytes) -> bool:
     """Whether a pool of so many bytes holds `length` tokens in every slot."""
-    model = PRESETS[load.model]
+    model = SHAPES[load.model]
     speculation, config = options(load, choices, length)
     if config.max_length > model.max_length:
         return False
@@ -82,7 +82,7 @@ def trace_steps(engine, k: int, length: int, num_steps: int) -> dict:
     with signals.temporary_directory() as directory:
         with device_trace.trace(directory):
             for step in range(num_steps):
-                outcome = engine.run_plan(plans[step % len(plans)])
+                outcome = calibrate.run_plan(engine, plans[step % len(plans)])
             outcome.block_until_ready()
         plan_size = plans[0].buffer.size
         return time_split.split_of_steps(directory, plan_size, num_steps, 20)

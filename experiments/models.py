@@ -20,19 +20,34 @@ TINY = ModelConfig(
 )
 
 
+DTYPES = ("float32", "bfloat16")
 SHAPES = PRESETS | {"tiny": TINY}  # of models with random weights
 
 
-def random_model(preset: str, dtype) -> Model:
-    """Random weights with the shapes of a preset, or tiny ones.
-
-    Raises:
-        ValueError: no such preset.
-    """
+def shapes(preset: str) -> ModelConfig:
+    """Those of a preset, or tiny ones; ValueError if there are none of that name."""
     if preset not in SHAPES:
         raise ValueError(f"model must be one of {sorted(SHAPES)}, got {preset!r}")
-    params = init_params(SHAPES[preset], seed=0, dtype=dtype)
-    return Model(name=preset, config=SHAPES[preset], params=params, tokenizer=None)
+    return SHAPES[preset]
+
+
+def random_model(preset: str, dtype) -> Model:
+    """Random weights with these shapes."""
+    config = shapes(preset)
+    params = init_params(config, seed=0, dtype=dtype)
+    return Model(name=preset, config=config, params=params, tokenizer=None)
+
+
+# Options of smoke runs: alike, so that those of one process share compiled steps.
+SMOKE = dict(
+    model="tiny", max_tokens=12, num_draft_tokens=2, budget_ratio=0.2, min_budget=0,
+    num_slots=2, page_size=4, prefill_chunk=32,
+)  # fmt: skip
+
+
+def smoke(*names, **others):
+    """Those of SMOKE that an experiment has, and others of its own."""
+    return {name: SMOKE[name] for name in names} | others
 
 
 def tiny_model() -> Model:

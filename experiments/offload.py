@@ -1,6 +1,6 @@
 """What page pressure costs: one over-subscribed load under every KV policy.
 
-    python -m experiments.offload --output experiments/results/offload_h100.json
+    python -m experiments.offload --output experiments/results/offload_h100
 
 Re-measures the KV manager's share of the paper's gain (arXiv 2512.01278, section 4.4)
 on random weights of a preset's shapes. The pool holds `--pool_share` of what the load
@@ -13,123 +13,130 @@ Acceptance is forced, as weights are random. Expected on an H100: a ratio of at 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import sys
 
-from absl import flags
-
-from experiments import launch, record, time_split
+from experiments import experiment, pressure, time_split
+from experiments.experiment import Experiment
 from experiments.loads import check_requests
-from experiments.models import random_model
-from experiments.pressure import (
-    MODES,
-    make_load,
-    metrics_of,
-    pool_pages,
-    run_mode,
-    trace_copies,
-)
+from experiments.models import DTYPES, random_model, shapes
+from experiments.options import Options, option
 from sparsespec_jax import EngineConfig, SpeculationConfig
-from sparsespec_jax.models.config import PRESETS
 
-_MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes to run.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["float32", "bfloat16"], "Type of weights and KV."
-)
-_REQUESTS = flags.DEFINE_integer(
-    "num_requests", 64, "Requests, and slots.", lower_bound=1
-)
-_PROMPT = flags.DEFINE_integer(
-    "prompt_length", 512, "Tokens of a prompt.", lower_bound=1
-)
-_NEW = flags.DEFINE_integer(
-    "new_tokens", 1024, "Mean output; half to 1.5 times it.", lower_bound=1
-)
-_SHARE = flags.DEFINE_float(
-    "pool_share", 0.5, "Pool over what the load needs.", lower_bound=0.01
-)
-_K = flags.DEFINE_integer("num_draft_tokens", 8, "Drafts per cycle.", lower_bound=1)
-_FORCED = flags.DEFINE_float("forced_acceptance", 6.16, "Mean accepted drafts.")
-_PAGE = flags.DEFINE_integer("page_size", 64, "Tokens per page.", lower_bound=1)
-_CHUNK = flags.DEFINE_integer(
-    "chunk_pages", 16, "Pages copied at a time.", lower_bound=1
-)
-_LAG = flags.DEFINE_integer(
-    "lag", 1, "Steps between dispatch and outcome.", lower_bound=0
-)
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 2, "Runs of each of the first two modes.", lower_bound=1
-)
-_RIVALS = flags.DEFINE_bool("rivals", True, "Run recompute and reserve, too.")
-_TRACE = flags.DEFINE_bool("trace", True, "Trace copies (needs a GPU).")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
+TRACE = "trace"  # a mode beside those of pressure: what copies add to some steps
 
 
-def engine_config(mode: str, num_pages: int) -> EngineConfig:
-    """The engine's sizes under one of MODES."""
-    return EngineConfig(
-        num_slots=_REQUESTS.value,
-        page_size=_PAGE.value,
-        num_pages=num_pages,
-        max_length=_PROMPT.value + _NEW.value * 3 // 2,
-        prefill_chunk=512,
-        prefill_lanes=4,
-        lag=_LAG.value,
-        kv_policy=mode if mode in ("recompute", "reserve") else "offload",
-        host_chunk_pages=_CHUNK.value,
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadConfig(Options):
+    """The load, and the pool that it does not fit into."""
+
+    model: str = option("qwen3-8b")
+    dtype: str = option("bfloat16", "Type of weights and KV.", choices=DTYPES)
+    num_requests: int = option(64, "Requests, and slots.", at_least=1)
+    prompt_length: int = option(512, "Tokens of a prompt.", at_least=1)
+    new_tokens: int = option(1024, "Mean output; half to 1.5 times it.", at_least=1)
+    pool_share: float = option(0.5, "Pool over what the load needs.", at_least=0.01)
+    num_draft_tokens: int = option(8, "Drafts per cycle.", at_least=1)
+    forced_acceptance: float = option(6.16, "Mean accepted drafts.")
+    page_size: int = option(64, "Tokens per page.", at_least=1)
+    chunk_pages: int = option(16, "Pages copied at a time.", at_least=1)
+    lag: int = option(1, "Steps between dispatch and outcome.", at_least=0)
+    repeats: int = option(2, "Runs of each of the first two modes.", at_least=1)
+    rivals: bool = option(True, "Run recompute and reserve, too.")
+    trace: bool = option(True, "Trace copies (needs a GPU).")
 
 
-def main():
-    """Run every mode and write the results file after each."""
-    load = make_load(
-        PRESETS[_MODEL.value].vocab_size,
-        num_requests=_REQUESTS.value,
-        prompt_length=_PROMPT.value,
-        new_tokens=_NEW.value,
-    )
-    with launch.checking():
-        speculation = SpeculationConfig(
-            num_draft_tokens=_K.value,
+class Offload(Experiment):
+    """Every KV policy under pressure, and where the copies go."""
+
+    name = "offload"
+    claim = "copies of pages to host memory and back cost 5 % of the rate at most"
+    Config = OffloadConfig
+    SMOKE = dict(
+        model="tiny", dtype="float32", num_requests=2, prompt_length=8, new_tokens=16,
+        pool_share=0.9, num_draft_tokens=2, forced_acceptance=1.5, page_size=4,
+        chunk_pages=2, repeats=1, rivals=False, trace=False,
+    )  # fmt: skip
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        self.speculation = SpeculationConfig(
+            num_draft_tokens=config.num_draft_tokens,
             acceptor="forced",
-            forced_acceptance=_FORCED.value,
+            forced_acceptance=config.forced_acceptance,
         )
-        pages = pool_pages(
-            load, share=_SHARE.value, page_size=_PAGE.value, speculation=speculation
-        )
-        if _TRACE.value:
+        if config.trace:
             time_split.check_can_trace("--notrace")
-        for mode in MODES:
-            engine_config(mode, pages)
-        model = random_model(_MODEL.value, _DTYPE.value)
-        for mode in MODES:
-            check_requests(model, *load, speculation, engine_config(mode, pages))
-    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    header = record.results_header(own_flags, commit=_COMMIT.value)
-    runs = {mode: [] for mode in MODES}
-    order = [*MODES[:2] * _REPEATS.value, *MODES[2:] * _RIVALS.value]
-    for mode in order:
-        config = engine_config(mode, pages)
-        copies = mode != "offload_without_copies"
-        run = run_mode(model, load, speculation, config, copies=copies)
-        gc.collect()  # the pool must go before the next one comes
-        runs[mode].append(run)
-        shown = {k: v for k, v in run.items() if k != "history"}
-        print(mode, shown, flush=True)
-        results = {"num_pages": pages, "metrics": metrics_of(runs), "runs": runs}
-        record.write_results(_OUTPUT.value, header | results)
-    print(metrics_of(runs))
-    if _TRACE.value:
-        first = runs["offload"][0]["busiest_step"]
-        if not runs["offload"][0]["spilled_gib"]:
-            sys.exit("no page moved, so no copies to trace: lower --pool_share")
-        results["copies"] = trace_copies(
-            model, load, speculation, engine_config("offload", pages), first
+        self.load = pressure.make_load(
+            shapes(config.model).vocab_size,
+            num_requests=config.num_requests,
+            prompt_length=config.prompt_length,
+            new_tokens=config.new_tokens,
         )
-        print(results["copies"])
-        record.write_results(_OUTPUT.value, header | results)
+        self.parts["prompts"] = self.load[0]
+        self.num_pages = pressure.pool_pages(
+            self.load,
+            share=config.pool_share,
+            page_size=config.page_size,
+            speculation=self.speculation,
+        )
+        modes = dict.fromkeys(row["mode"] for row in self.rows())
+        engines = list(map(self.engine_config, modes))
+        self.model = random_model(config.model, config.dtype)
+        for engine in engines:
+            check_requests(self.model, *self.load, self.speculation, engine)
+
+    def engine_config(self, mode: str) -> EngineConfig:
+        """The engine's sizes under one of pressure.MODES."""
+        config = self.config
+        return EngineConfig(
+            num_slots=config.num_requests,
+            page_size=config.page_size,
+            num_pages=self.num_pages,
+            max_length=config.prompt_length + config.new_tokens * 3 // 2,
+            prefill_chunk=min(512, config.prompt_length),
+            prefill_lanes=4,
+            lag=config.lag,
+            kv_policy=mode if mode in ("recompute", "reserve") else "offload",
+            host_chunk_pages=config.chunk_pages,
+        )
+
+    def rows(self):
+        """Runs of each mode, the first two repeatedly; then the trace of copies."""
+        first, others = pressure.MODES[:2], pressure.MODES[2:]
+        config = self.config
+        runs = [(mode, i) for i in range(config.repeats) for mode in first]
+        runs += [(mode, 0) for mode in others * config.rivals]
+        runs += [(TRACE, 0)] * config.trace
+        return [{"mode": mode, "repeat": repeat} for mode, repeat in runs]
+
+    def measure(self, row):
+        """One run, or the trace of the busiest steps of the first one."""
+        mode = row["mode"]
+        load = self.model, self.load, self.speculation, self.engine_config(mode)
+        if mode == TRACE:
+            return pressure.trace_copies(*load, self._busiest_step())
+        found = pressure.run_mode(*load, copies=mode != "offload_without_copies")
+        gc.collect()  # the pool must go before the next one comes
+        return found
+
+    def _busiest_step(self):
+        first = {"mode": "offload", "repeat": 0}
+        (found,) = experiment.records_of(self.directory.records, [first])
+        if not found["spilled_gib"]:
+            raise ValueError("no page moved: lower --pool_share")
+        return found["busiest_step"]
+
+    def describe(self, records):
+        """Rates of the modes, and their ratios."""
+        runs = {mode: [] for mode in pressure.MODES}
+        for record in records:
+            if record["mode"] != TRACE:
+                runs[record["mode"]].append(record)
+        copies = [record for record in records if record["mode"] == TRACE]
+        found = {"num_pages": self.num_pages} | pressure.metrics_of(runs)
+        return found | ({"copies": copies[0]} if copies else {})
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(Offload)

@@ -59,7 +59,10 @@ class Options:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            items = value if field.metadata["kind"] is tuple else (value,)
+            is_list = field.metadata["kind"] is tuple
+            if is_list and field.default and value == ():
+                raise ValueError(f"--{field.name} is empty: name at least one")
+            items = value if is_list else (value,)
             for item in items or ():
                 if item is not None:
                     _check(field.name, item, **field.metadata)
@@ -123,10 +126,15 @@ def parse(kind, changes=None):
         for name, value in given.items()
         if value is not None
     }
-    values = kind.defaults(given) | (changes or {}) | given
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in values:
-            raise ValueError(f"--{name} is missing: {field.metadata['help']}")
+    return make(kind, (changes or {}) | given)
+
+
+def make(kind, values):
+    """The record of `kind` with these values; ValueError as `parse`."""
+    values = kind.defaults(values) | values
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"--{field.name} is missing: {field.metadata['help']}")
     return kind(**values)
 
 

@@ -64,7 +64,7 @@ class RunDirectory(contextlib.AbstractContextManager):
             self.path.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path / "results.jsonl", "a+b", buffering=0)
         except OSError as error:
-            raise RunError(f"output_dir {self.path}: {error.strerror}") from None
+            raise RunError(f"output {self.path}: {error.strerror}") from None
         try:
             self._lock()
             check(path, **names)  # now nobody else can change it
@@ -144,7 +144,7 @@ def check(path, *, config: dict, inputs: dict, resume: bool) -> None:
     if has_tokens and not resume:
         raise RunError(
             f"{path} already holds a run: add --resume to continue it, or name "
-            "another --output_dir"
+            "another --output"
         )
     if resume and (path / "config.json").exists():
         _check_same(path, config, inputs)
@@ -211,23 +211,23 @@ def _check_same(path, config, inputs):
         raise RunError(
             f"{path} does not say what its prompts and its model were (no inputs.json: "
             "an earlier version wrote it), so going on could give other tokens: name "
-            "another --output_dir"
+            "another --output"
         )
     recorded = read_json(path / "inputs.json")
     if (other := recorded.get("launcher")) != inputs.get("launcher"):
         raise RunError(
-            f"{path} holds a run of experiments.{other}: name another --output_dir"
+            f"{path} holds a run of experiments.{other}: name another --output"
         )
     config = json.loads(json.dumps(config))  # as it would be read back
     if changed := differences(wanted, config, sorted(wanted.keys() | config.keys())):
         raise RunError(
             f"{path} holds a run with other flags: {changed}. Resume with the recorded "
-            "values, or name another --output_dir"
+            "values, or name another --output"
         )
     if changed := differences(recorded, inputs, inputs):
         raise RunError(
             f"{path} holds a run of other inputs: {changed}. Resume with what they "
-            "were, or name another --output_dir"
+            "were, or name another --output"
         )
 
 
@@ -311,6 +311,7 @@ def _parse(data, path):
             raise RunError(f"{path}:{number} is damaged: {error}") from None
         if not isinstance(records[-1], dict):
             raise RunError(f"{path}:{number} is damaged: no object")
+        records[-1] = records[-1].pop("row", {}) | records[-1]  # of earlier versions
     return records, complete
 
 

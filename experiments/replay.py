@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsespec_jax.models import transformer as model_lib
-from sparsespec_jax.plan import budget_tokens
+from sparsespec_jax.plan.shape import budget_tokens
 from sparsespec_jax.policies.base import (
     SelectionOptions,
     SelectionView,

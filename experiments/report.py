@@ -10,15 +10,15 @@ copy, is named at the end of the page and shows neither table nor picture.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import pathlib
 
-from absl import flags
-
 from experiments import claims, evidence, launch, record
 from experiments.claims import NOT_MEASURED, figure
-from experiments.study_config import load_study, study_names
+from experiments.options import Writes, option
+from experiments.study_config import Row, as_json, load_study, study_names
 
 _HEADER = ("claim", "verdict", "measured", "device", "rows", "command")
 _INTRO = """\
@@ -27,7 +27,8 @@ Made by `python -m experiments.report --output docs/report.md`, not by hand.
 - Claims are those of SparseSpec (arXiv 2512.01278) unless they are marked "own".
 - The verdict is "met", "missed", "undecided" (within two standard errors) or "not
   measured". It is empty where a claim names no figure to meet.
-- Rows are "found of wanted". Only runs that are complete and of a clean commit count.
+- Rows are "found of wanted", a question mark where an older file does not tell. Only
+  runs that are complete and of a clean commit count; of others the rows are named too.
 - The paper measures models of 8B and more. Where a row says smollm2 (135M) or random
   weights, it is another question than the paper's."""
 
@@ -44,46 +45,53 @@ def collect(results):
             if _is_of(entry, whose)
         ]
         usable = [pair for pair in pairs if not pair[0].why_not()]
-        rows += [_row_of(claim, *judge(_content(e)), entry=e) for e, judge in usable]
+        rows += [_row_of(claim, *judge(e.content()), entry=e) for e, judge in usable]
         if not usable:
-            rows.append(_row_of(claim, NOT_MEASURED, _reasons(e for e, _ in pairs)))
+            wanted = sum(map(_num_wanted, judges))
+            rows.append(_not_measured(claim, [e for e, _ in pairs], wanted))
         judged |= {entry.path.name for entry, _ in pairs}
     rows += _other_studies(found)
     for name, entry in found.items():
         if not (name in judged or entry.study or entry.why_not()):
-            what = _content(entry).get("what", "see the file")
+            what = entry.content().get("what", "see the file")
             rows.append(_row_of("own: see its command", "", what, entry=entry))
     return rows, found
 
 
 def _is_of(entry, whose):
-    """Whether an entry is the study or has the name that CLAIMS asks for."""
+    """Whether an entry is the study or of the experiment that CLAIMS asks for."""
     if whose.startswith("study:"):
         return entry.study == whose.removeprefix("study:")
-    return entry.path.name.startswith(whose)
+    return entry.is_of(whose)
 
 
-def _content(entry):
-    """What a judge takes: a results file, or config and records of a study."""
-    if entry.study:
-        config, records = record.load(entry.path)
-        return {"flags": config, "rows": [found["row"] | found for found in records]}
-    if entry.path.is_file():
-        return record.read_json(entry.path)
-    names = "results.json", "summary.json"
-    return record.read_json(next(p for n in names if (p := entry.path / n).exists()))
+def _num_wanted(whose):
+    """Rows that whom CLAIMS asks for would measure; of an experiment at least one."""
+    if whose.startswith("study:"):
+        return len(load_study(whose.removeprefix("study:"))[0].rows)
+    return 1
 
 
-def _row_of(claim, verdict, measured, *, entry=None):
-    of = entry and entry.rows
+def _row_of(claim, verdict, measured, *, entry):
     return {
         "claim": claim,
         "verdict": verdict,
         "measured": measured,
-        "device": entry.device if entry else "",
-        "rows": f"{of[0]} of {of[1]}" if of else "",
-        "command": entry.command if entry else "",
+        "device": entry.device,
+        "rows": entry.rows,
+        "command": entry.command,
         "entry": entry,
+    }
+
+
+def _not_measured(claim, entries, wanted):
+    """The row of a claim that no entry, or none of these, is evidence for."""
+    return dict.fromkeys(_HEADER, "") | {
+        "claim": claim,
+        "verdict": NOT_MEASURED,
+        "measured": _reasons(entries),
+        "rows": "; ".join(entry.rows for entry in entries) or f"0 of {wanted}",
+        "entry": None,
     }
 
 
@@ -98,13 +106,13 @@ def _other_studies(found):
     for name in study_names():
         if f"study:{name}" in asked or name == "everything":  # the others' rows
             continue
-        claim = load_study(name)[0].claim
+        study, _ = load_study(name)
         entries = [entry for entry in found.values() if entry.study == name]
         usable = [entry for entry in entries if not entry.why_not()]
         for entry in usable:
-            yield _row_of(claim, "", _headline(entry), entry=entry)
+            yield _row_of(study.claim, "", _headline(entry), entry=entry)
         if not usable:
-            yield _row_of(claim, NOT_MEASURED, _reasons(entries))
+            yield _not_measured(study.claim, entries, len(study.rows))
 
 
 _SHOWN = 5  # rows of a study in its line
@@ -112,16 +120,14 @@ _SHOWN = 5  # rows of a study in its line
 
 def _headline(entry):
     """The first rows in a line: what the figure of the study shows."""
-    summary = record.read_json(entry.path / "summary.json")
-    records, texts = record.load(entry.path)[1], []
-    for found in records[:_SHOWN]:
-        row = found["row"]
+    summary, records, texts = entry.run.figures, entry.run.rows, []
+    for row in records[:_SHOWN]:
         own = row["proposer"] if row["proposer"] != "self" else row["policy"]
         name = (
             own if summary["series"] in ("mode", "policy") else row[summary["series"]]
         )
         at = "" if summary["x"] == "policy" else f" at {_setting(row[summary['x']])}"
-        value = figure(found.get(summary["y"]) or found.get("expected_accepted"))
+        value = figure(row.get(summary["y"]) or row.get("expected_accepted"))
         texts.append(f"{name}{at}: {value}")
     more = len(records) - _SHOWN
     name = summary["y"].replace("_", " ")
@@ -130,8 +136,8 @@ def _headline(entry):
 
 def study_table(summary, records):
     """Header and rows of one study: what varied, then every figure worth a column."""
-    rows = [found["row"] for found in records]
-    varied = [n for n in rows[0] if len({json.dumps(r[n]) for r in rows}) > 1]
+    fields = as_json(Row())
+    varied = [n for n in fields if len({json.dumps(r.get(n)) for r in records}) > 1]
     names = [summary["x"], *(n for n in varied if n != summary["x"])]
     figures = (
         "mean_accepted_draft_tokens",
@@ -148,7 +154,7 @@ def study_table(summary, records):
     used = [n for n in figures if any(n in found for found in records)]
     table = [[*names, *used]]
     for found in records:
-        cells = [_setting(found["row"][n]) for n in names]
+        cells = [_setting(found.get(n)) for n in names]
         table.append([*cells, *(figure(found.get(n)) for n in used)])
     return table
 
@@ -161,9 +167,8 @@ def study_sections(found):
     """(entry, claim, table) of every study that is evidence."""
     for entry in found.values():
         if entry.study and not entry.why_not():
-            summary = record.read_json(entry.path / "summary.json")
-            records = record.load(entry.path)[1]
-            yield entry, summary["claim"], study_table(summary, records)
+            summary = entry.run.figures
+            yield entry, summary["claim"], study_table(summary, entry.run.rows)
 
 
 def as_markdown(collected, folder):
@@ -225,13 +230,20 @@ def as_html(collected, folder):
     return f"<!doctype html><meta charset=utf-8><h1>What is measured</h1>{page}\n"
 
 
-def main():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig(Writes):
+    """Where the results are."""
+
+    results: str = option("experiments/results", "Folder to read.")
+
+
+def main(values):
     """Write the page."""
-    output = pathlib.Path(flags.FLAGS.output)
+    output = pathlib.Path(values.output)
     with launch.checking():
-        collected = collect(flags.FLAGS.results)
+        collected = collect(values.results)
         if not collected[1]:
-            raise ValueError(f"--results {flags.FLAGS.results} holds no results")
+            raise ValueError(f"--results {values.results} holds no results")
     make = as_html if output.suffix == ".html" else as_markdown
     output.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(output, make(collected, output.parent))
@@ -239,6 +251,4 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("results", "experiments/results", "Folder to read.")
-    flags.DEFINE_string("output", None, "The page to write.", required=True)
-    launch.run(main)
+    launch.run(main, ReportConfig)

@@ -1,6 +1,6 @@
 """The KV manager and the scheduler over a long trace: no model and no device.
 
-    python -m experiments.simulate --output experiments/results/kv_simulator.json
+    python -m experiments.simulate --output experiments/results/kv_simulator
 
 Replays lognormal output lengths (the paper's AIME runs: 13,000 tokens on average,
 arXiv 2512.01278) through the real Scheduler under every KV policy and predicts the
@@ -20,37 +20,32 @@ import signal
 import sys
 from multiprocessing import resource_tracker
 
-from absl import flags
-
-from experiments import launch, record, signals
+from experiments import experiment, signals
+from experiments.experiment import Experiment
 from experiments.kv_trace import Replay, TraceOptions, make_shape
+from experiments.options import Options, option
 from sparsespec_jax.config import KV_POLICIES
 
-_REQUESTS = flags.DEFINE_integer(
-    "num_requests", 100_000, "Requests of the trace.", lower_bound=1
-)
-_OTHERS = flags.DEFINE_integer(
-    "num_baseline_requests",
-    20_000,
-    "The same for all policies but the first.",
-    lower_bound=1,
-)
-_SLOTS = flags.DEFINE_integer(
-    "num_slots", 256, "Requests decoded at the same time.", lower_bound=1
-)
-_SHARE = flags.DEFINE_float(
-    "pool_share", 0.75, "Pool over what the slots would hold.", lower_bound=0.01
-)
-_SCALE = flags.DEFINE_integer("scale", 32, "Tokens per simulated token.", lower_bound=1)
-_POLICIES = flags.DEFINE_list("policies", list(KV_POLICIES), "KV policies to replay.")
-flags.register_validator(
-    "policies",
-    lambda names: names and set(names) <= set(KV_POLICIES),
-    f"policies takes some of {KV_POLICIES}",
-)
-_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes at a time.", lower_bound=1)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulateConfig(Options):
+    """The trace, and how it is replayed."""
+
+    num_requests: int = option(100_000, "Requests of the trace.", at_least=1)
+    num_baseline_requests: int = option(
+        20_000, "The same for all policies but the first.", at_least=1
+    )
+    num_slots: int = option(256, "Requests decoded at the same time.", at_least=1)
+    pool_share: float = option(
+        0.75, "Pool over what the slots would hold.", at_least=0.01
+    )
+    scale: int = option(32, "Tokens per simulated token.", at_least=1)
+    policies: tuple[str, ...] = option(
+        KV_POLICIES, "KV policies to replay.", choices=KV_POLICIES
+    )
+    num_workers: int = option(
+        2, "Processes at a time; 1: in this one.", at_least=1, is_recorded=False
+    )
 
 
 def replay_into(sender, options, policy):
@@ -96,28 +91,67 @@ def _start_without_interrupts(process):
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def main():
-    """Replay every policy and write the results file after each."""
-    with launch.checking():
-        options = TraceOptions(
-            num_requests=_REQUESTS.value,
-            num_slots=_SLOTS.value,
-            pool_share=_SHARE.value,
-            scale=_SCALE.value,
+class Simulate(Experiment):
+    """Every policy over the trace."""
+
+    name = "simulate"
+    claim = "offloading keeps the pool full and computes no token twice"
+    Config = SimulateConfig
+    SMOKE = dict(
+        num_requests=30, num_baseline_requests=30, num_slots=8, scale=64,
+        policies=("offload", "recompute"), num_workers=1,
+    )  # fmt: skip
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        make_shape(self.options_of(config.policies[0]))
+
+    def options_of(self, policy):
+        """The trace that a policy replays; the first policy has all of it."""
+        config = self.config
+        is_first = policy == config.policies[0]
+        return TraceOptions(
+            num_requests=config.num_requests
+            if is_first
+            else config.num_baseline_requests,
+            num_slots=config.num_slots,
+            pool_share=config.pool_share,
+            scale=config.scale,
         )
-        make_shape(options)
-    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    header = record.results_header(own_flags, commit=_COMMIT.value)
-    header["trace"] = dataclasses.asdict(options)
-    shorter = dataclasses.replace(options, num_requests=_OTHERS.value)
-    first, *others = _POLICIES.value
-    calls = [(options, first), *((shorter, policy) for policy in others)]
-    rows = []
-    for row in replay_all(calls, _WORKERS.value):
-        print({k: v for k, v in row.items() if k != "series"}, flush=True)
-        rows.append(row)
-        record.write_results(_OUTPUT.value, header | {"rows": rows})
+
+    def rows(self):
+        """One for each policy."""
+        return [{"policy": policy} for policy in self.config.policies]
+
+    def measure(self, row):
+        """The replay of a policy in this process."""
+        return Replay(self.options_of(row["policy"]), row["policy"]).run()
+
+    def measure_all(self, rows):
+        """Some replays at a time, each in a process of its own."""
+        if self.config.num_workers == 1:
+            yield from super().measure_all(rows)
+            return
+        calls = [(self.options_of(row["policy"]), row["policy"]) for row in rows]
+        for found in replay_all(calls, self.config.num_workers):
+            yield {"policy": found["policy"]}, found
+
+    def describe(self, records):
+        """What was replayed, and how full the pool was."""
+        trace = dataclasses.asdict(self.options_of(self.config.policies[0]))
+        used = {f"utilisation {r['policy']}": r["utilisation"] for r in records}
+        return {"trace": trace} | used
+
+    @staticmethod
+    def figure(axes, summary, records):
+        """The pool's use over the steps."""
+        del summary
+        for record in records:
+            series = record["series"]
+            axes.plot(series["step"], series["utilisation"], label=record["policy"])
+        axes.set_xlabel("step")
+        axes.set_ylabel("share of the pool in use")
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(Simulate)

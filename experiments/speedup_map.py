@@ -1,6 +1,6 @@
 """Where speculation pays: speed-up over context length and slots, and the k chosen.
 
-    python -m experiments.speedup_map --output experiments/results/speedup_map_h100.json
+    python -m experiments.speedup_map --output experiments/results/speedup_map_h100
 
 Times the compiled step of every k on made-up caches (random weights, options of a
 load), for each number of slots and context length, and turns them into tokens per
@@ -14,93 +14,132 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 
-from absl import flags
-
-from experiments import launch, made_up, record
+from experiments import experiment, made_up
+from experiments.experiment import Experiment
 from experiments.loads import LOADS
-from experiments.models import random_model
+from experiments.models import SHAPES, random_model
+from experiments.options import Options, option
 from sparsespec_jax import sizes
-from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.tuning import calibrate
 
-_LOAD = flags.DEFINE_enum(
-    "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose options are timed."
-)
-_MODEL = flags.DEFINE_enum("model", None, sorted(PRESETS), "Another model's shapes.")
-_SLOTS = flags.DEFINE_list("slots", ["8", "32", "128"], "Numbers of slots.")
-_LENGTHS = flags.DEFINE_list(
-    "lengths", ["256", "1024", "2048", "4096", "10000", "32000"], "Context lengths."
-)
-_CHOICES = flags.DEFINE_list("choices", ["0", "4", "8"], "Numbers of drafts, k.")
-_ACCEPTANCE = flags.DEFINE_float(
-    "acceptance", 0.93, "Assumed, given those before.", lower_bound=0, upper_bound=1
-)
-_KV_GIB = flags.DEFINE_float("kv_gib", 50.0, "Size of the KV pool.", lower_bound=0.01)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedupMapConfig(Options):
+    """Which steps are timed."""
 
-def options_from_flags():
-    """(load, numbers of drafts, [(load of some slots, lengths that fit)]).
-
-    Raises ValueError if something is off.
-    """
-    slots, lengths, choices = (
-        sorted({int(x) for x in flag.value}) for flag in (_SLOTS, _LENGTHS, _CHOICES)
+    load: str = option(
+        "qwen3_8b_64x512x4096", "Load whose options are timed.", choices=sorted(LOADS)
     )
-    if 0 not in choices:
-        raise ValueError("choices must hold 0, which the speed-up is against")
-    if slots[0] < 1 or lengths[0] < 2:
-        raise ValueError("slots must be at least 1 and lengths at least 2")
-    load = LOADS[_LOAD.value]
-    load = dataclasses.replace(load, model=_MODEL.value or load.model)
-    if load.model not in PRESETS:
-        raise ValueError(f"the load's model {load.model!r} has no preset: name --model")
-    fitting, most = [], _KV_GIB.value * 2**30
-    for count in slots:
-        of_slots = dataclasses.replace(load, num_slots=count, num_requests=count)
-        held = [n for n in lengths if made_up.fits(of_slots, choices, n, most)]
+    model: str | None = option(None)
+    slots: tuple[int, ...] = option((8, 32, 128), "Numbers of slots.", at_least=1)
+    lengths: tuple[int, ...] = option(
+        (256, 1024, 2048, 4096, 10_000, 32_000), "Context lengths.", at_least=2
+    )
+    choices: tuple[int, ...] = option((0, 4, 8), "Numbers of drafts, k.", at_least=0)
+    acceptance: float = option(
+        0.93, "Assumed, given those before.", at_least=0, at_most=1
+    )
+    kv_gib: float = option(50.0, "Size of the KV pool.", at_least=0.01)
+
+
+class SpeedupMap(Experiment):
+    """Every number of slots at the context lengths that its pool can hold."""
+
+    name = "speedup_map"
+    claim = "with the k that the cost model chooses, speculation is nowhere slower"
+    Config = SpeedupMapConfig
+    SMOKE = dict(
+        load="smollm2_256x4096", model="tiny", slots=(2,), lengths=(8, 16),
+        choices=(0, 2),
+    )  # fmt: skip
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        self.choices = sorted(set(config.choices))
+        if 0 not in self.choices:
+            raise ValueError("choices must hold 0, which the speed-up is against")
+        load = LOADS[config.load]
+        load = dataclasses.replace(load, model=config.model or load.model)
+        if load.model not in SHAPES:
+            raise ValueError(
+                f"the load's model {load.model!r} has no preset: name --model"
+            )
+        self.fitting = [self._fitting(load, n) for n in sorted(set(config.slots))]
+        self.model = random_model(load.model, load.dtype)
+        for of_slots, lengths in self.fitting:
+            options = made_up.options(of_slots, self.choices, lengths[-1])
+            sizes.resolve(self.model, *options)
+
+    def _fitting(self, load, slots):
+        """(the load with so many slots, lengths that its pool can hold)."""
+        load = dataclasses.replace(load, num_slots=slots, num_requests=slots)
+        lengths, most = sorted(set(self.config.lengths)), self.config.kv_gib * 2**30
+        held = [n for n in lengths if made_up.fits(load, self.choices, n, most)]
         if len(held) < 2:
             raise ValueError(
-                f"{count} slots can hold only {held} of the lengths "
-                f"{lengths} in {_KV_GIB.value} GiB: name two that fit, or fewer slots, "
-                "or raise kv_gib"
+                f"{slots} slots can hold only {held} of the lengths "
+                f"{lengths} in {self.config.kv_gib} GiB: name two that fit, or fewer "
+                "slots, or raise kv_gib"
             )
-        fitting.append((of_slots, held))
-    return load, choices, fitting
+        return load, held
 
+    def rows(self):
+        """The points, those of one engine together."""
+        return [
+            {"slots": load.num_slots, "context_length": length}
+            for load, lengths in self.fitting
+            for length in lengths
+        ]
 
-def main():
-    """Measure every number of slots and write the map."""
-    with launch.checking():
-        load, choices, fitting = options_from_flags()
-        model = random_model(load.model, load.dtype)
-        for of_slots, lengths in fitting:
-            sizes.resolve(model, *made_up.options(of_slots, choices, lengths[-1]))
-    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    header = record.results_header(own_flags, commit=_COMMIT.value) | {
-        "load": dataclasses.asdict(load),
-        "model": dataclasses.asdict(model.config),
-    }
-    acceptance = tuple(_ACCEPTANCE.value**i for i in range(1, max(choices) + 1))
-    rows = []
-    for of_slots, lengths in fitting:
-        engine = made_up.make_engine(model, of_slots, choices, lengths[-1])
-        steps = calibrate.measure(engine, lengths)
-        del engine
-        gc.collect()  # the pool must go before the next one comes
-        rows += made_up.speedup_rows(of_slots.num_slots, lengths, steps, acceptance)
-        record.write_results(_OUTPUT.value, header | {"rows": rows})
-        for row in rows[-len(lengths) :]:
-            speedups = ", ".join(f"k={k} {v:.2f}" for k, v in row["speedup"].items())
-            print(
-                f"{row['slots']:4d} slots x {row['context_length']:6d}: {speedups}; "
-                f"chosen {row['chosen_k']}, best {row['best_k']}",
-                flush=True,
-            )
+    def measure_all(self, rows):
+        """The points of an engine together: its cost model sees two of them."""
+        drafts = range(1, max(self.choices) + 1)
+        acceptance = tuple(self.config.acceptance**i for i in drafts)
+        for load, lengths in self.fitting:
+            slots = load.num_slots
+            if not any(row["slots"] == slots for row in rows):
+                continue
+            engine = made_up.make_engine(self.model, load, self.choices, lengths[-1])
+            steps = calibrate.measure(engine, lengths)
+            del engine
+            gc.collect()  # the pool must go before the next one comes
+            for found in made_up.speedup_rows(slots, lengths, steps, acceptance):
+                row = {name: found[name] for name in ("slots", "context_length")}
+                if row in rows:
+                    yield row, found
+
+    def headline(self, found):
+        """Speed-up of every k, and the choice."""
+        speedups = ", ".join(f"k={k} {v:.2f}" for k, v in found["speedup"].items())
+        return f"{speedups}; chosen {found['chosen_k']}, best {found['best_k']}"
+
+    def describe(self, records):
+        """The worst and the best point."""
+        gains = [record["chosen_speedup"] for record in records]
+        worst = min(record["chosen_of_best"] for record in records)
+        return {
+            "least_speedup": min(gains),
+            "largest_speedup": max(gains),
+            "least_of_best_k": worst,
+            "model": dataclasses.asdict(self.model.config),
+        }
+
+    @staticmethod
+    def figure(axes, summary, records):
+        """Speed-up of the chosen k by context length, a line for each slots."""
+        del summary
+        for slots in dict.fromkeys(record["slots"] for record in records):
+            points = [
+                (record["context_length"], record["chosen_speedup"])
+                for record in records
+                if record["slots"] == slots
+            ]
+            axes.plot(*zip(*points, strict=True), "o-", label=f"{slots} requests")
+        axes.set_xscale("log")
+        axes.set_xlabel("context length, tokens")
+        axes.set_ylabel("times plain decoding")
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(SpeedupMap)

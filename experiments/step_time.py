@@ -1,7 +1,7 @@
 """What one compiled step takes, and which kernels it runs, without decoding a load.
 
     python -m experiments.step_time --load qwen3_8b_64x512x4096 --contexts 660,2560 \\
-        --output F.json
+        --output RUN
 
 Times the steps of plain decoding and of the load's k on made-up caches, every slot at
 the same context, and traces some at the last context (GPU). For questions about a step,
@@ -12,73 +12,106 @@ H100 for qwen3-8b, most of it compilation.
 from __future__ import annotations
 
 import dataclasses
-import sys
+import functools
 
-from absl import flags
-
-from experiments import launch, record, time_split
+from experiments import experiment, made_up, time_split
+from experiments.experiment import Experiment
 from experiments.loads import LOADS
-from experiments.made_up import make_engine, trace_steps
 from experiments.models import random_model
+from experiments.options import Options, option
 from sparsespec_jax.tuning import calibrate
 
-_LOAD = flags.DEFINE_enum(
-    "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load whose engine is timed."
-)
-_MODEL = flags.DEFINE_string("model", None, "Another preset; weights are random.")
-_SLOTS = flags.DEFINE_integer(
-    "num_slots", None, "Other slots than the load's.", lower_bound=1
-)
-_POLICY = flags.DEFINE_string("policy", None, "Another selection policy.")
-_ROWS = flags.DEFINE_string("mass_rows", None, "Rows of the mass: all or edges.")
-_SCOPE = flags.DEFINE_string("scope", None, "One selection per kv_head or per layer.")
-_K = flags.DEFINE_list("k", None, "Numbers of drafts; default: 0 and the load's.")
-_CONTEXTS = flags.DEFINE_list("contexts", ["660", "2560"], "Tokens in every slot.")
-_TRACE_STEPS = flags.DEFINE_integer(
-    "trace_steps", 18, "Steps to trace; 0: none.", lower_bound=0
-)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimeConfig(Options):
+    """A load, what is changed in it, and where it is timed."""
+
+    load: str = option(
+        "qwen3_8b_64x512x4096", "Load whose engine is timed.", choices=sorted(LOADS)
+    )
+    model: str | None = option(None)
+    num_slots: int | None = option(
+        None, "Other slots than the load's.", kind=int, at_least=1
+    )
+    policy: str | None = option(None, "Another selection policy.")
+    mass_rows: str | None = option(None, "Rows of the mass: all or edges.")
+    scope: str | None = option(None, "One selection per kv_head or per layer.")
+    k: tuple[int, ...] | None = option(
+        None, "Numbers of drafts; default: 0 and the load's.", kind=tuple, of=int
+    )
+    contexts: tuple[int, ...] = option((660, 2560), "Tokens in every slot.", at_least=2)
+    trace_steps: int = option(18, "Steps to trace; 0: none.", at_least=0)
+
+    def changed_load(self):
+        """The load as it is timed."""
+        names = ("model", "num_slots", "policy", "mass_rows", "scope")
+        given = {n: v for n in names if (v := getattr(self, n)) is not None}
+        return dataclasses.replace(LOADS[self.load], **given)
 
 
-def options_from_flags():
-    """(load, numbers of drafts, contexts); ValueError if one is out of range."""
-    chosen = (_MODEL, _SLOTS, _POLICY, _ROWS, _SCOPE)
-    given = {flag.name: flag.value for flag in chosen if flag.value is not None}
-    load = dataclasses.replace(LOADS[_LOAD.value], **given)
-    choices = [0, load.num_draft_tokens] if _K.value is None else map(int, _K.value)
-    contexts = sorted({int(length) for length in _CONTEXTS.value})
-    if not contexts or contexts[0] < 2:
-        raise ValueError(f"contexts must be numbers >= 2, got {_CONTEXTS.value}")
-    return load, sorted(set(choices)), contexts
+class StepTime(Experiment):
+    """Steps of every number of drafts."""
 
+    name = "step_time"
+    claim = "attention of a draft step takes a third of a plain step's, or less"
+    Config = StepTimeConfig
+    SMOKE = dict(
+        load="smollm2_256x4096", model="tiny", num_slots=2, k=(0, 2),
+        contexts=(8, 16), trace_steps=0,
+    )  # fmt: skip
 
-def main():
-    """Time every k, trace it at the longest context, write the results file."""
-    with launch.checking():
-        load, choices, contexts = options_from_flags()
-        if _TRACE_STEPS.value:
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        self.load = config.changed_load()
+        choices = config.k or (0, self.load.num_draft_tokens)
+        self.choices, self.contexts = sorted(set(choices)), sorted(set(config.contexts))
+        if config.trace_steps:
             time_split.check_can_trace("--trace_steps=0")
-        model = random_model(load.model, load.dtype)
-        engine = make_engine(model, load, choices, contexts[-1])
-    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    header = record.results_header(own_flags, commit=_COMMIT.value) | {
-        "load": dataclasses.asdict(load),
-    }
-    steps = calibrate.measure(engine, contexts)
-    rows = []
-    for k, points in steps.items():
-        row = {"num_draft_tokens": k}
-        seconds = [value for _, value in points]
-        row["ms_per_step"] = {
-            length: 1e3 * value for length, value in zip(contexts, seconds, strict=True)
-        }
-        if _TRACE_STEPS.value:
-            row["time_split"] = trace_steps(engine, k, contexts[-1], _TRACE_STEPS.value)
-        rows.append(row)
-        print(k, row["ms_per_step"], flush=True)
-        record.write_results(_OUTPUT.value, header | {"rows": rows})
+        self.model = random_model(self.load.model, self.load.dtype)
+        self.engine = made_up.make_engine(
+            self.model, self.load, self.choices, self.contexts[-1]
+        )
+
+    @functools.cached_property
+    def steps(self):
+        """Seconds by k, at every context."""
+        return calibrate.measure(self.engine, self.contexts)
+
+    def rows(self):
+        """One for each number of drafts."""
+        return [{"num_draft_tokens": k} for k in self.choices]
+
+    def measure(self, row):
+        """Milliseconds at every context; the trace of the last one."""
+        k, steps = row["num_draft_tokens"], self.config.trace_steps
+        times = [1e3 * seconds for _, seconds in self.steps[k]]
+        found = {"ms_per_step": dict(zip(self.contexts, times, strict=True))}
+        if steps:
+            found["time_split"] = made_up.trace_steps(
+                self.engine, k, self.contexts[-1], steps
+            )
+        return found
+
+    def describe(self, records):
+        """The load as it was timed."""
+        del records
+        return {"load": dataclasses.asdict(self.load)}
+
+    def headline(self, found):
+        """The times."""
+        return f"ms a step by context: {found['ms_per_step']}"
+
+    @staticmethod
+    def figure(axes, summary, records):
+        """Milliseconds by context, a line for each k."""
+        del summary
+        for record in records:
+            points = [(int(n), ms) for n, ms in record["ms_per_step"].items()]
+            label = f"k = {record['num_draft_tokens']}"
+            axes.plot(*zip(*points, strict=True), "o-", label=label)
+        axes.set_xlabel("tokens in every slot")
+        axes.set_ylabel("milliseconds a step")
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(StepTime)

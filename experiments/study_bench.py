@@ -4,30 +4,150 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
+import pathlib
+import sys
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import contexts as contexts_lib
-from experiments import measure, replay
+from experiments import measure, models, replay
+from experiments.experiment import Experiment
+from experiments.options import Options, option
+from experiments.study_config import as_json, as_row, split
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sizes
-from sparsespec_jax.plan import pages_for
+from sparsespec_jax.plan.shape import pages_for
 from sparsespec_jax.policies.base import SelectionOptions
+from sparsespec_jax.policies.select import POLICIES, load_policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all rows of a run share."""
+class Setting(Options):
+    """What all rows of a run share: model, contexts and engines."""
 
-    max_tokens: int
-    num_slots: int
-    page_size: int
-    impl: str | None
-    seed: int
-    prefill_chunk: int = 256
-    prefill_lanes: int = 1
+    model: str = option("smollm2")
+    dtype: str = option("float32", "Type.", choices=models.DTYPES)
+    contexts: str | None = option(
+        None,
+        f"Token ids, JSON; SmolLM2's: {contexts_lib.OF_SMOLLM2}.",
+        is_recorded=False,  # their hashes are
+    )
+    num_contexts: int = option(30, "Use only the first so many.", at_least=1)
+    max_tokens: int = option(96, "Tokens behind the first one.", at_least=1)
+    continuations: str | None = option(
+        None, "Plain texts of experiments.contexts.", is_recorded=False
+    )
+    num_slots: int = option(10, "Requests decoded at the same time.", at_least=1)
+    prefill_chunk: int = option(256, "Prompt tokens per lane and step.", at_least=1)
+    prefill_lanes: int = option(1, "Prompts prefilled in the same step.", at_least=1)
+    page_size: int = option(16, "Tokens per KV page.", at_least=1)
+    seed: int = option(0, "Seed of the continuations.", at_least=0)
+    impl: str | None = option(None, "Kernels; default: the platform's.")
+    policy_file: str | None = option(
+        None, "FILE.py:NAME of a Policy of your own.", is_recorded=False
+    )
+
+    @property
+    def num_new(self):
+        """Tokens that every context is continued by."""
+        return self.max_tokens + 1
+
+
+class OnContexts(Experiment):
+    """An experiment whose rows are `study_config.Row`s, measured by a Bench.
+
+    Rows that cannot be measured, say for lack of contexts of their length, are wanted
+    too: they fail, and are named before the work.
+    """
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        own = load_policy(config.policy_file) if config.policy_file else None
+        wanted = self.wanted(own)
+        contexts = self._contexts()
+        self.model = models.load(config.model, dtype=config.dtype)
+        contexts_lib.check_contexts(
+            contexts,
+            self.model,
+            source=config.contexts or contexts_lib.OF_SMOLLM2,
+            max_tokens=config.num_new,
+        )
+        continuations = config.continuations and contexts_lib.load_continuations(
+            config.continuations,
+            contexts,
+            self.model,
+            max_tokens=config.num_new,
+            seed=config.seed,
+        )
+        policies = POLICIES | ({own.name: own} if own else {})
+        rows, impossible = self.for_model(wanted)
+        self.bench = Bench(self.model, contexts, config, policies, rows, continuations)
+        self.possible, others = split(self.bench.check, rows)
+        self.impossible = impossible + others
+        for row, why in self.impossible:
+            print(f"cannot be measured: {row}: {why}", file=sys.stderr)
+        if not self.possible:
+            raise ValueError(f"no row can be measured: {self.impossible[0][1]}")
+        self.parts = {"contexts": contexts, "policy_file": None}
+        if own:
+            path = pathlib.Path(config.policy_file.rpartition(":")[0])
+            self.parts["policy_file"] = path.read_text("utf-8")
+
+    def _contexts(self):
+        if self.is_smoke:
+            return contexts_lib.smoke_contexts()
+        contexts = contexts_lib.load_contexts(contexts_lib.path_for(self.config))
+        return contexts[: self.config.num_contexts]
+
+    def wanted(self, own):
+        """The Rows to measure; `own` is the user's Policy, or None."""
+        raise NotImplementedError
+
+    def for_model(self, rows):
+        """(those rows as they are measured on the model, [(row, why it cannot be)])."""
+        return split(lambda row: row.for_model(**self.cache()), rows)
+
+    def cache(self):
+        """Options of `Row.for_model`."""
+        return {
+            "head_dim": self.model.config.head_dim,
+            "kv_bits": measure.kv_bits(self.model),
+        }
+
+    def inputs(self):
+        """With the sizes that the bytes of an index follow from."""
+        return super().inputs() | self.cache()
+
+    def rows(self):
+        """Those that can be measured, then the others."""
+        others = [row for row, _ in self.impossible]
+        return [as_json(row) for row in (*self.possible, *others)]
+
+    def measure(self, row):
+        """What the bench finds."""
+        row = as_row(row)
+        for other, why in self.impossible:
+            if row == other:
+                raise ValueError(why)
+        return self.bench.measure(row)
+
+    def headline(self, found):
+        """One figure of a row."""
+        name = "mean_accepted_draft_tokens"
+        name = name if name in found else "expected_accepted"
+        mean, error = found[name]["mean"], found[name]["standard_error"]
+        return f"{name} {mean:.2f} +- {error:.2f}"
+
+    def fault(self, records):
+        """Texts that are not plain decoding's, where they must be."""
+        differ = any(
+            found.get("identical_contexts") != found.get("num_contexts")
+            for found in records
+            if found["acceptor"] == "shared_noise"
+        )
+        exact = self.config.dtype == "float32"
+        return "tokens differ from plain decoding" if differ and exact else ""
 
 
 class Bench:
@@ -49,9 +169,7 @@ class Bench:
 
     def measure(self, row):
         """The row's figures as JSON types."""
-        chosen, start = self._chosen(row), time.perf_counter()
-        found = getattr(self, f"_{row.mode}")(row, chosen)
-        return found | {"wall_time_s": time.perf_counter() - start}
+        return getattr(self, f"_{row.mode}")(row, self._chosen(row))
 
     def check(self, row):
         """The row; ValueError if it is clear before any work that it will fail."""
@@ -86,11 +204,11 @@ class Bench:
 
     def _num_cycles(self, k):
         """Cycles of a replay."""
-        num_cycles = (self.setting.max_tokens - k) // (k + 1)
+        num_cycles = (self.setting.num_new - k) // (k + 1)
         if num_cycles < 2:
             raise ValueError(
                 f"a replay of two cycles of {k} drafts needs {3 * k + 2} tokens, "
-                f"--max_tokens gives {self.setting.max_tokens}"
+                f"--max_tokens gives {self.setting.num_new}"
             )
         return num_cycles
 
@@ -141,15 +259,16 @@ class Bench:
         )
         impl = sizes.resolve_impl(config.impl)
         shape = sizes.make_shape(speculation, config, self._longest, impl)
-        return dataclasses.replace(config, num_pages=self._pages(shape))
+        pages = min(self._pages(shape), shape.num_pages)
+        return dataclasses.replace(config, num_pages=pages)
 
     @property
     def _longest(self):
-        return max(map(len, self.contexts)) + self.setting.max_tokens
+        return max(map(len, self.contexts)) + self.setting.num_new
 
     def _pages(self, shape):
         """Pages that the slots need at most with these contexts."""
-        ahead = self.setting.max_tokens + 3 * shape.num_queries
+        ahead = self.setting.num_new + 3 * shape.num_queries
         needed = (pages_for(len(c) + ahead, shape.page_size) for c in self.contexts)
         longest = sorted(needed)[-shape.num_slots :]
         return sum(longest) + shape.num_slots * shape.draft_table_width
@@ -159,7 +278,7 @@ class Bench:
             self._engine(speculation),
             contexts,
             temperature=temperature,
-            max_tokens=self.setting.max_tokens,
+            max_tokens=self.setting.num_new,
             seed=self.setting.seed,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 from dataclasses import dataclass
 
@@ -77,6 +78,34 @@ class Row:
         names = {f.name for f in dataclasses.fields(SpeculationConfig)}
         values = {n: v for n, v in dataclasses.asdict(self).items() if n in names}
         return SpeculationConfig(**values | {"policy": policy})
+
+
+def as_json(row):
+    """The row as it is recorded."""
+    return json.loads(json.dumps(dataclasses.asdict(row)))
+
+
+def as_row(found):
+    """The Row of a record, whatever else that holds.
+
+    Fields that came later than the record have their defaults.
+    """
+    names = [field.name for field in dataclasses.fields(Row)]
+    values = {name: found[name] for name in names if name in found}
+    if "contexts" in values:
+        values["contexts"] = tuple(values["contexts"])
+    return Row(**values)
+
+
+def split(check, rows):
+    """([check(row) of those that can be measured], [(row, why not)])."""
+    possible, impossible = [], []
+    for row in rows:
+        try:
+            possible.append(check(row))
+        except ValueError as error:
+            impossible.append((row, str(error)))
+    return possible, impossible
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Plain against speculative decoding of one load, with the speed of light beside both.
 
-    python -m experiments.throughput --load qwen3_8b_64x512x4096 --output F.json
+    python -m experiments.throughput --load qwen3_8b_64x512x4096 --output RUN
 
 Re-measures the paper's end-to-end claim (arXiv 2512.01278, section 6: up to 2.13 times
 plain decoding on an H100) against this engine's own plain decoding: same process, same
@@ -15,16 +15,17 @@ the steps of its first half say when they began and ended on the device. With
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-import sys
 import time
 
 import numpy as np
-from absl import flags
 
-from experiments import launch, record, signals, time_split
+from experiments import experiment, models, signals, time_split
+from experiments.experiment import Experiment
 from experiments.loads import LOADS, Load, check_requests
 from experiments.models import random_model
+from experiments.options import option
 from experiments.prompts import load_prompts
 from experiments.step_clock import ClockedEngine, idle_between
 from pallas_kernels import default_impl, device_trace
@@ -38,48 +39,32 @@ from sparsespec_jax import (
     sizes,
 )
 from sparsespec_jax.device.state import pool_bytes_per_page
-from sparsespec_jax.host.text import encode_prompts
+from sparsespec_jax.host.cost_model import Chooser, accepted_drafts
+from sparsespec_jax.host.intake import prepare_all
+from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.tuning.calibrate import load_or_measure
-from sparsespec_jax.tuning.cost_model import Chooser, accepted_drafts
-
-_LOAD = flags.DEFINE_enum(
-    "load", "qwen3_8b_64x512x4096", sorted(LOADS), "Load; other flags change it."
-)
-_PROMPTS = flags.DEFINE_string("prompts", "", "A .txt or .jsonl file of prompts.")
-_TRACE_STEPS = flags.DEFINE_integer(
-    "trace_steps", 40, "Steps to trace; 0: none.", lower_bound=0
-)
-_CLOCK = flags.DEFINE_bool(
-    "clock", False, "Steps read the GPU's clock: idle time between them, untraced."
-)
-_TRACE_DIR = flags.DEFINE_string("trace_dir", None, "Keep the traces here.")
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 1, "Runs of each mode, in turn.", lower_bound=1
-)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
 
 
-def _define_option_flags():
-    define = {
-        str: flags.DEFINE_string,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        bool: flags.DEFINE_bool,
-    }
-    for field in dataclasses.fields(Load):
-        define[type(field.default)](field.name, None, field.metadata["help"])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThroughputConfig(Load):
+    """A load, each option changed by its flag, and how it is run."""
 
+    load: str = option(
+        "qwen3_8b_64x512x4096", "Load; other flags change it.", choices=sorted(LOADS)
+    )
+    prompts: str = option("", "A .txt or .jsonl file of prompts.")
+    trace_steps: int = option(40, "Steps to trace; 0: none.", at_least=0)
+    clock: bool = option(
+        False, "Steps read the GPU's clock: idle time between them, untraced."
+    )
+    trace_dir: str | None = option(None, "Keep the traces here.", is_recorded=False)
+    repeats: int = option(1, "Runs of each mode, in turn.", at_least=1)
 
-_define_option_flags()
-
-
-def load_from_flags() -> Load:
-    """The named load with the given flags in place of its values."""
-    names = [field.name for field in dataclasses.fields(Load)]
-    given = {name: flags.FLAGS[name].value for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(LOADS[_LOAD.value], **given)
+    @classmethod
+    def defaults(cls, given):
+        """Those of the load."""
+        name = given.get("load", "qwen3_8b_64x512x4096")
+        return dataclasses.asdict(LOADS[name]) if name in LOADS else {}
 
 
 def make_model(load: Load) -> Model:
@@ -89,7 +74,7 @@ def make_model(load: Load) -> Model:
     return random_model(load.model, load.dtype)
 
 
-def make_prompts(load: Load, model: Model) -> list[list[int]]:
+def make_prompts(load: ThroughputConfig, model: Model) -> list[list[int]]:
     """Token ids of every request's prompt."""
     if load.prompt_length:
         if model.config.vocab_size < 30:
@@ -97,7 +82,9 @@ def make_prompts(load: Load, model: Model) -> list[list[int]]:
         rng = np.random.default_rng(0)
         shape = (load.num_requests, load.prompt_length)
         return rng.integers(10, model.config.vocab_size - 10, shape).tolist()
-    encoded = encode_prompts(load_prompts(_PROMPTS.value, chat=True), model)
+    prompts = load_prompts(load.prompts, chat=True)
+    prepared = prepare_all(model, prompts, [load.sampling(0)] * len(prompts))
+    encoded = [list(prompt.token_ids) for prompt in prepared]
     return [encoded[i % len(encoded)] for i in range(load.num_requests)]
 
 
@@ -139,10 +126,10 @@ def engine_config(load: Load, model: Model, prompts) -> EngineConfig:
     return load.engine(max(map(len, prompts)), num_pages)
 
 
-def make_engine(load: Load, model: Model, prompts, speculation):
+def make_engine(load: ThroughputConfig, model: Model, prompts, speculation):
     """(engine of the load's sizes, compiled; its RecordedChooser or None)."""
     config = engine_config(load, model, prompts)
-    make = ClockedEngine if _CLOCK.value else Engine
+    make = ClockedEngine if load.clock else Engine
     engine = make(model, speculation=speculation, engine=config)
     engine.warm_up()
     if not speculation.draft_token_choices:
@@ -192,11 +179,17 @@ class Clock:
 
 
 def run_mode(
-    load: Load, model: Model, prompts, speculation, trace_dir, balance_tokens
+    load: ThroughputConfig,
+    model: Model,
+    prompts,
+    speculation,
+    trace_dir,
+    balance_tokens,
 ) -> dict:
     """Decode the load once; rates, counts and the time split of one mode.
 
-    balance_tokens: of the device, see `metrics.speed_of_light`.
+    load: a ThroughputConfig.
+    balance_tokens: of the device, see `cost_model.speed_of_light`.
     """
     start = time.perf_counter()
     engine, chooser = make_engine(load, model, prompts, speculation)
@@ -206,11 +199,13 @@ def run_mode(
     prefill, decode, traced, tail = (Clock(engine) for _ in range(4))
     prefill.run(lambda finished: not engine.is_prefilling)
     half = engine.max_new_tokens // 2
-    if _CLOCK.value:
+    if load.clock:
         engine.take_times()  # of prompts
     decode.run(lambda finished: finished or engine.max_new_tokens <= half)
-    clock = idle_between(engine.take_times()) if _CLOCK.value else None
-    split = _trace(engine, traced, trace_dir) if _TRACE_STEPS.value else None
+    clock = idle_between(engine.take_times()) if load.clock else None
+    split = None
+    if load.trace_steps:
+        split = _trace(engine, traced, trace_dir, load.trace_steps)
     decode.run(lambda finished: finished)
     tail.run(lambda finished: False)
     parts = (prefill, decode, tail)
@@ -233,13 +228,12 @@ def run_mode(
     }
 
 
-def _trace(engine, clock, trace_dir):
+def _trace(engine, clock, trace_dir, num_steps):
     """Trace steps of the engine, counted by `clock`; the time split."""
-    last = engine.num_steps + _TRACE_STEPS.value
-    first = engine.num_steps
+    first, last = engine.num_steps, engine.num_steps + num_steps
     with device_trace.trace(trace_dir):
         clock.run(lambda finished: engine.num_steps >= last)
-    plan_size = engine.shape.new_plan(prefill=False).buffer.size
+    plan_size = StepPlan.empty(engine.shape, prefill=False).buffer.size
     return time_split.split_of_steps(trace_dir, plan_size, engine.num_steps - first)
 
 
@@ -286,56 +280,88 @@ def _kv_share(stats: dict, num_slots: int) -> float:
     return num_slots * per_slot / (num_slots * per_slot + stats["weight_bytes"])
 
 
-def main():
-    """Run both modes in turn and write the results file."""
-    with launch.checking():
-        load = load_from_flags()
-        if _CLOCK.value and default_impl() != "gpu":
+class Throughput(Experiment):
+    """Both modes in turn."""
+
+    name = "throughput"
+    claim = "speculative decoding makes up to 2.13 times the tokens of plain decoding"
+    Config = ThroughputConfig
+    SMOKE = models.smoke(
+        "model", "num_draft_tokens", "budget_ratio", "min_budget", "num_slots",
+        "page_size", "prefill_chunk",
+        load="smollm2_256x4096", random_weights=True, dtype="float32", num_requests=2,
+        prompt_length=60, new_tokens=12, prefill_lanes=1, trace_steps=0,
+    )  # fmt: skip
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        if config.clock and default_impl() != "gpu":
             raise ValueError("--clock reads the clock of a GPU, this process has none")
-        if _TRACE_STEPS.value:
+        if config.trace_steps:
             time_split.check_can_trace("--trace_steps=0")
-        model = make_model(load)
-        prompts = make_prompts(load, model)
-        config = engine_config(load, model, prompts)
-        laws = [load.sampling(index) for index in range(len(prompts))]
-        for speculation in (SpeculationConfig(num_draft_tokens=0), load.speculation()):
-            check_requests(model, prompts, laws, speculation, config)
-    read_rate, copy_rate = measure_rates()
-    flop_rate = measure_flop_rate(load.dtype)
-    balance_tokens = flop_rate / read_rate * np.dtype(load.dtype).itemsize / 2
-    own_flags = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    results = record.results_header(own_flags, commit=_COMMIT.value) | {
-        "load": dataclasses.asdict(load),
-        "longest_prompt": max(map(len, prompts)),
-        "weight_bytes": sizes.weight_bytes(model),
-        "read_tb_per_s": read_rate / 1e12,
-        "copy_tb_per_s": copy_rate / 1e12,
-        "tflop_per_s": flop_rate / 1e12,
-        "balance_tokens": balance_tokens,
-    }
-    modes = {
-        "plain": SpeculationConfig(num_draft_tokens=0),
-        "speculative": load.speculation(),
-    }
-    runs = {name: [] for name in modes}
-    for repeat in range(_REPEATS.value):
-        for name, speculation in modes.items():
-            with signals.temporary_directory() as temporary:
-                directory = _TRACE_DIR.value or temporary
-                run = run_mode(
-                    load, model, prompts, speculation, directory, balance_tokens
-                )
-            gc.collect()  # the pool must go before the next one comes
-            runs[name].append(run)
-            line = f"{name} {repeat}: {run['tokens_per_s']:.0f} tokens/s in all"
-            print(f"{line}, decode {run['decode']}", flush=True)
-            record.write_results(_OUTPUT.value, results | {"runs": runs})
-    metrics = metrics_of(runs["plain"], runs["speculative"], load)
-    record.write_results(_OUTPUT.value, results | {"metrics": metrics, "runs": runs})
-    shown = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
-    for name, value in shown.items():
-        print(f"{name:28s} {value}")
+        self.model = make_model(config)
+        self.prompts = make_prompts(config, self.model)
+        self.parts["prompts"] = self.prompts
+        engine = engine_config(config, self.model, self.prompts)
+        laws = [config.sampling(index) for index in range(len(self.prompts))]
+        self.speculations = {
+            "plain": SpeculationConfig(num_draft_tokens=0),
+            "speculative": config.speculation(),
+        }
+        for speculation in self.speculations.values():
+            check_requests(self.model, self.prompts, laws, speculation, engine)
+
+    def rows(self):
+        """Modes in turn."""
+        return [
+            {"mode": mode, "repeat": repeat}
+            for repeat in range(self.config.repeats)
+            for mode in self.speculations
+        ]
+
+    @functools.cached_property
+    def rates(self):
+        """What the device reaches; recorded with every run, as sessions may differ."""
+        read_rate, copy_rate = measure_rates()
+        flop_rate = measure_flop_rate(self.config.dtype)
+        size = np.dtype(self.config.dtype).itemsize
+        return {
+            "read_tb_per_s": read_rate / 1e12,
+            "copy_tb_per_s": copy_rate / 1e12,
+            "tflop_per_s": flop_rate / 1e12,
+            "balance_tokens": flop_rate / read_rate * size / 2,
+        }
+
+    def measure(self, row):
+        """One run."""
+        config = self.config
+        with signals.temporary_directory() as temporary:
+            found = run_mode(
+                config,
+                self.model,
+                self.prompts,
+                self.speculations[row["mode"]],
+                config.trace_dir or temporary,
+                self.rates["balance_tokens"],
+            )
+        gc.collect()  # the pool must go before the next one comes
+        return found | self.rates
+
+    def headline(self, found):
+        """Rates in all and while all slots are busy."""
+        return f"{found['tokens_per_s']:.0f} tokens/s, decode {found['decode']}"
+
+    def describe(self, records):
+        """The figures that tables quote."""
+        by_mode = {
+            mode: [record for record in records if record["mode"] == mode]
+            for mode in self.speculations
+        }
+        return {
+            "longest_prompt": max(map(len, self.prompts)),
+            "weight_bytes": sizes.weight_bytes(self.model),
+        } | metrics_of(by_mode["plain"], by_mode["speculative"], self.config)
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    experiment.run(Throughput)

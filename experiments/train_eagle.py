@@ -1,8 +1,8 @@
 """Train an EAGLE-3 head on a model's own text, and measure it in the engine.
 
-    python -m experiments.train_eagle --output_dir RUN
+    python -m experiments.train_eagle --output RUN
     python -m experiments.train_eagle --contexts texts.json --held_out contexts.json \
-        --train_dtype bfloat16 --decode_dtype bfloat16 --output_dir RUN
+        --train_dtype bfloat16 --decode_dtype bfloat16 --output RUN
 
 `experiments.contexts` writes such files; held-out contexts must be of other prompts.
 
@@ -10,15 +10,14 @@ arXiv 2512.01278, section 5, finds EAGLE-3 heads accept less than 2 drafts on lo
 reasoning. Expected here: a head trained for minutes on 30,000 tokens agrees with the
 target's choice in a third of the first drafts and accepts less than PillarAttn. The
 loss unrolls the head on its own outputs (the training-time test of arXiv 2503.01840).
-Writes results.json (when trained, and after each measurement) and the head (Orbax).
+Writes the head (Orbax) and training.json into the run directory.
 Minutes on a GPU, an hour on two CPU cores.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import pathlib
-import sys
 import time
 from typing import NamedTuple
 
@@ -26,23 +25,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
 from experiments import contexts as contexts_lib
-from experiments import launch, measure, record, signals
-from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, load_model, sizes
+from experiments import experiment, measure, models, record, signals
+from experiments.experiment import Experiment
+from experiments.options import Options, option
+from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.proposers.eagle import (
     Eagle,
     EagleHead,
     feature_layers,
     init_head,
+    load_eagle,
     save_eagle,
 )
 
+_PROPOSERS = {"eagle": None, "ngram": "ngram", "pillar": "self"}  # None: the head
 _STEP_WEIGHT = 0.8  # of each unrolled step against the one before
 _SEGMENT = 64  # tokens of a text in a batch
-_MEASURED = 97  # new tokens per held-out context
 
 
 class Text(NamedTuple):
@@ -189,11 +190,15 @@ def train(
 
 
 def decoding_options(
-    contexts, *, num_draft_tokens, max_tokens=_MEASURED, proposer="self", **options
-):
+    contexts, *, num_draft_tokens, max_tokens, proposer="self", budget_ratio=0.05,
+    **options,
+):  # fmt: skip
     """(SpeculationConfig, EngineConfig) of a measurement on contexts."""
     speculation = SpeculationConfig(
-        num_draft_tokens=num_draft_tokens, proposer=proposer, min_budget=0
+        num_draft_tokens=num_draft_tokens,
+        proposer=proposer,
+        budget_ratio=budget_ratio,
+        min_budget=0,
     )
     options = dict(num_slots=min(8, len(contexts))) | options
     longest = max(map(len, contexts)) + max_tokens
@@ -202,7 +207,7 @@ def decoding_options(
 
 def accepted_drafts(
     model, contexts, *, num_draft_tokens, max_tokens, proposer="self", temperature=0.65,
-    engine=None,
+    **engine,
 ):  # fmt: skip
     """(mean_and_error of accepted drafts, token ids) over contexts.
 
@@ -210,7 +215,7 @@ def accepted_drafts(
     """
     speculation, config = decoding_options(
         contexts, num_draft_tokens=num_draft_tokens, max_tokens=max_tokens,
-        proposer=proposer, **(engine or {}),
+        proposer=proposer, **engine,
     )  # fmt: skip
     decoder = Engine(model, speculation=speculation, engine=config)
     results = contexts_lib.continue_contexts(
@@ -242,128 +247,165 @@ def split(contexts, num_held_out):
     return longest[num_held_out:], sum(groups[:num_held_out], [])
 
 
-def check_texts(values, model, texts, held_out):
-    """ValueError if a text is too short to train on, or cannot be measured on."""
-    path = contexts_lib.path_for(values)
-    source = f"{path}, to train on"
-    contexts_lib.check_contexts(
-        texts, model, source=source, max_tokens=0, at_least=_SEGMENT + 2
-    )
-    source = values.held_out or f"{path}, held out"
-    contexts_lib.check_contexts(held_out, model, source=source, max_tokens=_MEASURED)
-    speculation, config = decoding_options(
-        held_out, num_draft_tokens=values.num_draft_tokens, **engine_flags(values)
-    )
-    sizes.resolve(model, speculation, config)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EagleConfig(Options):
+    """What the head is trained on, how, and what is measured."""
 
-
-def engine_flags(values):
-    """What the flags say of the engine that measures."""
-    names = ("impl", "num_slots", "page_size")
-    return {name: getattr(values, name) for name in names}
-
-
-def _define_flags():
-    flags.DEFINE_string("output_dir", None, "Where to write.", required=True)
-    flags.DEFINE_string("model", "smollm2", "Target model.")
-    flags.DEFINE_string(
-        "contexts", None, f"Token ids, JSON; SmolLM2's: {contexts_lib.OF_SMOLLM2}."
+    model: str = option("smollm2")
+    contexts: str | None = option(
+        None,
+        f"Token ids, JSON; SmolLM2's: {contexts_lib.OF_SMOLLM2}.",
+        is_recorded=False,
     )
-    flags.DEFINE_integer(
-        "num_held_out", 2, "Texts to measure on and not train on.", lower_bound=1
+    num_held_out: int = option(2, "Texts to measure on and not train on.", at_least=1)
+    held_out: str | None = option(
+        None, "Contexts to measure on, JSON.", is_recorded=False
     )
-    flags.DEFINE_string("held_out", None, "Contexts to measure on, JSON.")
-    flags.DEFINE_integer("steps", 400, "Optimiser steps.", lower_bound=1)
-    flags.DEFINE_integer(
-        "batch_size", 4, "Segments of 64 tokens per step.", lower_bound=1
+    max_tokens: int = option(96, "Tokens behind the first one.", at_least=1)
+    steps: int = option(400, "Optimiser steps.", at_least=1)
+    batch_size: int = option(4, "Segments of 64 tokens per step.", at_least=1)
+    learning_rate: float = option(1e-3, "Peak of the schedule.")
+    window: int = option(32, "Tokens that the head looks back on.", at_least=1)
+    num_draft_tokens: int = option(8, "Drafts per cycle when measured.", at_least=1)
+    budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
+    measure: tuple[str, ...] = option(
+        tuple(_PROPOSERS), "What to measure.", choices=tuple(_PROPOSERS)
     )
-    flags.DEFINE_float("learning_rate", 1e-3, "Peak of the schedule.")
-    flags.DEFINE_integer(
-        "window", 32, "Tokens that the head looks back on.", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "num_draft_tokens", 8, "Drafts per cycle when measured.", lower_bound=1
-    )
-    flags.DEFINE_list("measure", ["eagle", "ngram", "pillar"], "What to measure.")
-    flags.register_validator(
-        "measure",
-        {"eagle", "ngram", "pillar"}.issuperset,
-        "measure takes eagle, ngram and pillar",
-    )
-    flags.DEFINE_string("impl", None, "Kernels of the measurement.")
-    flags.DEFINE_enum(
-        "train_dtype", "float32", ["float32", "bfloat16"],
+    impl: str | None = option(None, "Kernels of the measurement.")
+    train_dtype: str = option(
+        "float32",
         "Type of the target in training; the head trains in float32.",
+        choices=models.DTYPES,
+    )
+    decode_dtype: str = option(
+        "float32", "Type of the measurement.", choices=models.DTYPES
+    )
+    num_slots: int = option(8, "Requests decoded at the same time.", at_least=1)
+    page_size: int = option(16, "Tokens per KV page.", at_least=1)
+    prefill_chunk: int = option(128, "Prompt tokens prefilled per step.", at_least=1)
+
+
+class TrainEagle(Experiment):
+    """Train and save a head, then measure it beside others."""
+
+    name = "train_eagle"
+    claim = "an EAGLE-3 head has fewer than 2 of 8 drafts accepted on long texts"
+    Config = EagleConfig
+    SMOKE = models.smoke(
+        "model", "num_draft_tokens", "budget_ratio", "num_slots", "page_size",
+        "prefill_chunk",
+        max_tokens=11, steps=2, batch_size=1, measure=("eagle", "pillar"),
+        num_held_out=1,
     )  # fmt: skip
-    flags.DEFINE_enum(
-        "decode_dtype", "float32", ["float32", "bfloat16"], "Type of the measurement."
-    )
-    flags.DEFINE_integer(
-        "num_slots", 8, "Requests decoded at the same time.", lower_bound=1
-    )
-    flags.DEFINE_integer("page_size", 16, "Tokens per KV page.", lower_bound=1)
-    flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 
-
-def main():
-    """Train, save, measure."""
-    values = flags.FLAGS
-    output = pathlib.Path(values.output_dir)
-    with launch.checking():
-        if (output / "head").exists():
-            raise ValueError(
-                f"{output} already holds a head: name another --output_dir"
-            )
-        texts = contexts_lib.load_contexts(contexts_lib.path_for(values))
-        if values.held_out:
-            held_out = contexts_lib.load_contexts(values.held_out)
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        texts = self._texts()
+        if config.held_out:
+            self.held_out = contexts_lib.load_contexts(config.held_out)
         else:
-            texts, held_out = split(texts, values.num_held_out)
-        model = load_model(values.model, dtype=values.train_dtype)
-        check_texts(values, model, texts, held_out)
-    started = time.perf_counter()
-    runs = run_texts(model, texts)
-    trained_from = time.perf_counter()
-    eagle, losses = train(
-        model,
-        runs,
-        num_steps=values.steps,
-        batch_size=values.batch_size,
-        learning_rate=values.learning_rate,
-        window=values.window,
-    )
-    ended = time.perf_counter()
-    own_flags = values.get_key_flags_for_module(sys.modules[__name__])
-    results = {
-        **record.results_header(own_flags, commit=values.commit),
-        "num_texts": len(texts),
-        "num_text_tokens": sum(map(len, texts)),
-        "num_held_out": len(held_out),
-        "dense_run_s": trained_from - started,
-        "training_s": ended - trained_from,  # with its compilation
-        "losses": losses,
-        "accepted_drafts": {},
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    with signals.deferred():  # a head is there whole, or not at all
-        record.write_results(output / "results.json", results)
-        save_eagle(eagle, output / "head")
-        signals.kept(output / "head")
-    if values.decode_dtype != values.train_dtype:
-        model = load_model(values.model, dtype=values.decode_dtype)
-    proposers = {"eagle": eagle, "ngram": "ngram", "pillar": "self"}
-    for name in values.measure:
-        found, _ = accepted_drafts(
-            model, held_out, num_draft_tokens=values.num_draft_tokens,
-            max_tokens=_MEASURED, proposer=proposers[name],
-            engine=engine_flags(values),
+            texts, self.held_out = split(texts, config.num_held_out)
+        self.texts = texts
+        self.model = models.load(config.model, dtype=config.train_dtype)
+        self.parts = {"texts": texts, "held_out": self.held_out}
+        self._check_texts()
+
+    def _texts(self):
+        if self.is_smoke:
+            first, second = contexts_lib.smoke_contexts()
+            return [first, 2 * second]  # to measure on, and long enough to train on
+        return contexts_lib.load_contexts(contexts_lib.path_for(self.config))
+
+    def _check_texts(self):
+        """ValueError if a text is too short to train on, or cannot be measured on."""
+        config = self.config
+        path = None if self.is_smoke else contexts_lib.path_for(config)
+        contexts_lib.check_contexts(
+            self.texts, self.model, source=f"{path}, to train on", max_tokens=0,
+            at_least=_SEGMENT + 2,
         )  # fmt: skip
-        results["accepted_drafts"][name] = found
-        record.write_results(output / "results.json", results)
-        mean = "all texts loop" if found is None else f"{found['mean']:.2f}"
-        print(f"{name}: {mean} of {values.num_draft_tokens}", flush=True)
+        contexts_lib.check_contexts(
+            self.held_out,
+            self.model,
+            source=config.held_out or f"{path}, held out",
+            max_tokens=config.max_tokens + 1,
+        )
+        sizes.resolve(self.model, *decoding_options(self.held_out, **self._options()))
+
+    def _options(self):
+        """What the flags say of the measurement."""
+        config = self.config
+        names = (
+            "num_draft_tokens", "budget_ratio", "impl", "num_slots", "page_size",
+            "prefill_chunk",
+        )  # fmt: skip
+        options = {name: getattr(config, name) for name in names}
+        return options | {"max_tokens": config.max_tokens + 1}
+
+    def rows(self):
+        """One for each proposer."""
+        return [{"proposer": name} for name in self.config.measure]
+
+    @functools.cached_property
+    def head(self):
+        """The trained head: an earlier session's, if the run directory has it."""
+        path = self.directory.path / "head"
+        if path.exists():
+            return load_eagle(self.model.config, path)
+        eagle, told = self._train()
+        with signals.deferred():  # a head is there whole, or not at all
+            record.write_json(self.directory.path / "training.json", told)
+            save_eagle(eagle, path)
+        return eagle
+
+    def _train(self):
+        """(head, what is told of its training)."""
+        config, started = self.config, time.perf_counter()
+        runs = run_texts(self.model, self.texts)
+        trained_from = time.perf_counter()
+        eagle, losses = train(
+            self.model,
+            runs,
+            num_steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            window=config.window,
+        )
+        return eagle, {
+            "dense_run_s": trained_from - started,
+            "training_s": time.perf_counter() - trained_from,  # with its compilation
+            "losses": losses,
+        }
+
+    @functools.cached_property
+    def decoder(self):
+        """The model in the type that is measured."""
+        if self.config.decode_dtype == self.config.train_dtype:
+            return self.model
+        return models.load(self.config.model, dtype=self.config.decode_dtype)
+
+    def measure(self, row):
+        """Accepted drafts of one proposer; None if all texts loop."""
+        proposer = _PROPOSERS[row["proposer"]] or self.head
+        found, _ = accepted_drafts(
+            self.decoder, self.held_out, proposer=proposer, **self._options()
+        )
+        return {"accepted_drafts": found}
+
+    def headline(self, found):
+        """Accepted drafts."""
+        found = found["accepted_drafts"]
+        return "all texts loop" if found is None else f"{found['mean']:.2f} accepted"
+
+    def describe(self, records):
+        """The texts, and how training went if there was any."""
+        told = self.directory.path / "training.json" if self.directory else None
+        return {
+            "num_texts": len(self.texts),
+            "num_text_tokens": sum(map(len, self.texts)),
+            "num_held_out": len(self.held_out),
+        } | (record.read_json(told) if told and told.exists() else {})
 
 
 if __name__ == "__main__":
-    _define_flags()
-    launch.run(main)
+    experiment.run(TrainEagle)

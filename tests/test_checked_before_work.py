@@ -9,20 +9,28 @@ import pytest
 from experiments import models
 from sparsespec_jax import save_checkpoint
 
-# Runs a launcher's main once per list of options; what it says of each, as JSON.
+# Runs a command's checks once per list of options; what it says of each, as JSON.
 DRIVER = """
 import importlib, json, sys
 from absl import app, flags
+from experiments import experiment, launch, options
 name, out, *cases = sys.argv[1:]
-launcher = importlib.import_module(f"experiments.{name}")
-if hasattr(launcher, "_define_flags"):
-    launcher._define_flags()
+module = importlib.import_module(f"experiments.{name}")
+kind = experiment.of_module(name) if name != "contexts" else None
+kinds = [kind.Config, options.RunOptions] if kind else [module.ContextsConfig]
+options.define(*kinds)
 said = []
-for options in map(json.loads, cases):
+for given in map(json.loads, cases):
     flags.FLAGS.unparse_flags()
-    flags.FLAGS([name, *options, f"--{out}"])
+    flags.FLAGS([name, *given, f"--{out}"])
     try:
-        launcher.main()
+        with launch.checking():
+            if kind:
+                how = options.parse(options.RunOptions)
+                small = kind.SMOKE if how.smoke else {}
+                experiment.prepare(kind, options.parse(kind.Config, small), how)
+            else:
+                module.main(options.parse(*kinds))
         said.append("it ran")
     except app.UsageError as error:
         said.append(str(error))
@@ -78,21 +86,17 @@ CASES = {
             [*DECODES, "--contexts=foreign.json"],
             "foreign.json: context 1 has the token id 97, the vocabulary of tiny ends",
         ),
-        # Without a file: texts of which no context could be cut.
-        (
-            [*DECODES, "--prefix_length=999"],
-            "texts of 999 tokens give no context: 1000 are needed",
-        ),
-        ([*DECODES, "--prefix_length=1000"], "'tiny' has no tokenizer"),
+        (DECODES, "there are none for --model=tiny: write some with"),
         ([*DECODES, "--rows=window"], "takes policy:budget_ratio, got 'window'"),
         ([*DECODES, "--contexts=good.json", "--temperature=-1"], "temperature"),
         ([*DECODES, "--contexts=good.json", "--impl=gpu"], "impl='gpu' needs a GPU"),
-        ([*DECODES, "--contexts=good.json", "--num_slots=9999999"], "lower num_slots"),
+        ([*DECODES, "--contexts=good.json", "--page_size=999999999"], "GiB"),
     ],
     "study": [
         ([*STUDY, "--contexts=none.json"], "there is no file none.json"),
         (STUDY, "there are none for --model=tiny: write some with"),
-        ([*STUDY, "--smoke", "--continuations=none"], "there is no file none"),
+        (["--study=lader"], "study must be one of"),
+        (["--smoke", "--continuations=none"], "there is no file none"),
         ([*STUDY, "--contexts=empty.json"], "empty.json is not a list of contexts"),
         ([*STUDY, "--contexts=long.json"], "context 1 has 4090 tokens, which with 97"),
         ([*STUDY, "--contexts=foreign.json"], "context 1 has the token id 97"),
@@ -157,7 +161,7 @@ CASES = {
     ],
     "throughput": [
         ([*LOAD], "a trace needs a GPU, this process has none: give --trace_steps=0"),
-        ([*LOAD, NO_TRACE, "--new_tokens=1"], "new_tokens must be at least 2"),
+        ([*LOAD, NO_TRACE, "--new_tokens=1"], "new_tokens must be at least 2, got 1"),
         ([*LOAD, NO_TRACE, "--max_length=15"], "make 16, max_length is 15"),
         ([*LOAD, NO_TRACE, "--kv_gib=1e-9"], "kv_gib is 1e-09, a page has"),
         ([*LOAD, NO_TRACE, "--kv_gib=3e-6"], "the pool has 1: raise num_pages"),
@@ -179,7 +183,7 @@ CASES = {
     ],
     "host_cost": [
         (["--num_requests=many"], "invalid literal for int() with base 10: 'many'"),
-        (["--num_requests=4,0"], "--num_requests takes numbers of at least 1"),
+        (["--num_requests=4,0"], "num_requests must be at least 1, got 0"),
     ],
     "simulate": [(["--scale=7"], "scale must divide page_size 64, is 7")],
 }  # fmt: skip
@@ -188,10 +192,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_said_before_the_work(folder, default_model, name):
     del default_model  # it is on disk then
-    place = "output_dir" if name in ("study", "train_eagle") else "output"
     options = [json.dumps(options) for options, _ in CASES[name]]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, name, f"{place}={folder / 'out'}", *options],
+        [sys.executable, "-c", DRIVER, name, f"output={folder / 'out'}", *options],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

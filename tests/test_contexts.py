@@ -1,12 +1,11 @@
 """Contexts of the acceptance experiment, and both long experiments in small."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
-from experiments import contexts
+from experiments import contexts, record
 
 
 def test_prompts_are_different_and_repeatable():
@@ -41,21 +40,25 @@ def test_is_looping_sees_loops_and_nothing_else():
 @pytest.mark.timeout(900)
 def test_acceptance_and_lossless_run_in_small(tmp_path):
     module = [sys.executable, "-m"]
-    out = tmp_path / "acceptance.json"
+    out, texts = tmp_path / "acceptance", tmp_path / "contexts.json"
     command = [
-        *module, "experiments.acceptance", "--num_prefixes=2", "--prefix_length=1001",
-        "--max_tokens=20", "--num_slots=2", "--rows=full:1,window:0.05",
-        f"--output={out}",
+        *module, "experiments.contexts", "--num_prefixes=2", "--ranges=500-1000",
+        f"--output={texts}",
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    full, window = json.loads(out.read_text())["rows"]
+    command = [
+        *module, "experiments.acceptance", f"--contexts={texts}", "--max_tokens=20",
+        "--num_slots=2", "--rows=full:1,window:0.05", f"--output={out}",
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    full, window = record.load(out)[1]
     assert full["accepted_histogram"][:-1] == [0] * 8
     assert window["identical_contexts"] == full["identical_contexts"] == 2
-    out = tmp_path / "lossless.json"
+    out = tmp_path / "lossless"
     command = [
         *module, "experiments.lossless", "--num_requests=1", "--max_tokens=40",
         "--lags=0,2", "--page_sizes=16", f"--output={out}",
     ]  # fmt: skip
     subprocess.run(command, check=True)
-    rows = json.loads(out.read_text())["rows"]
+    rows = record.load(out)[1]
     assert [row["num_differing_tokens"] for row in rows] == [0, 0]

@@ -153,14 +153,14 @@ def test_an_interrupt_while_waiting_loses_nothing(tiny_model, lag):
 
 def test_the_loop_hides_the_device_behind_dispatches(tmp_path):
     """Dispatches and device steps of 25 ms, one behind the other at lag 0 alone."""
-    output = tmp_path / "cost.json"
+    output = tmp_path / "cost"
     command = [
         sys.executable, "-m", "experiments.host_cost", "--num_requests=2",
         "--context=100", "--num_steps=10", "--dispatch_ms=25", "--device_ms=25",
         f"--output={output}",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
-    (row,) = json.loads(output.read_text())["rows"]
+    row = json.loads((output / "results.jsonl").read_text())
     none, one, two = row["loop_ms_by_lag"]
     assert none >= 50
     assert 25 <= one < 45 and 25 <= two < 45

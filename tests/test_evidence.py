@@ -7,8 +7,7 @@ import re
 import pytest
 
 from experiments import claims, evidence, record, report
-from experiments.study import as_json
-from experiments.study_config import Row, load_study
+from experiments.study_config import Row, as_json, load_study
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -92,9 +91,8 @@ def test_the_table_of_results_says_what_the_files_say(found):
     assert names == found.keys()  # nothing else lies there
     says = {}
     for name, entry in found.items():
-        rows = "{} of {}".format(*entry.rows) if entry.rows else "-"
         why = "an input" if name in INPUTS else entry.why_not()
-        says[name] = (entry.device or "-", rows, f"no: {why}" if why else "yes")
+        says[name] = (entry.device or "-", entry.rows, f"no: {why}" if why else "yes")
     assert table_of_results() == says
 
 
@@ -125,7 +123,7 @@ def write_study(path, name, rows, *, dirty=False):
     ) as run:
         run.write_environment(environment)
         for row in rows:
-            run.append({"row": as_json(row), "mean_accepted_draft_tokens": mean})
+            run.append(as_json(row) | {"mean_accepted_draft_tokens": mean})
         run.write_summary(
             {"claim": study.claim, "x": study.x, "series": study.series, "y": study.y}
         )
@@ -142,7 +140,7 @@ def test_a_part_of_a_study_makes_no_table(tmp_path):
     write_study(tmp_path / "study_sweep_k_x", "sweep_k", part)
     page = page_of(tmp_path)
     why = "study_sweep_k_x: incomplete: 3 of 15 rows"
-    assert f"saturates at k = 8 (ablation) | not measured | {why} |" in page
+    assert f"at k = 8 (ablation) | not measured | {why} |  | 3 of 15 |" in page
     assert "## study_sweep_k_x" not in page and "figure.png" not in page
     assert why in page.replace("`", "").split("## Left out")[1]
 
@@ -159,9 +157,9 @@ def test_a_whole_study_makes_a_table_and_a_verdict(tmp_path):
 def test_a_study_of_one_mode_is_whole_with_the_rows_of_that_mode(tmp_path):
     rows = [r for r in load_study("ablations")[0].rows if r.mode == "replay"]
     write_study(tmp_path / "study_ablations_x", "ablations", rows)
-    assert evidence.read(tmp_path / "study_ablations_x").rows == (11, 11)
+    assert evidence.read(tmp_path / "study_ablations_x").rows == "11 of 11"
     write_study(tmp_path / "study_ablations_y", "ablations", [*rows[1:], Row()])
-    assert evidence.read(tmp_path / "study_ablations_y").rows == (11, 22)
+    assert evidence.read(tmp_path / "study_ablations_y").rows == "11 of 22"
 
 
 def test_a_changed_working_copy_is_no_evidence(tmp_path):
@@ -178,13 +176,23 @@ def test_files_say_how_many_rows_they_wanted(tmp_path):
     def rows_of(flags, **content):
         data = {"environment": environment, "flags": flags, **content}
         (tmp_path / "x.json").write_text(json.dumps(data))
-        return evidence.read(tmp_path / "x.json").rows
+        run = evidence.read(tmp_path / "x.json").run
+        return run.rows_found, run.rows_wanted
 
     pairs = {"lags": ["0", "1", "2"], "page_sizes": ["16", "64"]}
     assert rows_of(pairs, rows=[{}, {}]) == (2, 6)
     assert rows_of({"policies": ["a", "b"]}, rows=[{}]) == (1, 2)
-    assert rows_of({"rows": ["a:1", "b:1"]}, rows=[{}]) == (1, 2)
+    rows = {"rows": ["a:1", "b:1"], "acceptor": "shared_noise"}
+    assert rows_of(rows, rows=[{}]) == (1, 2)
     assert rows_of({"measure": ["eagle"]}, accepted_drafts={"eagle": 1}) == (1, 1)
+    offload = {"repeats": 2, "rivals": True}
+    assert rows_of(offload, runs={"offload": [{}, {}], "recompute": [{}]}) == (3, 6)
+    host = {"dispatch_ms": 2.0, "num_requests": ["2", "4"]}
+    assert rows_of(host, rows=[{}]) == (1, 2)
+    assert rows_of({"num_prompts": 3}, rows=[{}]) == (1, 3)
+    probe = {"product_rows": ["24"], "loads": ["24x9", "8x9"]}
+    parts = {"products": [{"rows": 24}] * 2, "dense": [{}], "loads": [{"speedups": 1}]}
+    assert rows_of(probe, **parts) == (2, 3)
     whole = {"repeats": 2, "trace_steps": 0}
     runs = {"plain": [{}, {}], "speculative": [{}]}
     assert rows_of(whole, runs=runs) == (3, 4)
@@ -199,11 +207,12 @@ def test_files_say_how_many_rows_they_wanted(tmp_path):
         "kv_gib": 50.0,
     }
     assert rows_of(points, rows=[{}]) == (1, 3)  # 128 x 32,000 do not fit
-    assert rows_of({}, rows=[{}]) is None
+    assert rows_of({}, rows=[{}]) == (1, None)
+    assert evidence.read(tmp_path / "x.json").rows == "1 of ?"
 
 
 def test_the_page_says_what_other_results_hold(tmp_path):
-    environment = {"devices": ["GPU"], "backend": "gpu", "command": "c"}
+    environment = {"devices": ["GPU"], "backend": "gpu"}
     mean = {"mean": 0.5, "standard_error": 0.1}
     files = {
         "offload_h100.json": {"metrics": {"offload_over_recompute": 1.25}},
@@ -244,10 +253,18 @@ def test_the_page_says_what_other_results_hold(tmp_path):
             ]
         },
     }
+    made_by = {
+        "offload_h100.json": "offload",
+        "host_cost.json": "host_cost",
+        "eagle_h100/results.json": "train_eagle",
+        "throughput_x.json": "throughput",
+        "speedup_map_x.json": "speedup_map",
+    }
     for name, data in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(data | {"environment": environment}))
+        command = {"command": f"python -m experiments.{made_by[name]} --output x"}
+        path.write_text(json.dumps(data | {"environment": environment | command}))
     page = page_of(tmp_path)
     for words in (
         "1.25 times recomputing",
@@ -289,8 +306,6 @@ def test_verdicts():
     assert claims.speedup_map({"rows": rows})[0] == "missed"
     used = {"policy": "offload", "utilisation": 0.99, "recompute_ratio": 0.1}
     assert claims.simulator({"rows": [used]})[0] == "missed"
-    head = {"accepted_drafts": {"eagle": mean(2.5)}, "num_texts": 1}
-    assert claims.eagle(head)[0] == "missed"
-    assert claims.offload({"metrics": {"offload_over_recompute": 1.2}})[0] == (
-        "not measured"
-    )
+    rows = [{"proposer": "eagle", "accepted_drafts": mean(2.5)}]
+    assert claims.eagle({"rows": rows, "num_texts": 1})[0] == "missed"
+    assert claims.offload({"offload_over_recompute": 1.2})[0] == "not measured"

@@ -1,6 +1,5 @@
 """The generate experiment: flags, equality report, interruption and resume."""
 
-import dataclasses
 import json
 import os
 import random
@@ -12,8 +11,7 @@ import time
 
 import pytest
 
-from experiments import config as config_lib
-from experiments import equality, generate, record
+from experiments import equality, experiment, generate, record
 from experiments.config import GenerateConfig
 from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
 from sparsespec_jax.models.config import ModelConfig
@@ -38,14 +36,20 @@ PROMPTS = [[5, 9, 2], list(range(1, 12)), [40], [7, 7, 7, 7, 8]]
 
 
 def open_run(path, config, *, resume=False, kind=record.RunDirectory):
-    as_dict = dataclasses.asdict(config)
     inputs = {"launcher": "generate"}
-    return kind(path, config=as_dict, inputs=inputs, resume=resume)
+    return kind(path, config=config.recorded(), inputs=inputs, resume=resume)
+
+
+def run(model, config, directory):
+    """(statistics by mode, Comparison) of the prompts decoded into `directory`."""
+    made = generate.Generate(config, model=model, prompts=PROMPTS)
+    experiment.measure(made, directory)
+    return made.results(directory.records)
 
 
 def run_whole(path, model, config):
     with open_run(path, config) as directory:
-        return generate.run(model, PROMPTS, config, directory)
+        return run(model, config, directory)
 
 
 # -- config and flags ---------------------------------------------------------------
@@ -94,12 +98,11 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
         directory.append({"index": 0})
     cases = {
         ("--lag", "7"): "lag must be an integer in [0, 2], got 7",
-        ("--config", "dmeo"): "config must be one of",
         ("--prompts", "none.txt"): "cannot read none.txt",
         ("--model", "no-such-model"): "there is no model at 'no-such-model'",
-        ("--output_dir", str(done)): "add --resume",
-        ("--output_dir", str(done), "--seed", "1", "--resume"): "seed was 0, now 1",
-        ("--resume",): "--resume needs the --output_dir",
+        ("--output", str(done)): "add --resume",
+        ("--output", str(done), "--seed", "1", "--resume"): "seed was 0, now 1",
+        ("--resume",): "--resume needs the --output of the run",
         ("stray",): "unexpected argument 'stray'",
     }
     processes = {
@@ -118,7 +121,7 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
 
 def test_a_pool_beyond_the_memory_leaves_no_run_behind(default_model, tmp_path):
     del default_model  # it is on disk then
-    flags = ("--num_slots=1000000", f"--output_dir={tmp_path / 'run'}")
+    flags = ("--num_slots=1000000", f"--output={tmp_path / 'run'}")
     done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert "lower num_slots" in done.stderr and done.stderr.count("\n") == 1
@@ -226,9 +229,8 @@ def test_plain_reads_are_those_of_the_byte_model(whole):
 
 def test_a_run_writes_its_config_environment_and_summary(whole):
     path, found, _ = whole
-    assert record.load(path)[0] == dataclasses.asdict(tiny())
+    assert record.load(path)[0] == tiny().recorded()
     environment = json.loads((path / "environment.json").read_text())
-    assert environment["impl"] == "reference"
     assert environment["packages"]["jax"]
     summary = json.loads((path / "summary.json").read_text())
     assert summary["comparison"]["num_identical"] == 80
@@ -259,13 +261,13 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     with open_run(path, config, kind=InterruptedDirectory) as directory:
         directory.max_records = num_records
         with pytest.raises(Interruption):
-            generate.run(tiny_model, PROMPTS, config, directory)
+            run(tiny_model, config, directory)
     before = (path / "results.jsonl").read_bytes()
     with open(path / "results.jsonl", "ab") as file:
         file.write(b'{"mode": "speculative", "ind')  # torn by the end of the process
     with open_run(path, config, resume=True) as directory:
         assert len(directory.records) == num_records
-        _, comparison = generate.run(tiny_model, PROMPTS, config, directory)
+        _, comparison = run(tiny_model, config, directory)
     assert comparison.is_identical
     assert (path / "results.jsonl").read_bytes().startswith(before)
     assert outputs(path) == outputs(whole[0])
@@ -279,7 +281,8 @@ def test_unfinished_requests_go_on_from_the_journal(
     tmp_path, tiny_model, whole, monkeypatch, seed
 ):
     """Ended at random steps, four times over; each session adds to the same text."""
-    rng, config, path = random.Random(seed), tiny(), tmp_path / "run"
+    rng, config = random.Random(seed), tiny(journal_seconds=0.0)
+    path = tmp_path / "run"
     write, steps_left = generate.Journal.write, 0
 
     def write_or_end(journal, engine):
@@ -294,7 +297,7 @@ def test_unfinished_requests_go_on_from_the_journal(
         steps_left = rng.randint(1, 25)
         with open_run(path, config, resume=session > 0) as directory:
             with pytest.raises(Interruption):
-                generate.run(tiny_model, PROMPTS, config, directory, journal_seconds=0)
+                run(tiny_model, config, directory)
     journal = path / "journal.jsonl"
     assert journal.stat().st_size > 0
     with open(journal, "ab") as file:
@@ -302,7 +305,7 @@ def test_unfinished_requests_go_on_from_the_journal(
     monkeypatch.setattr(generate.Journal, "write", write)
     with open_run(path, config, resume=True) as directory:
         assert directory.journal
-        _, comparison = generate.run(tiny_model, PROMPTS, config, directory)
+        _, comparison = run(tiny_model, config, directory)
     assert comparison.is_identical
     assert outputs(path) == outputs(whole[0])
     _, records = record.load(path)
@@ -349,7 +352,7 @@ def test_resuming_a_finished_run_decodes_nothing(whole, tiny_model):
     path, _, comparison = whole
     before = (path / "results.jsonl").read_bytes()
     with open_run(path, tiny(), resume=True) as directory:
-        found, again = generate.run(tiny_model, PROMPTS, tiny(), directory)
+        found, again = run(tiny_model, tiny(), directory)
     assert again == comparison
     assert (path / "results.jsonl").read_bytes() == before
     assert found["plain"].total.num_output_tokens == 80
@@ -372,10 +375,10 @@ def test_a_prompt_too_long_for_the_model_names_it(tmp_path, tiny_model):
     path = tmp_path / "ids.jsonl"
     path.write_text('{"token_ids": [1]}\n' + json.dumps({"token_ids": [1] * 4090}))
     with pytest.raises(ValueError, match="prompt 1 has 4090 tokens.*--max_tokens"):
-        generate.checked_prompts(tiny_model, tiny(prompts=str(path)))
+        generate.Generate(tiny(prompts=str(path)), model=tiny_model)
     path.write_text('{"token_ids": [97]}\n')
     with pytest.raises(ValueError, match="prompt 0: token id 97 is outside"):
-        generate.checked_prompts(tiny_model, tiny(prompts=str(path)))
+        generate.Generate(tiny(prompts=str(path)), model=tiny_model)
 
 
 # -- the command --------------------------------------------------------------------
@@ -416,7 +419,7 @@ def resumed(tmp_path_factory, saved_model):
     file.write_text("\n".join(map(json.dumps, lines)))
     arguments = command(
         *("--model", str(saved_model), "--prompts", str(file)),
-        *("--max_tokens", "120", "--num_slots", "2", "--output_dir", str(path)),
+        *("--max_tokens", "120", "--num_slots", "2", "--output", str(path)),
     )
     results = path / "results.jsonl"
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
@@ -505,17 +508,16 @@ def test_a_planted_difference_fails_the_command(tmp_path, resumed):
     assert "NOT LOSSLESS: first differences at prompt 4 token 7" in done.stdout
     assert "1439 of 1440 tokens identical" in done.stdout
     # Nothing was left to do, and that is said.
-    assert f"{copy} is finished: nothing to decode\n" in done.stderr
+    assert f"{copy} is finished: nothing to measure\n" in done.stderr
     assert (copy / "results.jsonl").read_text() == "".join(lines)
 
 
 @pytest.mark.slow
-def test_the_smoke_config_decodes_the_default_model(tmp_path):
-    arguments = command("--config", "smoke", "--output_dir", str(tmp_path / "run"))
+def test_the_default_model_in_small(tmp_path):
+    arguments = command(
+        *("--num_prompts", "2", "--max_tokens", "24", "--num_draft_tokens", "3"),
+        *("--min_budget", "16", "--output", str(tmp_path / "run")),
+    )
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "48 of 48 tokens identical" in done.stdout.splitlines()[-3]
-
-
-def test_the_default_config_is_the_demo():
-    assert config_lib.load_config("demo") == GenerateConfig()

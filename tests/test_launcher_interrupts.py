@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from experiments import generate, models, record
+from experiments import experiment, generate, models, record
 from experiments.config import GenerateConfig
-from sparsespec_jax import Model, load_model, save_checkpoint
+from sparsespec_jax import Model, save_checkpoint
 from sparsespec_jax.models.transformer import init_params
 
 STARTING = "interrupted while starting; nothing was done"
@@ -203,7 +203,7 @@ def launched(folder, name, *options):
 
 
 FILES = pathlib.Path(generate.__file__).parent.glob("*.py")
-RUNS = re.compile(r"^    launch\.run\(main", re.MULTILINE)
+RUNS = re.compile(r"^    (launch\.run\(main|experiment\.run\()", re.MULTILINE)
 LAUNCHERS = sorted(file.stem for file in FILES if RUNS.search(file.read_text()))
 
 
@@ -239,13 +239,11 @@ def test_generate_interrupted_at_many_moments_gives_the_same_tokens(folder, tmp_
         num_draft_tokens=3,
     )  # fmt: skip
     config, path = GenerateConfig(**options), tmp_path / "run"
-    model = load_model(config.model, dtype="float32")
-    prompts = generate.checked_prompts(model, config)
-    of_run = dict(config=dataclasses.asdict(config), inputs={}, resume=False)
+    of_run = dict(config=config.recorded(), inputs={}, resume=False)
     with record.RunDirectory(tmp_path / "whole", **of_run) as directory:
-        generate.run(model, prompts, config, directory)
+        assert experiment.measure(generate.Generate(config), directory) == ""
     arguments = [f"--{name}={value}" for name, value in options.items()]
-    arguments += [f"--output_dir={path}", "--journal_seconds=60"]
+    arguments += [f"--output={path}", "--journal_seconds=60"]
 
     def start(*more):
         return launched(tmp_path, "generate", *arguments, *more)
@@ -276,7 +274,7 @@ def test_generate_interrupted_at_many_moments_gives_the_same_tokens(folder, tmp_
 
 
 def test_others_say_what_they_leave(folder, tmp_path):
-    out = tmp_path / "out.json"
+    out = tmp_path / "out"
     processes = {
         # Rows are written as they come; this many take longer than we wait.
         "acceptance": (
@@ -284,14 +282,20 @@ def test_others_say_what_they_leave(folder, tmp_path):
             "--rows=" + ",".join(f"window:0.{i}" for i in range(100, 400)),
             f"--output={out}", "--max_tokens=30", "--num_draft_tokens=2",
         ),
-        "study": ("--study=policies", "--smoke", f"--output_dir={tmp_path / 'study'}"),
+        "study": ("--study=policies", "--smoke", f"--output={tmp_path / 'study'}"),
     }  # fmt: skip
     started = {name: launched(tmp_path, name, *o) for name, o in processes.items()}
     kept = tmp_path / "study" / "environment.json"
     started["study"].wait_for(kept.exists)
-    started["study"].ends_by(signal.SIGTERM, "interrupted: the same command goes on")
-    started["acceptance"].wait_for(out.exists).ends_by(
-        signal.SIGINT, f"interrupted; what was done so far is in {out}"
+    line = "interrupted: add --resume to go on"
+    started["study"].ends_by(signal.SIGTERM, line)
+    results = out / "results.jsonl"
+    has_rows = started["acceptance"].wait_for(
+        lambda: results.exists() and results.stat().st_size > 0
     )
-    assert json.loads(out.read_text())["rows"]
+    has_rows.ends_by(signal.SIGINT, line)
+    summary = json.loads((out / "summary.json").read_text())
+    num_rows = len(record.load(out)[1])
+    assert (summary["rows_found"], summary["rows_wanted"]) == (num_rows, 300)
+    assert 0 < num_rows < 300
     assert not list(tmp_path.rglob("*.tmp"))

@@ -13,19 +13,24 @@ import pytest
     ("command", "status", "message"),  # status 1: absl's own checks
     [
         ("throughput load=smollm2_256x4096", 2, "unexpected argument 'load=smoll"),
-        ("divergence --num_prompts=-3", 1, "--num_prompts=-3"),
+        ("throughput --load=nothing", 2, "load must be one of"),
+        ("divergence --num_prompts=-3", 2, "num_prompts must be at least 0, got -3"),
+        ("divergence --num_prompts=few", 1, "--num_prompts=few"),
         ("lossless --model=nowhere", 2, "there is no model at 'nowhere'"),
-        ("offload --new_tokens=0", 1, "--new_tokens=0"),
-        ("simulate --policies=offload,swap", 1, "policies takes some of"),
-        ("speedup_map --acceptance=3", 1, "--acceptance=3"),
-        ("study --study=policies --mode=live", 1, "--mode=live"),
-        ("train_eagle --measure=eagel", 1, "measure takes eagle, ngram and pillar"),
+        ("offload --new_tokens=0", 2, "new_tokens must be at least 1, got 0"),
+        ("simulate --policies=offload,swap", 2, "policies must be one of"),
+        ("speedup_map --acceptance=3", 2, "acceptance must be at most 1, got 3"),
+        ("study --study=policies --mode=live", 2, "mode must be one of"),
+        ("study", 2, "--study is missing"),
+        ("train_eagle --measure=eagel", 2, "measure must be one of"),
+        ("report", 1, "Unknown command line flag 'smoke'"),
     ],
 )
 def test_a_wrong_option_is_named_at_once(command, status, message, tmp_path):
     name, *options = command.split()
-    place = "output_dir" if name in ("study", "train_eagle") else "output"
-    options.append(f"--{place}={tmp_path / 'out'}")
+    options.append(f"--output={tmp_path / 'out'}")
+    if name == "report":
+        options.append("--smoke")
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", *options],
         capture_output=True,

@@ -105,7 +105,7 @@ def test_a_run_killed_before_its_config_was_written_starts_afresh(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="output_dir"):
+    with pytest.raises(RunError, match="output"):
         create(tmp_path / "file" / "run")
 
 

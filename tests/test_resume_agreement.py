@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from experiments import fingerprint, generate, models, record
 from experiments.config import GenerateConfig
 from experiments.record import RunDirectory, RunError
-from sparsespec_jax import load_model, save_checkpoint
+from sparsespec_jax import save_checkpoint
 from sparsespec_jax.loading.tokenizer import Tokenizer
 from sparsespec_jax.models.transformer import params_dtype
 
@@ -244,10 +244,8 @@ def interrupted(tmp_path_factory):
         max_tokens=40, num_slots=2, page_size=4, prefill_chunk=8, num_draft_tokens=3,
     )  # fmt: skip
     config = GenerateConfig(**options)
-    model = load_model(config.model, dtype="float32")
-    prompts = generate.checked_prompts(model, config)
-    inputs = inputs_of(model, prompts=prompts)
-    begin = dict(config=dataclasses.asdict(config), inputs=inputs, resume=False)
+    inputs = generate.Generate(config).inputs()
+    begin = dict(config=config.recorded(), inputs=inputs, resume=False)
     with RunDirectory(folder / "run", **begin) as run:
         run.append_to_journal([{"mode": "plain", "index": 0, "first": 0}])
     return folder, [f"--{name}={value}" for name, value in options.items()]
@@ -263,7 +261,7 @@ def test_the_command_refuses_other_prompts_and_another_model(interrupted, tmp_pa
     def start(run):
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.generate", *options, "--resume"]
-            + [f"--output_dir={run}"],
+            + [f"--output={run}"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

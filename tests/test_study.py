@@ -13,9 +13,27 @@ import numpy as np
 import pytest
 
 from experiments import contexts as contexts_lib
-from experiments import figures, join_studies, measure, record, replay, study
-from experiments.study_bench import without_budget
-from experiments.study_config import Row, Study, load_study, smoke_rows, study_names
+from experiments import (
+    experiment,
+    figures,
+    join_studies,
+    measure,
+    record,
+    replay,
+    study,
+)
+from experiments.models import tiny_model as make_tiny_model
+from experiments.study_bench import Bench, Setting, without_budget
+from experiments.study_config import (
+    Row,
+    Study,
+    as_json,
+    as_row,
+    load_study,
+    smoke_rows,
+    split,
+    study_names,
+)
 from sparsespec_jax import Policy, save_checkpoint
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.models import transformer as model_lib
@@ -254,7 +272,7 @@ def test_rows_that_cannot_be_measured_are_told_before_the_work():
     rows = [short, Row(num_draft_tokens=2), Row(contexts=(500, 1000))]
     bench = small_bench(rows)
     bench.contexts[1] = [5, 6, 7]
-    possible, impossible = study.split(bench.check, rows)
+    possible, impossible = split(bench.check, rows)
     assert possible == rows[1:2] and [row for row, _ in impossible] == [short, rows[2]]
     assert "context 1 has 3 tokens, a replay of 2 drafts needs 4" in impossible[0][1]
     assert "no context has a length in [500, 1000)" in impossible[1][1]
@@ -264,20 +282,40 @@ def test_rows_that_cannot_be_measured_are_told_before_the_work():
 
 
 def small_bench(rows):
-    setting = study.Setting(max_tokens=20, num_slots=2, page_size=4, impl=None, seed=0)
-    contexts = study.smoke_contexts()
-    return study.Bench(study.tiny_model(), contexts, setting, POLICIES, rows)
+    setting = Setting(max_tokens=19, num_slots=2, page_size=4)
+    contexts = contexts_lib.smoke_contexts()
+    return Bench(make_tiny_model(), contexts, setting, POLICIES, rows)
+
+
+class Rows(study.OnContexts):
+    """A study of the rows that it is given."""
+
+    name = "study"
+    claim = "none"
+
+    def __init__(self, rows, bench=None):
+        experiment.Experiment.__init__(self, Setting())
+        self.bench, self.impossible = bench or small_bench(rows), []
+        self.possible = rows
+
+    def describe(self, records):
+        return {}
+
+
+def run_rows(directory, rows, bench=None):
+    """What is wrong after measuring rows into an open run directory."""
+    return experiment.measure(Rows(rows, bench), directory)
 
 
 def test_an_interrupted_study_measures_only_what_is_missing(tmp_path):
     rows = smoke_rows([Row(), Row(policy="window"), Row(mode="replay")])
     with record.RunDirectory(tmp_path, config={}, inputs={}, resume=False) as directory:
-        assert study.run(directory, small_bench(rows), rows[:2]) == (True, 0)
+        assert run_rows(directory, rows[:2]) == ""
     before = directory.records
     with record.RunDirectory(tmp_path, config={}, inputs={}, resume=True) as directory:
-        assert study.run(directory, small_bench(rows), rows) == (True, 0)
+        assert run_rows(directory, rows) == ""
     assert directory.records[:2] == before and len(directory.records) == 3
-    assert [r["row"]["mode"] for r in directory.records] == [
+    assert [r["mode"] for r in directory.records] == [
         "decode", "decode", "replay",
     ]  # fmt: skip
     assert before[0]["identical_contexts"] == 2
@@ -295,8 +333,8 @@ def test_a_row_of_a_cascade_tells_steps_and_hits():
 
 def test_rows_recorded_before_a_field_came_are_known():
     row = Row(policy="window")
-    old = {k: v for k, v in study.as_json(row).items() if k != "draft_steps"}
-    assert study.recorded(old) == study.as_json(row)
+    old = {k: v for k, v in as_json(row).items() if k != "draft_steps"}
+    assert as_row(old | {"recall": 1.0}) == row
 
 
 def test_engines_are_shared_over_budgets():
@@ -335,7 +373,7 @@ def test_a_differing_text_is_reported(tmp_path):
     bench._plain = lambda temperature: [(1,) * 20, (2,) * 20]
     bench._not_looping = lambda chosen, temperature: chosen
     with record.RunDirectory(tmp_path, config={}, inputs={}, resume=False) as directory:
-        assert study.run(directory, bench, rows) == (False, 0)
+        assert run_rows(directory, rows, bench) == "tokens differ from plain decoding"
 
 
 def test_a_failing_row_stops_no_other(tmp_path, capsys):
@@ -346,8 +384,8 @@ def test_a_failing_row_stops_no_other(tmp_path, capsys):
     bench = small_bench(rows)
     bench.policies = POLICIES | {"broken": Policy("broken", (), broken)}
     with record.RunDirectory(tmp_path, config={}, inputs={}, resume=False) as directory:
-        assert study.run(directory, bench, rows) == (True, 1)
-    assert [r["row"]["policy"] for r in directory.records] == ["window"]
+        assert run_rows(directory, rows, bench) == "1 rows failed: see failures.jsonl"
+    assert [r["policy"] for r in directory.records] == ["window"]
     failed = json.loads((tmp_path / "failures.jsonl").read_text())
     assert failed["row"]["policy"] == "broken" and "out of ideas" in failed["error"]
     assert "out of ideas" in capsys.readouterr().err
@@ -369,8 +407,8 @@ def test_parts_share_out_all_rows_and_split_no_engine():
 def test_continuations_of_a_file_replace_plain_decoding(tmp_path):
     rows = smoke_rows([Row(policy="window")])
     decoded = small_bench(rows)._plain(0.65)
-    contexts, path = study.smoke_contexts(), tmp_path / "plain.json"
-    model, law = study.tiny_model(), dict(max_tokens=20, seed=0)
+    contexts, path = contexts_lib.smoke_contexts(), tmp_path / "plain.json"
+    model, law = make_tiny_model(), dict(max_tokens=20, seed=0)
     texts = {"0.65": [list(t) for t in decoded]}
     inputs = contexts_lib.continuation_inputs(model, contexts, **law)
     path.write_text(json.dumps({"inputs": inputs, "texts": texts}))
@@ -396,12 +434,13 @@ def test_continuations_of_a_file_replace_plain_decoding(tmp_path):
 
 def test_parts_join_to_studies(tmp_path):
     def found(row):
-        return {"row": study.as_json(row), "recall": {"mean": 1.0}}
+        return as_json(row) | {"recall": {"mean": 1.0}}
 
     rows = load_study("sweep_k")[0].rows
     for name, of_part in {"a": rows[1:], "b": [Row(policy="vegas"), rows[0]]}.items():
-        config = {"num_slots": 3, "study": "everything", "head_dim": 64, "kv_bits": 16}
+        config = {"num_slots": 3, "study": "everything"}
         inputs = {"launcher": "study", "contexts": ["a1", "b2"], "kernels": name}
+        inputs |= {"head_dim": 64, "kv_bits": 16}
         with record.RunDirectory(
             tmp_path / name, config=config, inputs=inputs, resume=False
         ) as part:
@@ -413,14 +452,15 @@ def test_parts_join_to_studies(tmp_path):
     assert written["sweep_k"] == (len(rows), len(rows))
     assert written["policies"][0] == 4  # three at k = 8, and vegas
     config, records = record.load(out / "study_sweep_k_gpu")
-    assert [r["row"] for r in records] == [study.as_json(r) for r in rows]
+    assert [as_row(r) for r in records] == list(rows)
     assert config["study"] == "sweep_k"
     summary = json.loads((out / "study_sweep_k_gpu" / "summary.json").read_text())
     assert summary["x"] == "num_draft_tokens"
+    assert summary["rows_found"] == summary["rows_wanted"] == len(rows)
     assert not (out / "study_ladder_gpu").exists()
     found = json.loads((out / "study_sweep_k_gpu" / "environment.json").read_text())
     assert found["command"] == "python --contexts c.json --x"
-    config = {"num_slots": 3, "seed": 4, "head_dim": 64, "kv_bits": 16}
+    config = {"num_slots": 3, "seed": 4}
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
 
     def fails(message):
@@ -453,26 +493,28 @@ def run_module(name, *arguments):
 def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
     run = tmp_path / "run"
     done = run_module(
-        "study", "--study=ablations", f"--output_dir={run}", "--smoke",
+        "study", "--study=ablations", f"--output={run}", "--smoke",
         f"--policy_file={own_policy}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     _, records = record.load(run)
-    assert [r["row"]["policy"] for r in records][:2] == ["oldest", "pillar"]
+    assert [r["policy"] for r in records][:2] == ["oldest", "pillar"]
     assert all(r["identical_contexts"] == 2 for r in records)
     again = (
-        "study", "--study=ablations", f"--output_dir={run}", "--smoke",
+        "study", "--study=ablations", f"--output={run}", "--smoke",
         f"--policy_file={own_policy}",
     )  # fmt: skip
-    done = run_module(*again)
+    done = run_module(*again, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "holds all of these rows: nothing to measure" in done.stdout
+    assert "is finished: nothing to measure" in done.stderr
     pathlib.Path(own_policy.removesuffix(":MINE")).write_text(OWN_POLICY + "# new\n")
-    done = run_module(*again)
+    done = run_module(*again, "--resume")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "holds a run of other inputs: policy_file was " in done.stderr
     done = run_module("figures", f"--results={tmp_path}")
     assert done.returncode == 0, done.stderr
+    assert not (run / "figure.png").exists()  # most rows of the study are missing
+    figures.draw(run, study.PolicyStudy)
     assert (run / "figure.png").stat().st_size > 5000
     assert "<svg" in (run / "figure.svg").read_text()
     for name in ("page.md", "page.html"):
@@ -481,22 +523,22 @@ def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
         )
         assert done.returncode == 0, done.stderr
         text = (tmp_path / name).read_text()
-        assert "incomplete: 0 of 11 rows" in text and "arXiv 2512.01278" in text
-        assert "oldest" not in text and "figure." not in text  # a smoke run is no claim
+        assert "run: a smoke run" in text and "arXiv 2512.01278" in text
+        assert "oldest" not in text and "figure." not in text
 
 
 def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
-    save_checkpoint(study.tiny_model(), tmp_path / "tiny")
-    contexts, out = tmp_path / "contexts.json", tmp_path / "out.json"
-    contexts.write_text(json.dumps(study.smoke_contexts()))
+    save_checkpoint(make_tiny_model(), tmp_path / "tiny")
+    contexts, out = tmp_path / "contexts.json", tmp_path / "out"
+    contexts.write_text(json.dumps(contexts_lib.smoke_contexts()))
     done = run_module(
         "acceptance", f"--model={tmp_path / 'tiny'}", f"--contexts={contexts}",
         f"--policy_file={own_policy}", "--rows=oldest:0.2", f"--output={out}",
-        "--max_tokens=16", "--num_draft_tokens=2", "--prefix_length=80",
-        "--proposer=cascade", "--draft_steps=1",
+        "--max_tokens=15", "--num_draft_tokens=2", "--proposer=cascade",
+        "--draft_steps=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(out.read_text())["rows"]
+    (row,) = record.load(out)[1]
     assert row["policy"] == "oldest" and row["identical_contexts"] == 2
     accepted = row["mean_accepted_draft_tokens"]["mean"]
     assert row["committed_tokens_per_cycle"]["mean"] == pytest.approx(accepted + 1)
@@ -505,9 +547,9 @@ def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
 
 
 def test_bad_input_ends_before_any_work(tmp_path):
-    out = f"--output_dir={tmp_path / 'x'}"
+    out = f"--output={tmp_path / 'x'}"
     for arguments, (status, message) in {
-        ("--study=lader", out): (1, "--study"),  # absl's own check
+        ("--study=lader", out): (2, "study must be one of"),
         ("--study=ladder", out, "--policy_file=none.py:P"): (2, "FILE.py:NAME"),
     }.items():
         done = run_module("study", *arguments)
@@ -517,8 +559,8 @@ def test_bad_input_ends_before_any_work(tmp_path):
 
 def test_lines_of_a_figure_name_what_else_varies():
     def found(policy, s, mean):
-        row = study.as_json(Row(policy=policy, budget_ratio=s))
-        return {"row": row, "recall": {"mean": mean, "interval": [mean, mean]}}
+        row = as_json(Row(policy=policy, budget_ratio=s))
+        return row | {"recall": {"mean": mean, "interval": [mean, mean]}}
 
     summary = {"x": "budget_ratio", "y": "recall", "series": "policy"}
     records = [found("pillar", 0.1, 1.0), found("window", 0.1, 2.0)]
@@ -537,4 +579,4 @@ def test_headers_are_docstrings():
     folder = pathlib.Path(study.__file__).parent / "studies"
     for path in folder.glob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text()))
-    assert json.dumps(study.as_json(Row()))
+    assert json.dumps(as_json(Row()))

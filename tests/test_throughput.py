@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import made_up, pressure, time_split
+from experiments import made_up, pressure, record, time_split
 from experiments.loads import LOADS
 from pallas_kernels import device_trace
 from pallas_kernels.device_trace import Kernel
@@ -173,7 +173,7 @@ def test_steps_of_a_load_on_made_up_caches(tiny_model):
 
 
 def test_a_small_load_end_to_end(tmp_path):
-    output = tmp_path / "results.json"
+    output = tmp_path / "run"
     command = [
         sys.executable, "-m", "experiments.throughput", "--load=smollm2_256x4096",
         "--num_requests=2", "--num_slots=2", "--new_tokens=12", "--page_size=16",
@@ -181,14 +181,15 @@ def test_a_small_load_end_to_end(tmp_path):
         "--num_draft_tokens=2", f"--output={output}",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True)
-    results = json.loads(output.read_text())
-    metrics = results["metrics"]
+    metrics = json.loads((output / "summary.json").read_text())
     assert metrics["forced_acceptance"] is None
     assert 0 < metrics["kv_share"] < 1
     assert metrics["speedup"] == pytest.approx(
         metrics["spec_decode_tokens_per_s"] / metrics["ar_decode_tokens_per_s"]
     )
-    for run in (results["runs"]["plain"][0], results["runs"]["speculative"][0]):
+    runs = record.load(output)[1]
+    assert [run["mode"] for run in runs] == ["plain", "speculative"]
+    for run in runs:
         assert run["stats"]["total"]["num_output_tokens"] == 24
         parts = ("prefill", "decode", "tail")
         assert sum(run[part]["tokens"] for part in parts) == 24

@@ -2,7 +2,7 @@
 
 Claim: arXiv 2512.01278, section 4.1, averages all k + 1 rows per KV head; Vegas
 (arXiv 2602.07223) takes two rows and one set per layer.
-Command: python -m experiments.study --study ablations --output_dir RUN
+Command: python -m experiments.study --study ablations --output RUN
 Expected: all variants within each other's intervals; the last row alone worst.
 Cost: about 20 s a row on an H100.
 """

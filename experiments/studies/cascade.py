@@ -2,7 +2,7 @@
 
 Claim: TriForce, arXiv 2404.11912: a smaller model below the sparse one makes drafting
 cheaper. SparseSpec (arXiv 2512.01278) reports up to 1.76 times the throughput of it.
-Command: python -m experiments.study --study cascade --output_dir RUN
+Command: python -m experiments.study --study cascade --output RUN
 Expected: with 8 draft steps the acceptance of sparse self-speculation; with fewer, what
 the hits of the lookup make up for, little in a text that does not repeat itself.
 Cost: about 20 s a row on an H100.

@@ -3,7 +3,7 @@
 Claim: arXiv 2512.01278, section 4.1: the mass of one verification is enough; here, that
 choosing at every step by a small index of the keys closes most of the gap to the
 per-step oracle, bytes of the index included.
-Command: python -m experiments.study --study equal_bytes --output_dir RUN
+Command: python -m experiments.study --study equal_bytes --output RUN
 Expected: at s = 0.05 the 4-bit index is next to the oracle; with the bytes of the index
 taken off the budget of a draft step, the 2-bit index still closes a third of the gap
 from PillarAttn to the oracle. Bytes are those of the model that is measured, in its

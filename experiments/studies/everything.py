@@ -1,7 +1,7 @@
 """All rows of the other studies, each once: what a GPU is asked for in one go.
 
 Claim: those of the other studies.
-Command: python -m experiments.study --study everything --part 1/8 --output_dir PART
+Command: python -m experiments.study --study everything --part 1/8 --output PART
 Expected: see the other studies. `python -m experiments.join_studies` makes their run
 directories from the parts.
 Cost: 47 engines and 20 replays; ten parts at a time on one H100 take minutes.

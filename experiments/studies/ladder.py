@@ -2,7 +2,7 @@
 
 Claim: arXiv 2512.01278, section 4.1: the mass of one verification picks the critical
 tokens of the next k drafts.
-Command: python -m experiments.study --study ladder --output_dir RUN
+Command: python -m experiments.study --study ladder --output RUN
 Expected: PillarAttn's recall of candidate mass near 0.8 on SmolLM2 and 0.9 or more
 of the per-step oracle's; hindsight (the best set of the round) between the two.
 Each row also holds the oracles of equal count, per KV head and per query head.

@@ -3,7 +3,7 @@
 Claim: arXiv 2512.01278, section 5 and its comparison with Quest and MagicDec: at k = 8
 and s = 0.05, PillarAttn has 6.16 of 8 drafts accepted, more than Quest's pages and far
 more than a sliding window.
-Command: python -m experiments.study --study policies --output_dir RUN
+Command: python -m experiments.study --study policies --output RUN
 Expected: the per-step oracle on top, then the verification-guided family within each
 other's intervals, Quest and Double Sparsity behind it, windows and frozen sets last.
 Cost: 30 contexts, 97 tokens each: on an H100 about 20 s a row.

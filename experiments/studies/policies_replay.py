@@ -1,7 +1,7 @@
 """Which policy selects best for identical queries, at two temperatures?
 
 Claim: as `policies`: arXiv 2512.01278, section 5.
-Command: python -m experiments.study --study policies_replay --output_dir RUN
+Command: python -m experiments.study --study policies_replay --output RUN
 Expected: the order of decoding (`policies`), all figures nearer to each other, as the
 text is fixed and every verification accepts all drafts. At temperature 0 the text is
 that of 0.65: greedy texts of a small model repeat themselves, and then any policy does.

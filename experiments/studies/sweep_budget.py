@@ -1,7 +1,7 @@
 """How much of the context must a draft read?
 
 Claim: arXiv 2512.01278, ablation of s: acceptance saturates near 5 % of the context.
-Command: python -m experiments.study --study sweep_budget --output_dir RUN
+Command: python -m experiments.study --study sweep_budget --output RUN
 Expected on contexts of 500 to 3,000 tokens: no saturation at 5 % yet, because
 acceptance follows the absolute budget, and 5 % is 25 to 150 tokens without a floor.
 Cost: about 20 s a row on an H100.

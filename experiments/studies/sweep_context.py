@@ -1,7 +1,7 @@
 """Does acceptance hold as the context grows?
 
 Claim: arXiv 2512.01278, section 5: acceptance stays high over long reasoning traces.
-Command: python -m experiments.study --study sweep_context --output_dir RUN
+Command: python -m experiments.study --study sweep_context --output RUN
 Expected: at a fixed share of the context acceptance grows with length (the set grows);
 at a fixed number of tokens it holds or falls, least for verification-guided sets.
 Cost: about 20 s a row on an H100.

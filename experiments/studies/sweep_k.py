@@ -1,7 +1,7 @@
 """How many drafts per cycle?
 
 Claim: arXiv 2512.01278, ablation of k from 4 to 20: acceptance saturates, 8 is best.
-Command: python -m experiments.study --study sweep_k --output_dir RUN
+Command: python -m experiments.study --study sweep_k --output RUN
 Expected: accepted drafts grow less than k; the chance of each draft given those before
 stays level, so staleness within a cycle is not what limits k.
 Cost: about 20 s a row on an H100.

@@ -2,7 +2,7 @@
 
 Claim: arXiv 2512.01278, section 5, samples at T = 0.6 to 0.65; speculative decoding is
 known to accept less of a flatter law.
-Command: python -m experiments.study --study sweep_temperature --output_dir RUN
+Command: python -m experiments.study --study sweep_temperature --output RUN
 Expected: greedy above T = 0.65 above T = 1; the ratio test a little above shared noise.
 Cost: about 20 s a row on an H100.
 """
