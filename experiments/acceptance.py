@@ -67,7 +67,6 @@ def parse_row(text, own, **fields):
 class Acceptance(OnContexts):
     """Policies and budgets that the command names."""
 
-    name = "acceptance"
     claim = "PillarAttn has 6.16 of 8 drafts accepted at s = 0.05"
     Config = AcceptanceConfig
     SMOKE = models.smoke(

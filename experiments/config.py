@@ -1,4 +1,4 @@
-"""Options of the generate experiment: one flat frozen record, checked on creation."""
+"""Options of drafting, and those of the generate experiment: flat frozen records."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from experiments.models import DTYPES
 from experiments.options import Options, option
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.policies.select import resolve_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting(Options):
+    """How much is drafted, where nothing else of drafting is asked."""
+
+    num_draft_tokens: int = option(8, "Drafts per cycle.", at_least=1)
+    budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
+    min_budget: int = option(0, "Tokens that a draft reads at least.", at_least=0)
+
+    def speculation(self, *, is_plain=False) -> SpeculationConfig:
+        """SpeculationConfig of these, or of plain decoding."""
+        if is_plain:
+            return SpeculationConfig(num_draft_tokens=0)
+        return SpeculationConfig(
+            num_draft_tokens=self.num_draft_tokens,
+            budget_ratio=self.budget_ratio,
+            min_budget=self.min_budget,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

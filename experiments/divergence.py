@@ -20,22 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import contexts, experiment, models
+from experiments.config import Drafting
 from experiments.experiment import Experiment
-from experiments.options import Options, option
+from experiments.options import option
 from experiments.prompts import load_prompts
-from sparsespec_jax import (
-    Engine,
-    EngineConfig,
-    SamplingParams,
-    SpeculationConfig,
-    sizes,
-)
+from sparsespec_jax import Engine, EngineConfig, SamplingParams, sizes
 from sparsespec_jax.host.intake import prepare_all
 from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DivergenceConfig(Options):
+class DivergenceConfig(Drafting):
     """What is decoded."""
 
     model: str = option("smollm2")
@@ -46,9 +41,7 @@ class DivergenceConfig(Options):
     num_slots: int = option(32, "Requests decoded at the same time.", at_least=1)
     page_size: int = option(64, "Tokens per KV page.", at_least=1)
     prefill_chunk: int = option(128, "Prompt tokens prefilled per step.", at_least=1)
-    num_draft_tokens: int = option(8, "Drafts per cycle.", at_least=1)
-    budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
-    min_budget: int = option(192, "Tokens a draft reads at least.", at_least=0)
+    min_budget: int = option(192, "Tokens that a draft reads at least.", at_least=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,7 +57,6 @@ def best_two(config, params, tokens):
 class Divergence(Experiment):
     """Every prompt decoded both ways."""
 
-    name = "divergence"
     claim = "in bfloat16 texts part from plain decoding at near-ties only"
     Config = DivergenceConfig
     SMOKE = models.smoke(*models.SMOKE, dtype="float32")
@@ -80,32 +72,26 @@ class Divergence(Experiment):
             self.prompts = self._encoded(prompts)
         self.parts["prompts"] = self.prompts
         self.max_length = max(map(len, self.prompts)) + config.max_tokens
-        for k in (0, config.num_draft_tokens):
-            sizes.resolve(self.model, *self._options(k))
+        for is_plain in (True, False):
+            sizes.resolve(self.model, *self._options(is_plain))
 
     def _encoded(self, prompts):
         laws = [SamplingParams(max_tokens=self.config.max_tokens)] * len(prompts)
         prepared = prepare_all(self.model, prompts, laws)
         return [list(prompt.token_ids) for prompt in prepared]
 
-    def _options(self, k):
-        config, speculation = self.config, SpeculationConfig(num_draft_tokens=0)
-        if k:
-            speculation = SpeculationConfig(
-                num_draft_tokens=k,
-                budget_ratio=config.budget_ratio,
-                min_budget=config.min_budget,
-            )
-        return speculation, EngineConfig(
+    def _options(self, is_plain):
+        config = self.config
+        return config.speculation(is_plain=is_plain), EngineConfig(
             num_slots=config.num_slots,
             page_size=config.page_size,
             prefill_chunk=config.prefill_chunk,
             max_length=self.max_length,
         )
 
-    def _decode(self, k):
+    def _decode(self, is_plain):
         """Greedy results of every prompt, in order."""
-        speculation, config = self._options(k)
+        speculation, config = self._options(is_plain)
         engine = Engine(self.model, speculation=speculation, engine=config)
         law = SamplingParams(
             temperature=0, max_tokens=self.config.max_tokens, ignore_eos=True
@@ -120,7 +106,7 @@ class Divergence(Experiment):
     @functools.cached_property
     def decoded(self):
         """Results of plain and of speculative decoding."""
-        return self._decode(0), self._decode(self.config.num_draft_tokens)
+        return self._decode(True), self._decode(False)
 
     def rows(self):
         """One for each prompt."""

@@ -52,6 +52,10 @@ class Experiment:
     model = None
     directory = None
 
+    def __init_subclass__(cls):
+        if "name" not in vars(cls):
+            cls.name = pathlib.Path(sys.modules[cls.__module__].__file__).stem
+
     def __init__(self, config, *, is_smoke=False):
         self.config, self.is_smoke = config, is_smoke
         self.parts = {}

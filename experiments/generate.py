@@ -200,7 +200,6 @@ def _place(directory, file, number, found, known, num_prompts):
 class Generate(Experiment):
     """Every prompt in both modes."""
 
-    name = "generate"
     claim = "the output is plain decoding's, token for token"
     Config = GenerateConfig
     SMOKE = models.smoke(*models.SMOKE)

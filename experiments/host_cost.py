@@ -170,7 +170,6 @@ def measure_loop(num_requests, context, num_steps, lag, dispatch_s, device_s):
 class HostCost(Experiment):
     """Host time of every load."""
 
-    name = "host_cost"
     claim = "the host plans and commits a step in less time than a device step takes"
     Config = HostCostConfig
     SMOKE = dict(num_requests=(2,), context=50, num_steps=4, dispatch_ms=1.0)

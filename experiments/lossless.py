@@ -15,28 +15,20 @@ import itertools
 
 from experiments import contexts as contexts_lib
 from experiments import experiment, models
+from experiments.config import Drafting
 from experiments.experiment import Experiment
-from experiments.options import Options, option
-from sparsespec_jax import (
-    Engine,
-    EngineConfig,
-    SamplingParams,
-    SpeculationConfig,
-    sizes,
-)
+from experiments.options import option
+from sparsespec_jax import Engine, EngineConfig, SamplingParams, sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LosslessConfig(Options):
+class LosslessConfig(Drafting):
     """What is decoded, and in which engines."""
 
     model: str = option("smollm2")
     num_requests: int = option(4, "Requests of each temperature.", at_least=1)
     temperatures: tuple[float, ...] = option((0.0, 0.65), "Temperatures.")
     max_tokens: int = option(2048, "New tokens per request.", at_least=1)
-    num_draft_tokens: int = option(8, "Drafts per cycle.", at_least=1)
-    budget_ratio: float = option(0.05, "Share of the context read.")
-    min_budget: int = option(0, "Tokens a draft reads at least.", at_least=0)
     lags: tuple[int, ...] = option((0, 1, 2), "Lags to try.")
     page_sizes: tuple[int, ...] = option((16, 64), "Page sizes to try.")
     impl: str | None = option(None, "Kernels; default: the platform's.")
@@ -65,7 +57,6 @@ def compare(results, plain):
 class Lossless(Experiment):
     """Plain decoding once, speculative decoding in every engine."""
 
-    name = "lossless"
     claim = "long outputs equal plain decoding's token by token, at every lag"
     Config = LosslessConfig
     SMOKE = models.smoke(
@@ -101,14 +92,8 @@ class Lossless(Experiment):
 
     def options_of(self, *, lag, page_size, is_plain=False):
         """(SpeculationConfig, EngineConfig) of one engine."""
-        config, speculation = self.config, SpeculationConfig(num_draft_tokens=0)
-        if not is_plain:
-            speculation = SpeculationConfig(
-                num_draft_tokens=config.num_draft_tokens,
-                budget_ratio=config.budget_ratio,
-                min_budget=config.min_budget,
-            )
-        return speculation, EngineConfig(
+        config = self.config
+        return config.speculation(is_plain=is_plain), EngineConfig(
             num_slots=len(self.requests),
             page_size=page_size,
             max_length=max(len(p) + law.max_tokens for p, law in self.requests),

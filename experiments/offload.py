@@ -49,7 +49,6 @@ class OffloadConfig(Options):
 class Offload(Experiment):
     """Every KV policy under pressure, and where the copies go."""
 
-    name = "offload"
     claim = "copies of pages to host memory and back cost 5 % of the rate at most"
     Config = OffloadConfig
     SMOKE = dict(

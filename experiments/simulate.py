@@ -94,7 +94,6 @@ def _start_without_interrupts(process):
 class Simulate(Experiment):
     """Every policy over the trace."""
 
-    name = "simulate"
     claim = "offloading keeps the pool full and computes no token twice"
     Config = SimulateConfig
     SMOKE = dict(

@@ -46,7 +46,6 @@ class SpeedupMapConfig(Options):
 class SpeedupMap(Experiment):
     """Every number of slots at the context lengths that its pool can hold."""
 
-    name = "speedup_map"
     claim = "with the k that the cost model chooses, speculation is nowhere slower"
     Config = SpeedupMapConfig
     SMOKE = dict(

@@ -52,7 +52,6 @@ class StepTimeConfig(Options):
 class StepTime(Experiment):
     """Steps of every number of drafts."""
 
-    name = "step_time"
     claim = "attention of a draft step takes a third of a plain step's, or less"
     Config = StepTimeConfig
     SMOKE = dict(

@@ -62,7 +62,6 @@ def part_of(rows, part):
 class PolicyStudy(OnContexts):
     """The rows of a module of experiments/studies."""
 
-    name = "study"
     claim = "that of the study, see experiments/studies"
     Config = StudyConfig
     SMOKE = models.smoke(

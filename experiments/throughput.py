@@ -283,7 +283,6 @@ def _kv_share(stats: dict, num_slots: int) -> float:
 class Throughput(Experiment):
     """Both modes in turn."""
 
-    name = "throughput"
     claim = "speculative decoding makes up to 2.13 times the tokens of plain decoding"
     Config = ThroughputConfig
     SMOKE = models.smoke(

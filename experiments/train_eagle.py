@@ -288,7 +288,6 @@ class EagleConfig(Options):
 class TrainEagle(Experiment):
     """Train and save a head, then measure it beside others."""
 
-    name = "train_eagle"
     claim = "an EAGLE-3 head has fewer than 2 of 8 drafts accepted on long texts"
     Config = EagleConfig
     SMOKE = models.smoke(

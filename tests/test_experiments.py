@@ -222,6 +222,7 @@ class Square(Experiment):
 class Sound(Square):
     """All squares."""
 
+    name = "square"
     fails = False
 
 
@@ -252,6 +253,8 @@ def test_a_failing_row_stops_no_other_and_a_part_is_not_described(tmp_path, caps
 
 def test_what_is_no_number_is_no_figure(tmp_path, capsys):
     class Nothing(Sound):
+        name = "square"
+
         def measure(self, row):
             return {"square": float("nan")}
 
