@@ -223,6 +223,11 @@ def test_attention_comparison_sees_planted_faults(case, fault):
 def test_attention_rejects_what_does_not_fit():
     pool, table = pool_of([0.0, 0.0], [0.0, 0.0])
     good = dict(groups=(LaneGroup(1, 1),), impl="reference")
+
+    def pieces(*groups):
+        return good | dict(groups=groups)
+
+    two_pieces = pieces(LaneGroup(1, 1, 64), LaneGroup(1, 1, 128))
     q, lengths, one = jnp.ones((1, 1, 1)), int32([1]), int32(1)
     for args, options, word in (
         ((jnp.ones((2, 1, 1)), pool, table, lengths, one), good, "q has shape"),
@@ -232,6 +237,9 @@ def test_attention_rejects_what_does_not_fit():
         ((q, pool, table * 1.0, lengths, one), good, "page_table has dtype"),
         ((q, pool[..., :1], table, lengths, one), good, "kv_pages has shape"),
         ((q, pool, table, lengths, one), good | dict(groups=()), "groups is"),
+        ((q, pool, table, lengths, one), pieces(LaneGroup(1, 1, 96)), "multiple of 64"),
+        ((q, pool, table, lengths, one), pieces(LaneGroup(1, 1, 0)), "multiple of 64"),
+        ((q, pool, table, lengths, one), two_pieces, "the same number of keys"),
         ((q, pool, table, lengths, one), good | dict(mass_group=1), "mass_group is 1"),
         ((q, pool, table, lengths, one), good | dict(mass_rows="no"), "mass_rows is"),
         ((q, pool, table, lengths, one), good | dict(impl="triton"), "impl is"),

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import LaneGroup
+from pallas_kernels.paged_attention import LaneGroup, gpu_plan
 from pallas_kernels.paged_attention.gpu_layout import (
     BLOCK,
+    UNIT,
     UNITS,
     AttentionConfig,
     Spec,
@@ -26,7 +27,7 @@ def spec_of(groups, num_heads, **config):
     """Returns the static part of a call with 4 query heads per KV head."""
     return Spec(
         groups=group_tiles(tuple(LaneGroup(*g) for g in groups), 4),
-        num_out_tokens=sum(lanes * queries for lanes, queries in groups),
+        num_out_tokens=sum(group[0] * group[1] for group in groups),
         num_heads=num_heads,
         group_size=4,
         head_size=128,
@@ -128,3 +129,96 @@ def test_shares_are_even_in_keys_read():
         for blocks in owned
     ]
     assert max(reads) < 1.05 * np.mean(reads)
+
+
+# -- pieces ----------------------------------------------------------------------------
+
+
+def tables_of(spec, kv_lengths, q_lengths):
+    """Returns the ends of all segments, and the tables of the plan."""
+    plan = np.asarray(gpu_plan.launch_plan(kv_lengths, q_lengths, spec))
+    sizes = gpu_plan._tables(spec)
+    ends, place = plan[: spec.num_segments], len(plan) - sum(sizes.values())
+    tables = {}
+    for name, size in sizes.items():
+        tables[name], place = plan[place : place + size], place + size
+    return ends, tables
+
+
+def runs_of(ends, segments, size):
+    """Returns where runs of so many units of some segments start."""
+    starts = np.append(0, ends)[segments]
+    return [
+        u
+        for s, e in zip(starts, ends[segments], strict=True)
+        for u in range(s, e, size)
+    ]
+
+
+def assert_shares(cuts, found, ends, segments, size):
+    """Asserts that shares are whole runs, all of them, and begin in these segments."""
+    starts = runs_of(ends, segments, size)
+    first = int(np.append(0, ends)[segments[0]]) if len(segments) else 0
+    last = int(ends[segments[-1]]) if len(segments) else 0
+    assert (cuts[0], cuts[-1]) == (first, last)
+    assert (np.diff(cuts) >= 0).all()
+    assert set(cuts.tolist()) <= {*starts, last}
+    for low, high, segment in zip(cuts, cuts[1:], found, strict=False):
+        if low < high:
+            assert np.append(0, ends)[segment] <= low < ends[segment]
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 40, 264])
+@pytest.mark.parametrize("groups", [((9, 1, 128),), ((9, 1), (4, 9, 128))], ids=str)
+def test_shares_are_whole_pieces_and_blocks(groups, num_ctas):
+    rng = np.random.default_rng(num_ctas)
+    spec = spec_of(groups, 3, num_ctas=num_ctas)
+    segments = np.arange(spec.num_segments)
+    free, pieces = np.split(segments, [spec.num_free[0]])
+    for longest in (0, 1, 60, 700, 2000):
+        kv_lengths = rng.integers(0, longest + 1, (spec.num_lanes, 3)).astype(np.int32)
+        q_lengths = rng.integers(0, 2, spec.num_lanes).astype(np.int32)
+        ends, tables = tables_of(spec, kv_lengths, q_lengths)
+        names = "piece_cuts", "piece_segments"
+        assert_shares(*(tables[n] for n in names), ends, pieces, 128 // UNIT)
+        if not len(free):
+            continue
+        cuts = tables["free_cuts"]
+        assert_shares(cuts, tables["free_segments"], ends, free, UNITS)
+        used = np.flatnonzero(np.diff(cuts))
+        numbers = tables["numbers"][used]
+        assert numbers.tolist() == list(range(len(used)))
+        for segment in free:
+            starts = runs_of(ends, [segment], UNITS)
+            owners = np.searchsorted(cuts[1:], starts, side="right")
+            found = tables["first_parts"][segment], tables["last_parts"][segment]
+            wanted = set(tables["numbers"][owners].tolist())
+            assert wanted == set(range(*map(int, found)))
+
+
+def test_free_blocks_fill_shares_of_pieces():
+    spec = spec_of(((57, 1), (7, 9, 256)), 8)
+    kv_lengths = np.repeat(np.array([[137]] * 57 + [[2565]] * 7, np.int32), 8, axis=1)
+    _, tables = tables_of(spec, kv_lengths, np.ones(64, np.int32))
+    pieces, free = (np.diff(tables[name]) for name in ("piece_cuts", "free_cuts"))
+    assert max(pieces) > 1.3 * np.mean(pieces)
+    assert max(pieces + free) <= np.mean(pieces + free) + UNITS
+
+
+def test_parts_of_pieces_and_of_free_segments_lie_apart():
+    spec = spec_of(((9, 1), (4, 9, 128)), 3, num_ctas=5)
+    rows, indices = [], []
+    for segment in range(spec.num_segments):
+        tile = spec.tile(np.int32(segment // spec.num_heads))
+        is_piece = segment >= spec.num_free[0]
+        # Numbers of free segments grow along the stream.
+        numbers = (
+            range(spec.max_pieces) if is_piece else [segment // 6, segment // 6 + 1]
+        )
+        for number in numbers if is_piece or segment % 6 == 5 else numbers[:1]:
+            args = np.int32(segment), np.int32(number)
+            row = int(gpu_plan.part_row(spec, tile.row, tile.rows, *args))
+            rows += range(row, row + int(tile.rows))
+            indices.append(int(gpu_plan.part_index(spec, *args)))
+    assert len(set(rows)) == len(rows) and max(rows) < gpu_plan.num_part_rows(spec)
+    assert len(set(indices)) == len(indices) and max(indices) < gpu_plan.num_parts(spec)

@@ -1,9 +1,10 @@
 """Attention of mixed draft, verify and prefill lanes over a paged KV pool."""
 
 from pallas_kernels.paged_attention.api import (
+    PIECE,
     AttentionOutput,
     LaneGroup,
     paged_attention,
 )
 
-__all__ = ["AttentionOutput", "LaneGroup", "paged_attention"]
+__all__ = ["PIECE", "AttentionOutput", "LaneGroup", "paged_attention"]

@@ -25,6 +25,7 @@ from pallas_kernels.common import (
 
 MASS_ROWS = ("all", "edges")
 PIECE_UNIT = 64  # keys
+PIECE = 1024  # keys of a piece, chosen by measurement: docs/decisions.md
 
 
 class LaneGroup(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.cases import H100, LARGE, SMALL, SMOLLM2, TIMED, TPU, Case, int32
-from pallas_kernels.paged_attention.api import LaneGroup
+from pallas_kernels.paged_attention.api import PIECE, LaneGroup
 
 CHUNK = frozenset({"chunk"})  # small ones, for the launch of prompt chunks
 
@@ -261,16 +261,15 @@ _STEP_CASES = (
 )
 
 # Rows that are summed in pieces: Qwen3-8B, Qwen2.5-1.5B and SmolLM2.
-_PIECE = 512
 _QWEN_1_5B = dict(num_heads=2, group_size=6)
 _PIECE_CASES = tuple(
     _case(f"{kind}_pieces_{model}", groups, lengths, **sizes, **mass, tags=H100)
     for model, sizes in (("8b", {}), ("1b5", _QWEN_1_5B), ("135m", SMOLLM2))
     for kind, groups, lengths, mass in (
-        ("plain", ((64, 1, _PIECE),), (2560,) * 64, {}),
+        ("plain", ((64, 1, PIECE),), (2560,) * 64, {}),
         (
             "step",
-            ((57, 1), (7, 9, _PIECE)),
+            ((57, 1), (7, 9, PIECE)),
             (137,) * 57 + (2565,) * 7,
             dict(mass_group=1, mass_rows="edges"),
         ),

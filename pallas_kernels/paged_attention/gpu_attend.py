@@ -39,7 +39,6 @@ from pallas_kernels.paged_attention.gpu_plan import (
 from pallas_kernels.paged_attention.gpu_shares import blocks_before
 from pallas_kernels.paged_attention.gpu_stream import Cursor, Segment, Stream
 
-_ROOM = 110 << 10  # bytes of shared memory of one CTA, if a multiprocessor has two
 _SMALLEST = 2.0**-100  # of the largest probability of a row in a block
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
@@ -54,8 +53,7 @@ class _Attend:
     log_sums: Any  # out: float32 [parts, 64], base 2
     probabilities: Any  # out: int32 [segments, blocks, rows, words], or None
     maxima: Any  # out: float32 [segments, blocks, 64], or None
-    tile_s: Any  # queries
-    result_s: Any  # results of a part; where there is no room the same as tile_s
+    tile_s: Any  # queries, then results of a segment
     mass_s: Any
     weight_s: Any
 
@@ -166,9 +164,8 @@ class _Attend:
     def place_queries(self):
         """Moves queries to where the matrix unit reads them."""
         queries = plgpu.load(self.stream.q_s, layout=TILED_ROWS, optimized=False)
-        if self.result_s is self.tile_s:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.tile_s[pl.ds(0, self.spec.query_rows)] = queries
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.tile_s[...] = queries
         plgpu.commit_smem()
 
     def copy_next_queries(self, segment: Segment):
@@ -192,29 +189,22 @@ class _Attend:
         last = jnp.minimum(last, num_blocks(segment.visible))
         plgpu.barrier_wait(stream.q_bar)
         if spec.piece is None:
-            self.place_queries()
-            self.copy_next_queries(segment)
-            return self.attend_part(segment, first, last, i, cursor)
-        keeps_queries = self.result_s is not self.tile_s
-        if keeps_queries:
-            self.place_queries()
-            self.copy_next_queries(segment)
+            return self.attend_part(segment, first, last, last, i, cursor)
         size = part_blocks(spec, index, first, last)
 
         def step(carry):
             first, *carry = carry
             end = jnp.minimum(first + size, last)
-            if not keeps_queries:
-                self.place_queries()
-                pl.when(end == last)(lambda: self.copy_next_queries(segment))
-            return end, *self.attend_part(segment, first, end, *carry)
+            return end, *self.attend_part(segment, first, end, last, *carry)
 
         carry = first, i, cursor
         return lax.while_loop(lambda carry: carry[0] < last, step, carry)[1:]
 
-    def attend_part(self, segment: Segment, first, end, i, cursor: Cursor):
-        """Computes the blocks of one part of a segment."""
+    def attend_part(self, segment: Segment, first, end, last, i, cursor: Cursor):
+        """Computes one part of a segment, of which this CTA has blocks up to `last`."""
         spec, stream = self.spec, self.stream
+        self.place_queries()
+        pl.when(end == last)(lambda: self.copy_next_queries(segment))
 
         def step(block, carry):
             i, cursor, state = carry
@@ -241,16 +231,14 @@ class _Attend:
             total
         )
         acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-        if self.result_s is not self.tile_s:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.result_s[...] = acc.astype(self.spec.dtype)
+        self.tile_s[...] = acc.astype(self.spec.dtype)
         plgpu.commit_smem()
         part = part_row(self.spec, tile.row, tile.rows, segment.index, number)
 
         def copy(n, _):
             row = pl.multiple_of(n * 8, 8)
             to = pl.multiple_of(part + row, 8)
-            source = self.result_s.at[pl.ds(row, 8)]
+            source = self.tile_s.at[pl.ds(row, 8)]
             plgpu.copy_smem_to_gmem(source, self.parts.at[pl.ds(to, 8)])
 
         lax.fori_loop(0, lax.div(tile.rows, 8), copy, None)
@@ -297,13 +285,12 @@ def attend(spec: Spec, plan, kv_lengths, q_lengths, page_table, q, kv_pages):
     def entry(plan, kv_lengths, q_lengths, table, queries, pages, *refs):
         outputs, scratch = refs[: len(out_type)], refs[len(out_type) :]
         outputs += (None,) * (4 - len(outputs))
-        q_s, kv_s, q_bar, kv_bar, tile_s, result_s, *scratch = scratch
-        result_s = tile_s if result_s is None else result_s
+        q_s, kv_s, q_bar, kv_bar, *scratch = scratch
         inputs = (plan, kv_lengths, q_lengths, table, queries, pages)
 
         def run(share, first):
             stream = Stream(spec, share, *inputs, q_s, kv_s, q_bar, kv_bar)
-            _Attend(spec, stream, *outputs, tile_s, result_s, *scratch).run(first)
+            _Attend(spec, stream, *outputs, *scratch).run(first)
 
         with_share(spec, lax.axis_index("cta"), plan, run)
 
@@ -321,19 +308,14 @@ def attend(spec: Spec, plan, kv_lengths, q_lengths, page_table, q, kv_pages):
 def _scratch(spec: Spec, has_mass: bool) -> list:
     """Returns the shared memory of one CTA: of its `Stream`, then of `_Attend`."""
     D, words, config = spec.head_size, spec.mass_words, spec.config
-    queries, tile = spec.query_rows * D, TILE * D
-    used = 2 * (queries + 2 * tile + config.num_stages * BLOCK * 2 * D)
-    used += 4 * TILE * words * has_mass
-    has_room = spec.piece is not None and used <= _ROOM
     copies = BLOCK // min(config.copy_rows, spec.page_size, BLOCK)
     smem = functools.partial(plgpu.SMEM, transforms=_TILED)
     return [
-        _rows((spec.query_rows, D), 64, spec.dtype),
+        _rows((TILE, D), 64, spec.dtype),
         smem((config.num_stages, BLOCK, 2 * D), spec.dtype),
         plgpu.Barrier(num_arrivals=spec.tile_queries),
         plgpu.Barrier(num_arrivals=copies, num_barriers=config.num_stages),
         smem((TILE, D), spec.dtype),
-        smem((TILE, D), spec.dtype) if has_room else None,
         _rows((TILE, words), words, jnp.int32) if has_mass else None,
         smem((TILE, BLOCK), spec.dtype) if spec.interpret else None,
     ]

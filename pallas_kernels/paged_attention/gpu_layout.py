@@ -159,11 +159,6 @@ class Spec:
         return max(group.step for group in self.groups)
 
     @property
-    def query_rows(self) -> int:
-        """Rows of the queries of the largest tile, a multiple of 8."""
-        return round_up(self.tile_queries * self.group_size, 8)
-
-    @property
     def num_segments(self) -> int:
         """Segments, i.e. (row tile, KV head) pairs; the head varies fastest."""
         return self.num_tiles * self.num_heads

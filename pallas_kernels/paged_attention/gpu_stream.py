@@ -61,7 +61,7 @@ class Stream:
     table: Any  # int32 [lanes, W]
     queries: Any  # [T, N, D]
     pages: Any  # [P, H, page_size, 2 * D]
-    q_s: Any  # [query_rows, D]
+    q_s: Any  # [64, D]
     kv_s: Any  # [stages, 64, 2 * D]
     q_bar: Any
     kv_bar: Any
