@@ -170,13 +170,14 @@ def measure(experiment, directory, *, commit=None) -> str:
     missing = missing_of(directory.records, rows)
     summarise = functools.partial(_write_summary, experiment, directory, rows)
     if missing:
-        summarise()
+        summarise({})
     else:
         print(f"{directory.path} is finished: nothing to measure", file=sys.stderr)
-    with signals.at_end(summarise):
+    with signals.at_end(lambda: summarise({})):
         num_failed = _measure(experiment, directory, missing, len(rows))
-        described = summarise()
     records = records_of(directory.records, rows)
+    described = experiment.describe(records) if len(records) == len(rows) else {}
+    summarise(described)
     print(f"rows found: {len(records)} of {len(rows)} wanted")
     print(f"Results: {directory.path}")
     if described:
@@ -212,16 +213,12 @@ def _as_read_back(found):
         return error
 
 
-def _write_summary(experiment, directory, rows):
-    """Write summary.json; the figures of a complete run, else None."""
-    records = records_of(directory.records, rows)
-    described = None
-    if len(records) == len(rows):
-        described = experiment.describe(records)
+def _write_summary(experiment, directory, rows, described):
+    """Write summary.json: the claim, the counts, and the figures of a complete run."""
+    found = records_of(directory.records, rows)
     head = {"experiment": experiment.name, "claim": experiment.claim}
-    counts = {"rows_wanted": len(rows), "rows_found": len(records)}
-    directory.write_summary(head | counts | (described or {}))
-    return described
+    counts = {"rows_wanted": len(rows), "rows_found": len(found)}
+    directory.write_summary(head | counts | described)
 
 
 def records_of(records, rows):

@@ -8,17 +8,9 @@ from sparsespec_jax.models.transformer import init_params
 
 # Two layers with grouped heads; compiles in a second.
 TINY = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_length=4096,
-    tie_embeddings=True,
-)
-
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16, max_length=4096, tie_embeddings=True,
+)  # fmt: skip
 
 DTYPES = ("float32", "bfloat16")
 SHAPES = PRESETS | {"tiny": TINY}  # of models with random weights

@@ -25,7 +25,7 @@ from experiments.study_config import as_row, load_study, split
 _CACHE = {"head_dim": 64, "kv_bits": 16}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What one command left.
 
@@ -102,16 +102,8 @@ def _of_directory(path):
         found, wanted = _counts_of_study(flags, flags | inputs, rows)
     elif name == "generate" and wanted is None:
         wanted = len(_MODES) * _num_prompts(flags, inputs)
-    return Run(
-        path=path,
-        experiment=name,
-        flags=flags,
-        rows=rows,
-        figures=figures,
-        environment=record.read_json(path / "environment.json"),
-        rows_found=found,
-        rows_wanted=wanted,
-    )
+    environment = record.read_json(path / "environment.json")
+    return Run(path, name, flags, rows, figures, environment, found, wanted)
 
 
 _MODES = ("plain", "speculative")
@@ -151,16 +143,8 @@ def _of_file(path, data):
     flags, environment = data.get("flags", {}), _environment(data)
     found, wanted = _counts_of_file(flags, rows)
     module = re.search(r"-m \w+\.(\w+)", environment["command"])
-    return Run(
-        path=path,
-        experiment=module[1] if module else "",
-        flags=flags,
-        rows=rows,
-        figures=figures,
-        environment=environment,
-        rows_found=found,
-        rows_wanted=wanted,
-    )
+    name = module[1] if module else ""
+    return Run(path, name, flags, rows, figures, environment, found, wanted)
 
 
 def _environment(data):

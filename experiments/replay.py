@@ -117,8 +117,9 @@ def _view(recording, row, count, mass, start, budget, state, is_first):
         budgets=lanes(budget),
         is_first=jnp.broadcast_to(is_first, layers),
         state=state,
-        seeds=jnp.zeros((layers, 2), jnp.uint32),
-        layer_index=jnp.arange(layers),
+        # What tells layers apart where a policy draws: each lane is a layer.
+        seeds=jnp.stack([jnp.arange(layers), jnp.zeros(layers)], 1).astype(jnp.uint32),
+        layer_index=0,
         num_kv_heads=heads,
         num_keys=num_keys,
     )

@@ -258,9 +258,7 @@ class EagleConfig(Options):
         is_recorded=False,
     )
     num_held_out: int = option(2, "Texts to measure on and not train on.", at_least=1)
-    held_out: str | None = option(
-        None, "Contexts to measure on, JSON.", is_recorded=False
-    )
+    held_out: str | None = option(None, "To measure on, JSON.", is_recorded=False)
     max_tokens: int = option(96, "Tokens behind the first one.", at_least=1)
     steps: int = option(400, "Optimiser steps.", at_least=1)
     batch_size: int = option(4, "Segments of 64 tokens per step.", at_least=1)
@@ -363,13 +361,9 @@ class TrainEagle(Experiment):
         runs = run_texts(self.model, self.texts)
         trained_from = time.perf_counter()
         eagle, losses = train(
-            self.model,
-            runs,
-            num_steps=config.steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            window=config.window,
-        )
+            self.model, runs, num_steps=config.steps, batch_size=config.batch_size,
+            learning_rate=config.learning_rate, window=config.window,
+        )  # fmt: skip
         return eagle, {
             "dense_run_s": trained_from - started,
             "training_s": time.perf_counter() - trained_from,  # with its compilation

@@ -1,5 +1,6 @@
 """The generate experiment: flags, equality report, interruption and resume."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,24 +12,19 @@ import time
 
 import pytest
 
-from experiments import equality, experiment, generate, record
+from experiments import equality, experiment, generate, models, record
 from experiments.config import GenerateConfig
+from sparsespec_jax import Model, save_checkpoint
 from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
-from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.transformer import init_params
 
 
 def tiny(**changes):
     """A config for the tiny model: four requests in two slots."""
     values = dict(
-        model="tiny",
-        max_tokens=20,
-        temperature=1.0,
-        num_draft_tokens=3,
-        min_budget=8,
-        num_slots=2,
-        page_size=4,
-        prefill_chunk=8,
-    )
+        model="tiny", max_tokens=20, temperature=1.0, num_draft_tokens=3, min_budget=8,
+        num_slots=2, page_size=4, prefill_chunk=8,
+    )  # fmt: skip
     return GenerateConfig(**(values | changes))
 
 
@@ -387,26 +383,12 @@ def test_a_prompt_too_long_for_the_model_names_it(tmp_path, tiny_model):
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
     """A checkpoint of a random model, for commands that load one by path."""
-    from sparsespec_jax import Model
-    from sparsespec_jax.loading.load import save_checkpoint
-    from sparsespec_jax.models.transformer import init_params
-
-    config = ModelConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_length=2048,
-        tie_embeddings=True,
-    )
+    config = dataclasses.replace(models.TINY, vocab_size=61, num_layers=1)
     path = tmp_path_factory.mktemp("model") / "checkpoint"
-    params = init_params(config, seed=1)
-    save_checkpoint(
-        Model(name="saved", config=config, params=params, tokenizer=None), path
+    model = Model(
+        name="saved", config=config, params=init_params(config, seed=1), tokenizer=None
     )
+    save_checkpoint(model, path)
     return path
 
 
