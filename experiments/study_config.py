@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pkgutil
 from dataclasses import dataclass
@@ -78,6 +79,12 @@ class Row:
         names = {f.name for f in dataclasses.fields(SpeculationConfig)}
         values = {n: v for n, v in dataclasses.asdict(self).items() if n in names}
         return SpeculationConfig(**values | {"policy": policy})
+
+
+def grid(**values):
+    """Rows of every combination; the last field changes fastest."""
+    choices = itertools.product(*values.values())
+    return tuple(Row(**dict(zip(values, chosen, strict=True))) for chosen in choices)
 
 
 def as_json(row):

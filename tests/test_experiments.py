@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from experiments import evidence, experiment, figures, reader
+from experiments import claims, evidence, experiment, figures, reader
 from experiments.experiment import Experiment
 from experiments.options import Options, RunOptions, make, option
 
@@ -81,6 +81,17 @@ def test_a_smoke_run_bears_out_no_claim(smoked, name):
     assert entry.run.experiment == name and entry.run.flags["smoke"]
     assert entry.run.is_complete or name == "study"  # whose other rows are missing
     assert entry.why_not() == "a smoke run"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_claims_of_the_paper_are_judged_by_what_a_run_holds(smoked, name):
+    content = evidence.read(smoked(name)).content()
+    verdicts = (claims.MET, claims.MISSED, claims.UNDECIDED, claims.NOT_MEASURED, "")
+    for _, judges in claims.CLAIMS:
+        for whose, judge in judges.items():
+            if whose == name:
+                verdict, text = judge(content)
+                assert verdict in verdicts and text
 
 
 @pytest.mark.parametrize("name", NAMES)

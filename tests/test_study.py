@@ -29,6 +29,7 @@ from experiments.study_config import (
     Study,
     as_json,
     as_row,
+    grid,
     load_study,
     smoke_rows,
     split,
@@ -214,6 +215,12 @@ def test_every_study_loads_and_says_what_to_expect(name):
     assert len(set(found.rows)) == len(found.rows)
     for row in found.rows:
         assert row.policy == replay.HINDSIGHT or row.policy in POLICIES
+
+
+def test_a_grid_changes_its_last_field_fastest():
+    rows = grid(num_draft_tokens=(2, 4), policy=("pillar", "window"))
+    found = [(row.num_draft_tokens, row.policy) for row in rows]
+    assert found == [(2, "pillar"), (2, "window"), (4, "pillar"), (4, "window")]
 
 
 def test_no_study_of_another_name():

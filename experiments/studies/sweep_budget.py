@@ -7,7 +7,7 @@ acceptance follows the absolute budget, and 5 % is 25 to 150 tokens without a fl
 Cost: about 20 s a row on an H100.
 """
 
-from experiments.study_config import Row, Study
+from experiments.study_config import Study, grid
 
 
 def get_study():
@@ -16,9 +16,8 @@ def get_study():
         claim="acceptance saturates at s = 0.05 (arXiv 2512.01278, ablation)",
         x="budget_ratio",
         series="policy",
-        rows=tuple(
-            Row(policy=policy, budget_ratio=s)
-            for policy in ("pillar", "window", "vegas", "oracle")
-            for s in (0.05, 0.02, 0.1, 0.2, 0.4)
+        rows=grid(
+            policy=("pillar", "window", "vegas", "oracle"),
+            budget_ratio=(0.05, 0.02, 0.1, 0.2, 0.4),
         ),
     )

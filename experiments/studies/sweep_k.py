@@ -7,7 +7,7 @@ stays level, so staleness within a cycle is not what limits k.
 Cost: about 20 s a row on an H100.
 """
 
-from experiments.study_config import Row, Study
+from experiments.study_config import Study, grid
 
 
 def get_study():
@@ -16,9 +16,7 @@ def get_study():
         claim="acceptance saturates in k; 8 is best (arXiv 2512.01278, ablation)",
         x="num_draft_tokens",
         series="policy",
-        rows=tuple(
-            Row(policy=policy, num_draft_tokens=k)
-            for k in (2, 4, 8, 12, 16)
-            for policy in ("pillar", "oracle", "window")
+        rows=grid(
+            num_draft_tokens=(2, 4, 8, 12, 16), policy=("pillar", "oracle", "window")
         ),
     )
