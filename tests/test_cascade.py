@@ -192,15 +192,15 @@ def test_drafts_are_those_of_sparse_self_speculation(tiny_model, prompts, option
 
 FAULTS = {
     "a missed guess is kept": lambda guesses, drafts, lanes: jnp.where(
-        lanes.draft_active, lanes.draft_rows, 0
+        lanes.is_active, lanes.num_rows, 0
     ),
     "one draft too many": lambda guesses, drafts, lanes: jnp.where(
-        lanes.draft_active,
+        lanes.is_active,
         jnp.minimum(
             acceptance.count_prefix(
-                guesses == drafts[:, :-1], lanes.draft_rows - 1
+                guesses == drafts[:, :-1], lanes.num_rows - 1
             ) + 2,
-            lanes.draft_rows,
+            lanes.num_rows,
         ),
         0,
     ),
@@ -232,7 +232,7 @@ def test_stale_rows_of_missed_guesses_are_never_read(
     record = cascade.record
 
     def broken(state, lanes, drafts, count):
-        missed = lanes.draft_active & (count < lanes.draft_rows)
+        missed = lanes.is_active & (count < lanes.num_rows)
         tails = state.draft_tails + missed
         return record(state, lanes, drafts, count)._replace(draft_tails=tails)
 

@@ -12,7 +12,7 @@ import pytest
 from experiments.models import TINY
 from experiments.models import tiny_model as tiny_model_of
 from sparsespec_jax import Engine, Policy
-from sparsespec_jax.device import attention
+from sparsespec_jax.device import filling
 from sparsespec_jax.models.transformer import init_params
 from sparsespec_jax.policies.base import SelectionOptions, SelectionView, top_tokens
 from sparsespec_jax.policies.keys import (
@@ -357,7 +357,7 @@ def test_anchor_layers_share_the_set_below(tiny_model, prompts, plain):
 @pytest.mark.parametrize("anchor_every", [1, 2])
 def test_layers_selected_at_once_select_what_each_would(anchor_every, monkeypatch):
     """Five layers in groups of two: the same tokens after the same drafts."""
-    monkeypatch.setattr(attention, "_LAYERS_AT_ONCE", 2)
+    monkeypatch.setattr(filling, "_LAYERS_AT_ONCE", 2)
     config = dataclasses.replace(TINY, num_layers=5)
     model = dataclasses.replace(
         tiny_model_of(), config=config, params=init_params(config, seed=0)

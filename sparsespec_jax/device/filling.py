@@ -127,7 +127,7 @@ class FillTogether(_Filler):
         super().__init__(context, lanes)
         self.masses = []  # of layers that select: some in each array
 
-    def selects(self, layer_index):
+    def selects(self, layer_index: int) -> bool:
         """See FillNothing."""
         return self.policy.is_anchor(layer_index)
 
@@ -204,7 +204,7 @@ class FillByLayer(_Filler):
 
     picked = None  # by the newest layer below that selects
 
-    def selects(self, layer_index):
+    def selects(self, layer_index: int) -> bool:
         """See FillNothing."""
         return self.policy.is_anchor(layer_index)
 
@@ -280,7 +280,7 @@ class FillByLayer(_Filler):
 class FillPerStep(FillByLayer):
     """Policies that select before every draft step copy nothing but verified rows."""
 
-    def selects(self, layer_index):
+    def selects(self, layer_index: int) -> bool:
         """See FillNothing."""
         return False
 

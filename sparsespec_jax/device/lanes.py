@@ -8,7 +8,7 @@ A lane names a slot. That of an idle lane is past the last one: what it reads is
 arbitrary (`take`), what it writes is dropped (`put`, `add`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,17 +35,17 @@ from sparsespec_jax.plan.buffer import PENDING_ONLY
 from sparsespec_jax.plan.shape import StepShape
 
 
-def take(array, *index):
+def take(array: Array, *index) -> Array:
     """Entries of an array at `index`; of idle lanes, which lie outside, arbitrary."""
     return array.at[index].get(mode="clip")
 
 
-def put(array, values, *index):
+def put(array: Array, values: Array | int | float, *index) -> Array:
     """The array with entries replaced, but for those of idle lanes."""
     return array.at[index].set(values, mode="drop")
 
 
-def add(array, values, *index):
+def add(array: Array, values: Array, *index) -> Array:
     """The array with values added to entries, but for those of idle lanes."""
     return array.at[index].add(values, mode="drop")
 
@@ -111,7 +111,7 @@ def token_rows(shape: StepShape) -> TokenRows:
     return TokenRows(slice(drafts), slice(drafts, verified), slice(verified, None))
 
 
-def make_lanes(context: StepContext, state, plan: dict[str, Array]) -> StepLanes:
+def make_lanes(context: StepContext, state: Any, plan: dict[str, Array]) -> StepLanes:
     """StepLanes of an unpacked plan over a DecodeState."""
     verify = _verify_lanes(context, state, plan)
     draft = _draft_lanes(context, state, plan)

@@ -133,7 +133,7 @@ def sent_first(
     return buffer if all(move.to_host for move in moves) else _touched(buffer)
 
 
-def check_flags(platform, xla_flags):
+def check_flags(platform: str, xla_flags: str) -> None:
     """Raise RuntimeError where arrays of host memory would come out of the device's.
 
     Measured with jaxlib 0.11.2: such arrays are as fast as the device's, and the

@@ -114,14 +114,16 @@ def read_rows(kv_pages: KvPages, tables: PageTable) -> RowsOfTables:
     return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
 
 
-def pool_bytes_per_page(model_config, page_size, kv_dtype):
+def pool_bytes_per_page(
+    model_config: ModelConfig, page_size: int, kv_dtype: Any
+) -> int:
     """Bytes of one page over all layers."""
     row = 2 * model_config.head_dim * jnp.dtype(kv_dtype).itemsize
     heads = model_config.num_kv_heads * model_config.num_layers
     return heads * page_size * row
 
 
-def committed(arrays):
+def committed(arrays: Any) -> Any:
     """The same arrays, bound to where they are; nothing is copied.
 
     Pages that come back from host memory are bound to their device, and a step whose

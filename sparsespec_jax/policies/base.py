@@ -135,7 +135,7 @@ class Policy:
             )
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """When it selects: "together" for several layers, by "layer", by draft "step".
 
         Each kind has its own way to fill the draft caches (device/filling.py).
@@ -145,15 +145,15 @@ class Policy:
         return "together" if self.layers_at_once else "layer"
 
     @property
-    def needs_mass(self):
+    def needs_mass(self) -> bool:
         """True if verification must produce attention mass for it."""
         return "mass" in self.needs or "edge_mass" in self.needs
 
-    def mass_rows(self, default):
+    def mass_rows(self, default: str) -> str:
         """The verification rows that its mass comes from."""
         return "edges" if "edge_mass" in self.needs else default
 
-    def is_anchor(self, layer_index):
+    def is_anchor(self, layer_index: int) -> bool:
         """True if the layer selects for itself."""
         return layer_index % self.anchor_every == 0
 

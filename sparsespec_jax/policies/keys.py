@@ -78,7 +78,9 @@ def _quest(view, options, *, page_size):
 
 
 @functools.cache
-def quest(name="quest", *, page_size=16, per_step=False):
+def quest(
+    name: str = "quest", *, page_size: int = 16, per_step: bool = False
+) -> Policy:
     """Quest (arXiv 2406.10774): pages whose key bounds promise the largest logits."""
     select = functools.partial(_quest, page_size=page_size)
     return _key_policy(name, select, per_step)
@@ -104,7 +106,9 @@ def _double_sparsity(view, options, *, num_channels):
 
 
 @functools.cache
-def double_sparsity(name="double_sparsity", *, num_channels=16, per_step=False):
+def double_sparsity(
+    name: str = "double_sparsity", *, num_channels: int = 16, per_step: bool = False
+) -> Policy:
     """Double Sparsity: tokens by the dot product over the heaviest channels."""
     select = functools.partial(_double_sparsity, num_channels=num_channels)
     return _key_policy(name, select, per_step)
@@ -160,7 +164,9 @@ def _index(view, options, *, num_channels, bits, page_size):
 
 
 @functools.cache
-def index_step(name="index", *, num_channels=16, bits=4, page_size=128):
+def index_step(
+    name: str = "index", *, num_channels: int = 16, bits: int = 4, page_size: int = 128
+) -> Policy:
     """Each draft step picks its keys by an index of `bits`-bit keys.
 
     The step's query reads its heaviest channels only, chosen for each KV head by
@@ -194,7 +200,7 @@ def _half(num_heads):
 
 
 @functools.cache
-def lserve(name="lserve", *, page_size=16):
+def lserve(name: str = "lserve", *, page_size: int = 16) -> Policy:
     """LServe (arXiv 2502.14866): half of the KV heads slide a window, half are Quest's.
 
     Which heads stream is calibrated offline there; here it is the upper half.

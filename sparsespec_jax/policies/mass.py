@@ -71,7 +71,9 @@ class MassOptions:
 
 
 @functools.cache
-def mass_policy(name, *, anchor_every=1, per_step=False, **switches):
+def mass_policy(
+    name: str, *, anchor_every: int = 1, per_step: bool = False, **switches
+) -> Policy:
     """A Policy of the family; equal arguments give the same object.
 
     Raises:

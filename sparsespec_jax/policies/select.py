@@ -6,6 +6,7 @@ pass the Policy itself as `SpeculationConfig.policy`.
 
 import pathlib
 import runpy
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -85,7 +86,7 @@ _ALL = (
 POLICIES = {policy.name: policy for policy in _ALL}
 
 
-def resolve_policy(policy):
+def resolve_policy(policy: Any) -> Policy:
     """The Policy named or given; ValueError for an unknown name."""
     if isinstance(policy, Policy):
         return policy
@@ -96,7 +97,7 @@ def resolve_policy(policy):
     return POLICIES[policy]
 
 
-def load_policy(location):
+def load_policy(location: str) -> Policy:
     """The Policy that a Python file defines, `location` being "path/to/file.py:NAME".
 
     Raises:

@@ -23,6 +23,7 @@ from sparsespec_jax.array_types import (
     ViewTexts,
 )
 from sparsespec_jax.config import put_int
+from sparsespec_jax.plan.shape import StepShape
 
 
 class ProposalView(NamedTuple):
@@ -52,7 +53,7 @@ class RememberingProposer(Protocol):
 
     feature_layers: tuple[int, ...]  # whose streams it reads
 
-    def init_memory(self, shape):
+    def init_memory(self, shape: StepShape) -> Any:
         """What is kept between steps of a StepShape: a pytree, weights included."""
 
     def propose_from(
@@ -68,7 +69,7 @@ class FromTexts:
     proposer: Proposer
     feature_layers: tuple[int, ...] = ()
 
-    def init_memory(self, shape):
+    def init_memory(self, shape: StepShape) -> None:
         """Nothing."""
 
     def propose_from(
@@ -141,7 +142,7 @@ class Cascade:
 PROPOSERS = {"ngram": NGram(), "cascade": Cascade()}
 
 
-def resolve_proposer(proposer):
+def resolve_proposer(proposer: Any) -> Any:
     """None for "self", a Cascade, or a RememberingProposer.
 
     Raises:
