@@ -42,49 +42,41 @@ def test_plain_decoding_equals_the_oracle(tiny_model, prompts, plain):
         assert len(tokens) == law.max_tokens
 
 
-SPECULATION_CASES = {
-    "one draft": dict(num_draft_tokens=1),
-    "eight drafts": dict(num_draft_tokens=8),
-    "no budget": dict(min_budget=0, budget_ratio=1e-6),
-    "small budget": dict(min_budget=1, budget_ratio=0.01),
-    "whole context": dict(budget_ratio=1.0),
-    "edges": dict(mass_rows="edges"),
-    "per layer": dict(scope="layer"),
-    "recents": dict(num_recent=2),
-    "window": dict(policy="window", num_sinks=1),
-    "full": dict(policy="full", budget_ratio=1.0),
-    "random": dict(policy="random"),
+# Options of speculation and of the engine by turns, so that each is compiled once.
+CASES = {
+    "one draft, lag 0": (dict(num_draft_tokens=1), dict(lag=0)),
+    "eight drafts, lag 2": (dict(num_draft_tokens=8), dict(lag=2)),
+    "no budget, one slot": (dict(min_budget=0, budget_ratio=1e-6), dict(num_slots=1)),
+    "small budget, nine slots": (
+        dict(min_budget=1, budget_ratio=0.01),
+        dict(num_slots=9),
+    ),
+    "whole context, pages of one": (dict(budget_ratio=1.0), dict(page_size=1)),
+    "edges, large pages": (dict(mass_rows="edges"), dict(page_size=64)),
+    "per layer, chunks of one": (dict(scope="layer"), dict(prefill_chunk=1)),
+    "recents, large chunks": (
+        dict(num_recent=2),
+        dict(prefill_chunk=64, prefill_lanes=2),
+    ),
+    "window, tight pool": (dict(policy="window", num_sinks=1), dict(num_pages=40)),
+    "full, long tables": (
+        dict(policy="full", budget_ratio=1.0),
+        dict(max_length=1000),
+    ),
+    "random": (dict(policy="random"), dict()),
+    "tight pool": (dict(), dict(num_pages=40)),
 }
 
 
-@pytest.mark.parametrize("options", SPECULATION_CASES.values(), ids=SPECULATION_CASES)
-def test_no_speculation_option_changes_a_token(tiny_model, prompts, plain, options):
-    got = run(tiny_model, prompts, **options)
+@pytest.mark.parametrize("speculation, engine", CASES.values(), ids=CASES)
+def test_no_option_changes_a_token(tiny_model, prompts, plain, speculation, engine):
+    got = run(tiny_model, prompts, engine=engine, **speculation)
     assert tokens_of(got) == tokens_of(plain)
     for a, b in zip(got, plain, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     total = got.stats.total
     assert 0 < total.num_verify_steps
     assert total.num_accepted_draft_tokens <= total.num_draft_tokens
-
-
-ENGINE_CASES = {
-    "lag 0": dict(lag=0),
-    "lag 2": dict(lag=2),
-    "one slot": dict(num_slots=1),
-    "nine slots": dict(num_slots=9),
-    "pages of one": dict(page_size=1),
-    "large pages": dict(page_size=64),
-    "chunks of one": dict(prefill_chunk=1),
-    "large chunks": dict(prefill_chunk=64, prefill_lanes=2),
-    "tight pool": dict(num_pages=40),
-    "long tables": dict(max_length=1000),
-}
-
-
-@pytest.mark.parametrize("options", ENGINE_CASES.values(), ids=ENGINE_CASES)
-def test_no_engine_option_changes_a_token(tiny_model, prompts, plain, options):
-    assert tokens_of(run(tiny_model, prompts, engine=options)) == tokens_of(plain)
 
 
 def test_batch_order_and_neighbours_change_nothing(tiny_model, prompts, plain):
