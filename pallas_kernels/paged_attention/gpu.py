@@ -113,7 +113,7 @@ def paged_attention_gpu(
         interpret=interpreter,
     )
     args = (kv_lengths, q_lengths, page_table, q, kv_pages)
-    _check_pieces(mixed)
+    _check_pieces(mixed, prefill)
     if mixed:
         spec = Spec(
             groups=group_tiles(mixed, group_size),
@@ -202,8 +202,18 @@ def _attend_chunks(out, groups, first, config: PrefillConfig, shapes, *args):
     return jax.freeze(ref)
 
 
-def _check_pieces(groups) -> None:
-    """Raises unless groups that are cut anywhere come before those with pieces."""
+def _check_pieces(groups, prefill: PrefillConfig) -> None:
+    """Raises unless pieces can be what they promise in the mixed launch.
+
+    Groups that are cut anywhere come first; chunks have their own launch or none.
+    """
+    for group in groups:
+        if group.piece is not None and group.num_queries >= prefill.min_queries:
+            raise NotImplementedError(
+                f"groups is {groups}: the GPU kernel takes a group with a piece and "
+                f"{prefill.min_queries} queries or more behind all smaller ones, and "
+                "without mass; put it last, or leave its piece out"
+            )
     has_pieces = [group.piece is not None for group in groups]
     if has_pieces != sorted(has_pieces):
         raise NotImplementedError(

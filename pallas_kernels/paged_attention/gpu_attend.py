@@ -127,7 +127,7 @@ class _Attend:
         s = pl.run_scoped(multiply_keys, plgpu.ACC((TILE, BLOCK), jnp.float32))
         s = s * spec.scale
         s = lax.cond(
-            first_key + BLOCK > segment.base + segment.tile.first_query + 1,
+            first_key + BLOCK > segment.seen,
             lambda s: self.mask(s, segment, first_key),
             lambda s: s,
             s,

@@ -35,6 +35,7 @@ class Segment(NamedTuple):
     tile: Tile
     q_len: jax.Array
     base: jax.Array  # keys that every query sees
+    seen: jax.Array  # keys that every query of the tile sees
     visible: jax.Array  # keys that some query of the tile sees
 
 
@@ -74,7 +75,10 @@ class Stream:
         visible = visible_keys(
             kv_len, q_len, tile.first_query, tile.num_queries, tile.has_edges
         )
-        return Segment(index, head, tile, q_len, kv_len - q_len, visible)
+        # Not the query at that position: edges in front move the others back by one.
+        first = self.query_at(tile.first_query, index, q_len)
+        base = kv_len - q_len
+        return Segment(index, head, tile, q_len, base, base + first + 1, visible)
 
     def query_at(self, position, segment, q_len):
         """Returns the query at a position: edges stand in front where they weigh."""
