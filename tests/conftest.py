@@ -63,6 +63,7 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
     jaxtyping.install_import_hook(
         [
             "sparsespec_jax.sampling",
+            "sparsespec_jax.models.products",
             "sparsespec_jax.models.rope",
             "sparsespec_jax.models.transformer",
             "sparsespec_jax.policies",
