@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from sparsespec_jax.config import SpeculationConfig
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.base import Policy
@@ -20,7 +21,7 @@ class StepOptions(NamedTuple):
     forced_probability: float | None
 
 
-def step_options(speculation):
+def step_options(speculation: SpeculationConfig) -> StepOptions:
     """StepOptions of a SpeculationConfig."""
     return StepOptions(*(getattr(speculation, name) for name in StepOptions._fields))
 

@@ -7,6 +7,7 @@ nothing waits for the host.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from sparsespec_jax.array_types import (
 )
 from sparsespec_jax.device import acceptance, cascade
 from sparsespec_jax.device.attention import make_attend
-from sparsespec_jax.device.context import StepContext
+from sparsespec_jax.device.context import StepContext, StepOptions
 from sparsespec_jax.device.lanes import (
     StepLanes,
     add,
@@ -34,9 +35,12 @@ from sparsespec_jax.device.lanes import (
 )
 from sparsespec_jax.device.proposing import keep_history, propose
 from sparsespec_jax.device.state import DecodeState
+from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.transformer import forward_with_features, logits
 from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, unpack
 from sparsespec_jax.plan.outcome import SEED, StepOutcome
+from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.policies.base import Policy
 from sparsespec_jax.proposers.base import RememberingProposer
 
 # If pool and weights fill more than 80 % of a GPU, XLA takes what is left for nothing
@@ -45,7 +49,16 @@ GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 @functools.cache
-def make_step(model_config, shape, *, policy, options, filters, impl, proposer=None):
+def make_step(
+    model_config: ModelConfig,
+    shape: StepShape,
+    *,
+    policy: Policy,
+    options: StepOptions,
+    filters: bool,
+    impl: str,
+    proposer: Any = None,
+) -> Callable:
     """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
 
     `buffer` is a packed StepPlan; the outcome is what StepOutcome.from_packed reads.
@@ -63,7 +76,7 @@ def make_step(model_config, shape, *, policy, options, filters, impl, proposer=N
     return jit_step(step, impl)
 
 
-def jit_step(step, impl):
+def jit_step(step: Callable, impl: str) -> Callable:
     """The jitted form of a function `step(params, state, buffer, prefill=bool)`."""
     return jax.jit(
         step,

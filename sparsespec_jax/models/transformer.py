@@ -34,6 +34,7 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.common import is_for_gpu, rms_norm, sum_of_parts
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.array_types import (
+    Array,
     Features,
     Floats,
     Logits,
@@ -51,7 +52,6 @@ from sparsespec_jax.models.rope import rope_tables
 
 Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
 Params = dict[str, Any]
-# (layer_index, q, rows, cache) -> out, cache
 Attend = Callable[[int, Queries, RowsOfHeads, Cache], tuple[Queries, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
@@ -70,7 +70,7 @@ _OUT_CUTS = Cuts(((9 * 2**16, 4), (2**20, 2)))
 _DOWN_CUTS = Cuts(((2**17, 4), (2**18, 8), (2**19, 4), (2**20, 2)))
 
 
-def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Array:
+def _contract(x: Array, kernel: Array, out_dtype, *, axis=0) -> Array:
     """x [T, in] times kernel, whose axis `axis` is `in`; float32 accumulation."""
     # TF32 passes of a GPU would break exactness in float32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -83,7 +83,7 @@ def _contract(x: jax.Array, kernel: jax.Array, out_dtype, *, axis=0) -> jax.Arra
     )
 
 
-def _contract_in_parts(x: jax.Array, kernel: jax.Array, parts: int) -> jax.Array:
+def _contract_in_parts(x: Array, kernel: Array, parts: int) -> Array:
     """x [T, in] times kernel [in, N] over `parts` cuts of `in`: float32 [parts, T, N].
 
     The sum over the parts is the product. XLA cuts products of few tokens like this by
@@ -316,8 +316,7 @@ class Transformer(nn.Module):
         """Logits of one text: touches every parameter, for init."""
         positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         caches = (None,) * self.config.num_layers
-        hidden, _, _ = self(tokens, positions, causal_attend, caches)
-        return self.logits(hidden)
+        return self.logits(self(tokens, positions, causal_attend, caches)[0])
 
 
 def forward(
@@ -368,7 +367,7 @@ def params_dtype(params: Params) -> np.dtype:
     return params["embed"]["weight"].dtype
 
 
-def param_shapes(config: ModelConfig, dtype=jnp.float32) -> Params:
+def param_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The parameter tree with a jax.ShapeDtypeStruct in place of each array."""
     module = Transformer(config, dtype=dtype, impl="reference")
     init = functools.partial(module.init, method="everything")
@@ -376,7 +375,7 @@ def param_shapes(config: ModelConfig, dtype=jnp.float32) -> Params:
     return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
 
 
-def init_params(config: ModelConfig, seed: int, dtype=jnp.float32) -> Params:
+def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
     """Random parameters with the spread of a trained model, made on the device.
 
     One layer is made at a time, by a generator compiled once for all layers, so
@@ -423,8 +422,7 @@ def causal_attend(
 ) -> tuple[Queries, Cache]:
     """Plain causal attention among the T tokens given, taken as one text in order.
 
-    rows: K then V; the cache is returned as it came. For tests and for scoring a text:
-    scores are [T, N, T] in float32.
+    rows: K then V. For tests and for scoring a text: scores are float32 [T, N, T].
     """
     del layer_index
     num_tokens, num_heads, head_dim = q.shape

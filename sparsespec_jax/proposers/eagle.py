@@ -34,6 +34,7 @@ from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.rope import rope_tables
 from sparsespec_jax.models.transformer import Projection, RmsNorm
+from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.proposers.base import ProposalView
 
 _MASKED = -1e30
@@ -90,14 +91,14 @@ class EagleHead(nn.Module):
         """What the target's output projection takes."""
         return self.final_norm(feature)
 
-    def everything(self, features, embedded):
+    def everything(self, features: Features, embedded: Stream) -> Stream:
         """Touch every parameter, for init."""
         positions = jnp.zeros(features.shape[0], jnp.int32)
         x = self.step(self.fuse(features), embedded, positions, lambda q, k, v: q)
         return self.normed(x)
 
 
-def init_head(config: ModelConfig, seed: int, dtype=jnp.float32):
+def init_head(config: ModelConfig, seed: int, dtype: Any = jnp.float32):
     """Random parameters of a head for the target `config`."""
     wide, narrow = (
         jnp.zeros((1, 3 * config.hidden_size)),
@@ -145,7 +146,7 @@ class Eagle:
         """Streams of the target that a step must hand over."""
         return feature_layers(self.config)
 
-    def init_memory(self, shape):
+    def init_memory(self, shape: StepShape) -> dict[str, Any]:
         """Weights, and a ring of features per slot with the position of each.
 
         Rows of rejected drafts lie in the ring too, so it is longer than the window.
