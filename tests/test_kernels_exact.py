@@ -119,9 +119,10 @@ def test_pieces_have_no_races():
     """And equal the reference, with drafts whose shares end before pieces begin."""
     case = AttentionCase(
         name="races",
-        groups=((3, 1), (2, 5, 64)),
-        kv_lengths=(90, 0, 200, 200, 133),
-        q_lengths=(1, 0, 1, 5, 3),
+        groups=((3, 1), (3, 5, 64)),
+        kv_lengths=(90, 0, 200, 200, 133, 0),
+        q_lengths=(1, 0, 1, 5, 3, 0),
+        head_step=70,
         num_heads=2,
         page_size=16,
         mass_group=1,
