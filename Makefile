@@ -19,7 +19,7 @@ demo: $(VENV)/.base
 	$(BIN)/python -m experiments.generate $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal \
 	  -m "not slow and not gpu and not tpu" $(ARGS)
 
 test-slow: $(VENV)/.test
