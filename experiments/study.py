@@ -100,7 +100,9 @@ class PolicyStudy(OnContexts):
         if self.is_smoke:  # its heads are too small for an index, and few rows are kept
             rows, impossible = smoke_rows(rows), []
         if not rows:
-            raise ValueError("--skip, --mode, --known and --part leave no row")
+            raise ValueError(
+                "--skip, --mode, --known and --part leave no row to measure"
+            )
         return rows, impossible
 
     def describe(self, records):
