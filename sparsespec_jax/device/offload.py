@@ -63,7 +63,7 @@ class HostPages:
         """Everything held, what is still on its way included."""
         return self._chunks, self._staged
 
-    def warm_up(self, state: DecodeState, buffers: Sequence[PlanBuffer]) -> DecodeState:
+    def warm_up(self, state: DecodeState, buffers: Sequence) -> DecodeState:
         """Compile the copies; returns the state with its pages unchanged.
 
         `buffers`: one plan buffer of each length for `sent_first`. Copies without pages
