@@ -28,21 +28,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Most programs of tests run for less time than their optimisation takes: a step
+# compiles three times as fast without it, here and in the scripts that tests start.
+# What users have is asked for: `optimized_programs`, `users_environment`.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    )
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-
-# Most programs of tests run for less time than their optimisation takes: a step
-# compiles three times as fast without it. Scripts that tests start, and tests that ask
-# for `optimized_programs`, see what users see.
-_IS_QUICK = os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ
-if _IS_QUICK:
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["XLA_FLAGS"] = (
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-    )
-    jax.devices()  # XLA reads the variable once, now; scripts must not inherit it
-    del os.environ["XLA_FLAGS"]
 
 # Before they are imported: what annotations say of arrays is checked in every call of
 # the kernels' public functions and implementations, and of what a compiled step is made
@@ -110,14 +107,22 @@ def no_type_checks(monkeypatch):
 
 @pytest.fixture
 def optimized_programs():
-    """What this test compiles is compiled now, and optimised as for users."""
+    """What this test compiles is compiled now, and optimised."""
+    was = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", _IS_QUICK)
+    jax.config.update("jax_disable_most_optimizations", was)
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def users_environment():
+    """The environment of a script that compiles as a user's would."""
+    ours = "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 @pytest.fixture(autouse=True, scope="module")

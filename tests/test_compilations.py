@@ -100,13 +100,12 @@ print(json.dumps([float(total), events.count("/jax/compilation_cache/cache_hits"
 """
 
 
-def start(script, folder, *arguments):
+def start(environment, script, folder, *arguments):
     """A process with warnings as errors that runs a script, its cache in `folder`."""
-    environment = os.environ | {
+    environment = environment | {
         compile_cache.VARIABLE: str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    del environment["JAX_COMPILATION_CACHE_DIR"]  # the tests' own
     return subprocess.Popen(
         [sys.executable, "-Werror", "-c", script, *arguments],
         env=environment,
@@ -123,10 +122,12 @@ def finish(process):
     return json.loads(out), err
 
 
-def test_a_second_process_loads_what_others_compiled(tmp_path):
+def test_a_second_process_loads_what_others_compiled(users_environment, tmp_path):
     """With the tokens that no cache gives."""
     folder = tmp_path / "new" / "cache"
-    first, second = (finish(start(DECODE, folder))[0] for _ in range(2))
+    first, second = (
+        finish(start(users_environment, DECODE, folder))[0] for _ in range(2)
+    )
     assert second["hits"] >= 2  # steps with and without prompt chunks
     assert first["texts"] == second["texts"]
     results = run(small_model(), [[5, 3, 9]] * 2, max_tokens=20, n=2)
@@ -137,12 +138,13 @@ def test_a_second_process_loads_what_others_compiled(tmp_path):
         assert logprobs == pytest.approx(result.logprobs, abs=1e-5)
 
 
-def test_a_full_disk_is_told_and_mended(tmp_path):
-    (total, _), err = finish(start(PROGRAM_ON_A_FULL_DISK, tmp_path, "3000"))
+def test_a_full_disk_is_told_and_mended(users_environment, tmp_path):
+    process = users_environment, PROGRAM_ON_A_FULL_DISK, tmp_path
+    (total, _), err = finish(start(*process, "3000"))
     assert "Error writing persistent compilation cache entry" in err
     (entry,) = [e for e in tmp_path.glob("*-cache") if "lambda" in e.name]
     assert entry.stat().st_size == 3000
-    (again, hits), err = finish(start(PROGRAM_ON_A_FULL_DISK, tmp_path))
+    (again, hits), err = finish(start(*process))
     assert again == total and hits > 0 and err == ""  # smaller programs had room
     assert zlib.decompress(entry.read_bytes())
 

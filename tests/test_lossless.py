@@ -5,6 +5,9 @@ Every case decodes the same requests and compares token by token with plain deco
 """
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +80,30 @@ def test_no_option_changes_a_token(tiny_model, prompts, plain, speculation, engi
     total = got.stats.total
     assert 0 < total.num_verify_steps
     assert total.num_accepted_draft_tokens <= total.num_draft_tokens
+
+
+AS_USERS = """
+import json
+from experiments import models
+from tests.engine_helpers import make_prompts, run, tokens_of
+
+model = models.tiny_model()
+prompts = make_prompts(model.config.vocab_size)
+plain = run(model, prompts, num_draft_tokens=0)
+drafted = run(model, prompts, num_draft_tokens=8, engine=dict(page_size=64))
+print(json.dumps([tokens_of(plain), tokens_of(drafted)]))
+"""
+
+
+def test_drafts_change_no_token_where_programs_are_optimised(users_environment):
+    """All else here runs programs that XLA optimised less than those of users."""
+    command = [sys.executable, "-c", AS_USERS]
+    done = subprocess.run(
+        command, env=users_environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    plain, drafted = json.loads(done.stdout)
+    assert drafted == plain and sum(map(len, plain)) == sum(x.max_tokens for x in LAWS)
 
 
 def test_batch_order_and_neighbours_change_nothing(tiny_model, prompts, plain):
