@@ -128,7 +128,7 @@ def _attend_unrolled(step, keys, values, q, k, v, shape):
 
 def unrolled_loss(config, target, params, batch, num_unrolled):
     """(loss, top-1 agreement by unrolled step) of one batch."""
-    features, tokens, hidden, positions = batch
+    features, tokens, hidden, positions = map(jnp.asarray, batch)
     features = features.astype(jnp.float32)  # the target's type may be narrower
     shape = tokens.shape
     head = EagleHead(config)
