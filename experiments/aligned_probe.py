@@ -35,7 +35,7 @@ from pallas_kernels.common import default_impl
 from sparsespec_jax import Model, sizes
 from sparsespec_jax.models import transformer as model
 from sparsespec_jax.models.config import PRESETS
-from sparsespec_jax.plan import budget_tokens
+from sparsespec_jax.plan.shape import budget_tokens
 from sparsespec_jax.tuning import calibrate
 
 _MODEL = flags.DEFINE_enum("model", "qwen3-8b", sorted(PRESETS), "Shapes.")
@@ -120,7 +120,7 @@ class Probe:
         """Dispatch a step, with so many drafts made in this cycle if given."""
         if num_drafted is not None:
             self.engine.set_num_drafted(num_drafted)
-        return self.engine.run_plan(plan)
+        return calibrate.run_plan(self.engine, plan)
 
     def ms(self, steps, weights="bfloat16") -> dict:
         """Median, least and most milliseconds of `steps`, (plan, num_drafted) pairs.

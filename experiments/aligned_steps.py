@@ -21,14 +21,17 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.common import rms_norm
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax import Engine
-from sparsespec_jax import plan as plan_lib
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.device import cascade
 from sparsespec_jax.device import step as step_lib
 from sparsespec_jax.device.attention import make_attend
+from sparsespec_jax.device.context import StepContext, step_options
+from sparsespec_jax.device.lanes import make_lanes
 from sparsespec_jax.models import transformer as model
 from sparsespec_jax.models.rope import rope_tables
-from sparsespec_jax.plan import StepPlan, StepShape
+from sparsespec_jax.plan.buffer import StepPlan, unpack
+from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.plan.slot_params import slot_params
 from sparsespec_jax.policies.base import Policy
 
 DRAFT_WEIGHTS = ("bfloat16", "int8")
@@ -89,11 +92,11 @@ def plan_of(engine: Engine, shape) -> StepPlan:
         parts = [plan_of(engine, shape.draft), plan_of(engine, shape.verify)]
         buffer = np.concatenate([part.buffer for part in parts])
         return StepPlan(buffer, False, shape)
-    plan = shape.new_plan(prefill=False)
+    plan = StepPlan.empty(shape, prefill=False)
     views, slots = plan.views, np.arange(shape.num_slots)
     law, limit = SamplingParams(ignore_eos=True), engine.max_length + 1
     views["slot_params"][:] = [
-        plan_lib.slot_params(law, slot, limit, (), engine.speculation) for slot in slots
+        slot_params(law, slot, limit, (), engine.speculation) for slot in slots
     ]
     if shape.verify_lanes:
         views["verify_slots"][:] = slots
@@ -118,7 +121,7 @@ class AlignedEngine(Engine):
         static = dict(
             config=self.model.config,
             policy=self.policy,
-            options=step_lib.step_options(self.speculation),
+            options=step_options(self.speculation),
             impl=self.impl,
         )
 
@@ -193,7 +196,7 @@ def _program(shape, *, config, policy, options, impl, products):
         return verify_of(shape)(params[0], state, buffer, prefill=prefill)
 
     def cycle(params, state, buffer, *, prefill):
-        size = shape.draft.new_plan(prefill=False).buffer.size
+        size = StepPlan.empty(shape.draft, prefill=False).buffer.size
 
         def one(_, state):
             return draft(params, state, buffer[:size], shape=shape.draft)[0]
@@ -212,18 +215,16 @@ def _program(shape, *, config, policy, options, impl, products):
 
 def _draft(params, state, buffer, *, shape, config, policy, options, impl, products):
     """The engine's step without its verification: (state, drafts per slot)."""
-    plan = shape.unpack(buffer, prefill=False)
-    state = step_lib._update_tables(state, plan["table_updates"])
-    verification = step_lib._verification(state, plan, shape)
-    lanes = step_lib._step_lanes(state, plan, verification, shape)
-    guesses = cascade.guess(state, lanes, shape, None)
-    tokens, positions = step_lib._tokens(
-        state, plan, verification, lanes, guesses, shape
-    )
-    attend, _ = make_attend(
-        lanes, shape, _selects_nothing(policy), options, impl,
-        num_layers=config.num_layers,
+    plan = unpack(shape, buffer, prefill=False)
+    context = StepContext(
+        model=config, shape=shape, policy=_selects_nothing(policy), proposer=None,
+        options=options, filters=False, impl=impl,
     )  # fmt: skip
+    state = step_lib.update_tables(state, plan["table_updates"])
+    lanes = make_lanes(context, state, plan)
+    guesses = cascade.guess(context, state, lanes.draft)
+    tokens, positions = step_lib.feed(context, state, lanes, guesses)
+    attend, _ = make_attend(context, lanes)
     full, quantised = params
     args = tokens, positions, attend, state.layers
     if products is None:
@@ -235,9 +236,7 @@ def _draft(params, state, buffer, *, shape, config, policy, options, impl, produ
         )
     state = state._replace(layers=layers)
     with jax.named_scope("sample"):
-        state = step_lib._store_drafts(
-            scores, state, plan, lanes, guesses, options, False
-        )
+        state = step_lib.store_drafts(context, state, lanes, guesses, scores)
     return state, state.num_drafted + 0  # the state's own is given away
 
 

@@ -16,6 +16,7 @@ ACCEPTORS = ("shared_noise", "ratio_test", "forced")
 MASS_ROWS = ("all", "edges")
 SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
+NUMERICS = ("exact", "fast")
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 MAX_INT = LARGEST  # of what travels in int32
@@ -302,8 +303,12 @@ class EngineConfig:
     host_pages: int | None = None  # taken in host memory; None: what slots can need
     host_chunk_pages: int = 16  # pages copied at a time
     impl: str | None = None  # kernels; None: the platform's own
+    # "exact": the bits of a token's logits and KV row depend on its own text alone, so
+    # speculative and plain text are equal in bfloat16 too (docs/exactness.md).
+    numerics: str = "fast"
 
     def __post_init__(self):
+        put_choice(self, "numerics", NUMERICS)
         put_int(self, "num_slots", 1)
         put_int(self, "page_size", 1)
         if self.num_pages is not None:

@@ -95,6 +95,7 @@ class DeviceSteps:
             options=self._options,
             filters=filters,
             impl=self._sizes.impl,
+            exact=self._sizes.exact,
         )
 
     def num_compilations(self, shapes):

@@ -77,6 +77,7 @@ class Engine(contextlib.AbstractContextManager):
             kv_policy=self.config.kv_policy,
             num_host_chunks=resolved.num_host_chunks,
             chunk_pages=self.config.host_chunk_pages,
+            exact=resolved.exact,
         )
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._host_clock = HostClock(self.device_steps.dispatcher)

@@ -117,7 +117,22 @@ def _largest_threshold(keys, enough):
     return jax.lax.fori_loop(0, _BISECTION_STEPS, step, start)
 
 
-def keep_mask(logits: Logits, law: Law) -> TokenFlags:
+def row_sums(values: Logits, *, exact: bool) -> RowFloats:
+    """Sum of each row; exact: halves are added to each other, again and again.
+
+    A compiler chooses the order of a sum by the number of rows. Of single additions
+    there is none to choose.
+    """
+    if not exact:
+        return values.sum(-1)
+    size = 1 << (values.shape[-1] - 1).bit_length()
+    values = jnp.pad(values, ((0, 0), (0, size - values.shape[-1])))
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[:, :half] + values[:, half:]
+    return values[:, 0]
+
+
+def keep_mask(logits: Logits, law: Law, *, exact: bool = False) -> TokenFlags:
     """Tokens that top-k, then top-p, then min-p leave.
 
     Exact, without sorting: the cut is the largest logit threshold that keeps enough
@@ -128,10 +143,14 @@ def keep_mask(logits: Logits, law: Law) -> TokenFlags:
     wanted = jnp.where(law.top_k > 0, law.top_k, logits.shape[-1])
     cut = _largest_threshold(keys, lambda m: m.sum(-1) >= wanted)
     keep = keys >= cut[:, None]
-    prob = _softmax(logits, law, keep)
+    prob = _softmax(logits, law, keep, exact=exact)
+
+    def share(mask):
+        return row_sums(jnp.where(mask, prob, 0.0), exact=exact)
+
     # A share that rounds to nothing is still that of one token.
-    target = jnp.maximum(law.top_p * prob.sum(-1), _TINY)
-    cut = _largest_threshold(keys, lambda m: jnp.where(m, prob, 0.0).sum(-1) >= target)
+    target = jnp.maximum(law.top_p * row_sums(prob, exact=exact), _TINY)
+    cut = _largest_threshold(keys, lambda mask: share(mask) >= target)
     keep &= (keys >= cut[:, None]) | (law.top_p >= 1.0)[:, None]
     floor = law.min_p * prob.max(-1)
     return keep & (prob >= floor[:, None])
@@ -146,13 +165,13 @@ def _scaled(logits, top, temperature):
     return jnp.where(logits == top, 0.0, (logits - top) / temperature)
 
 
-def _softmax(logits, law, keep):
+def _softmax(logits, law, keep, *, exact=False):
     """Law's probabilities float32 [R, V]; all mass on the argmax at temperature 0."""
     masked = jnp.where(keep, logits, -jnp.inf)
     temperature = law.temperature[:, None]
     scale = jnp.where(temperature > 0, temperature, 1.0)
     soft = jnp.exp(_scaled(masked, masked.max(-1, keepdims=True), scale))
-    soft /= soft.sum(-1, keepdims=True)
+    soft /= row_sums(soft, exact=exact)[:, None]
     hard = jax.nn.one_hot(jnp.argmax(masked, -1), logits.shape[-1], dtype=soft.dtype)
     return jnp.where(temperature > 0, soft, hard)
 
@@ -163,29 +182,39 @@ def probabilities(logits: Logits, law: Law, *, filters: bool) -> Logits:
     return _softmax(logits, law, keep)
 
 
-def choose(logits: Logits, law: Law, positions: RowInts, *, filters: bool) -> RowInts:
+def choose(
+    logits: Logits,
+    law: Law,
+    positions: RowInts,
+    *,
+    filters: bool,
+    exact: bool = False,
+) -> RowInts:
     """Tokens that the law and its noise pick for absolute `positions`.
 
-    `filters` (static) says whether any row restricts the law by top-k, top-p, min-p.
+    `filters` (static) says whether any row restricts the law by top-k, top-p, min-p;
+    `exact` (static) that the bits of a row must not depend on the number of rows.
     Exact but for the rounding of `logits + T * g`: at temperatures below the spacing
     of the logits' numbers, equal logits fall to the lowest token id.
     """
     noise = gumbel(law.seed, positions, jnp.arange(logits.shape[-1]))
     scores = logits + law.temperature[:, None] * noise
     if filters:
-        scores = jnp.where(keep_mask(logits, law), scores, -jnp.inf)
+        scores = jnp.where(keep_mask(logits, law, exact=exact), scores, -jnp.inf)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
-def logprobs(logits: Logits, law: Law, tokens: RowInts, *, filters: bool) -> RowFloats:
-    """Log-probability of `tokens`, of the model or of the law per row."""
+def logprobs(
+    logits: Logits, law: Law, tokens: RowInts, *, filters: bool, exact: bool = False
+) -> RowFloats:
+    """Log-probability of `tokens`, of the model or of the law per row; see `choose`."""
     hot = law.temperature > 0
     scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)[:, None]
     if filters:
-        keep = keep_mask(logits, law) | ~law.processed_logprobs[:, None]
+        keep = keep_mask(logits, law, exact=exact) | ~law.processed_logprobs[:, None]
         logits = jnp.where(keep, logits, -jnp.inf)
     top = logits.max(-1, keepdims=True)
     picked = jnp.take_along_axis(logits, tokens[:, None], -1)
-    total = jnp.exp(_scaled(logits, top, scale)).sum(-1)
+    total = row_sums(jnp.exp(_scaled(logits, top, scale)), exact=exact)
     value = _scaled(picked, top, scale)[:, 0] - jnp.log(total)
     return jnp.where(law.processed_logprobs & ~hot, 0.0, value)

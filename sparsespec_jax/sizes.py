@@ -6,11 +6,13 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import default_impl
 from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import pool_bytes_per_page
 from sparsespec_jax.loading.load import Model
+from sparsespec_jax.models.products import check_products
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import plan_fields
 from sparsespec_jax.plan.shape import (
@@ -25,6 +27,8 @@ from sparsespec_jax.proposers.base import resolve_proposer
 
 # Multiples of keys that the GPU kernels take without padding, and up to how many keys.
 _GPU_MASS_KEYS = {32768: 2048, math.inf: 4096}
+# Query rows of a lane that attention cuts over its keys; more are never cut.
+_MOST_CUT_QUERIES = 64
 _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
 
 
@@ -38,6 +42,7 @@ class EngineSizes(NamedTuple):
     shape: StepShape
     kv_bytes_per_token: int
     num_host_chunks: int
+    exact: bool  # numerics
 
 
 def resolve(model, speculation, config):
@@ -54,6 +59,8 @@ def resolve(model, speculation, config):
     shape = make_shape(speculation, config, max_length, impl)
     check_counts(shape)
     kv_dtype = params_dtype(model.params)
+    if config.numerics == "exact":
+        check_exact(model.config, shape, kv_dtype, impl)
     per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
     page_bytes = shape.page_size * per_token
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
@@ -67,6 +74,7 @@ def resolve(model, speculation, config):
         shape=shape,
         kv_bytes_per_token=per_token,
         num_host_chunks=num_chunks,
+        exact=config.numerics == "exact",
     )
 
 
@@ -131,6 +139,25 @@ def rounded_length(tokens, most):
     """The next of 256, 384, 512, 768, 1024 and so on, at most `most` tokens."""
     size = max(256, 1 << (tokens - 1).bit_length())
     return min(most, size if tokens > size * 3 // 4 or size == 256 else size * 3 // 4)
+
+
+def check_exact(model_config, shape, dtype, impl):
+    """ValueError, naming the part, where nothing makes rows exact."""
+    fast = "use numerics='fast'"
+    if not impl.startswith("gpu"):
+        raise ValueError(
+            f"numerics='exact' needs kernels for GPUs, this engine has {impl!r}: {fast}"
+        )
+    if dtype != jnp.bfloat16:
+        raise ValueError(
+            f"numerics='exact' is made for bfloat16 weights, these are {dtype}: {fast}"
+        )
+    if shape.prefill_chunk <= _MOST_CUT_QUERIES:
+        raise ValueError(
+            f"numerics='exact' needs prefill_chunk above {_MOST_CUT_QUERIES}, got "
+            f"{shape.prefill_chunk}: raise it, or {fast}"
+        )
+    check_products(model_config)
 
 
 def check_vocabulary(model_config, speculation):

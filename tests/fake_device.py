@@ -56,8 +56,8 @@ def make_request(request_id, num_prompt, new, *, group=None, end=None):
 class FakeDevice:
     """Pages hold tags that say whose row of which position they are."""
 
-    def __init__(self, shape, rng):
-        self.shape, self.rng = shape, rng
+    def __init__(self, shape, rng, *, exact=False):
+        self.shape, self.rng, self.exact = shape, rng, exact
         slots = shape.num_slots
         self.pool = np.full((shape.num_pages + 1, shape.page_size), -1, np.int64)
         self.full = np.full((slots, shape.table_width), shape.num_pages)
@@ -100,8 +100,10 @@ class FakeDevice:
         for slot in drafting:
             self._draft(slot)
         emitted = [
-            self._verify(views, lane, request, int(planned.num_rows[lane]))
-            for lane, request in enumerate(planned.requests)
+            self._verify(views, lane, request, int(num_rows), is_replay)
+            for lane, (request, num_rows, is_replay) in enumerate(
+                zip(planned.requests, planned.num_rows, planned.is_replay, strict=True)
+            )
         ]
         is_seed = views["seed_counts"][: len(emitted)] >= 0
         return planned, emitted, np.where(is_seed, planned.num_rows, emitted)
@@ -116,6 +118,8 @@ class FakeDevice:
                 tokens = views["prefill_tokens"][lane, :count]
                 request = self.holder[slot]
                 assert list(tokens) == list(request.tokens[start : start + count])
+                # Else a token's row would depend on k, or on a preemption.
+                assert not self.exact or start + count < request.num_prompt
                 self._check(request, self._rows(self.full, slot, 0, start))
                 self._write(self.full, slot, start, self._tags(request, start, count))
 
@@ -131,15 +135,17 @@ class FakeDevice:
         self.draft_rows[slot] += kept
         self.drafted[slot] += kept
 
-    def _verify(self, views, lane, request, most):
+    def _verify(self, views, lane, request, most, is_replay):
         slot, known = request.slot, self.known.get(request.request_id)
         is_seed = views["seed_counts"][lane] >= 0
         if is_seed:
             start = int(views["seed_starts"][lane])
             known = start + most
-            assert known == len(request.tokens)  # nothing may be in flight
+            assert not self.exact or start >= request.num_prompt - 1
+            if not is_replay:
+                assert known == len(request.tokens)  # nothing may be in flight
             tail = views["seed_tokens"][lane, :most]
-            assert list(tail) == list(request.tokens[start:])
+            assert list(tail) == list(request.tokens[start:known])
         else:
             start = known - 1
             assert self.drafted[slot] < most or views["seed_counts"][lane] != ALL_DRAFTS
@@ -153,6 +159,9 @@ class FakeDevice:
             base = request.request_id * _SPAN + _DRAFT
             self._write(self.draft, slot, 0, base + np.arange(rows))
             self.draft_rows[slot] = rows
+        if is_replay:
+            assert known < len(request.tokens)
+            return 0
         count = 1 if is_seed else self.rng.integers(1, most + 1)
         count = int(min(count, request.limit - known))
         self.known[request.request_id] = known + count

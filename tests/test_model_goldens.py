@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from sparsespec_jax.loading.hf_weights import load_hf
-from sparsespec_jax.models import transformer as model_lib
+from sparsespec_jax.models import products
 from sparsespec_jax.models.config import (
     PRESETS,
     LinearScaling,
@@ -22,7 +22,6 @@ from sparsespec_jax.models.config import (
     config_to_json,
 )
 from sparsespec_jax.models.transformer import (
-    Projection,
     causal_attend,
     forward,
     forward_with_features,
@@ -248,10 +247,10 @@ def test_products_are_cut_by_their_sizes(cuts, num_tokens, size_in, features, pa
     rng = np.random.default_rng(0)
     x = rng.integers(-3, 4, (num_tokens, size_in)).astype(jnp.bfloat16)
     kernel = rng.integers(-3, 4, (size_in, *features)).astype(jnp.bfloat16)
-    project = Projection(
+    project = products.Projection(
         features,
         jnp.bfloat16,
-        cuts=getattr(model_lib, f"_{cuts.upper()}_CUTS") if cuts else None,
+        cuts=getattr(products, f"{cuts.upper()}_CUTS") if cuts else None,
     )
     got = project.apply({"params": {"kernel": kernel}}, x)
     flat = kernel.astype(np.float32).reshape(size_in, -1)

@@ -52,10 +52,11 @@ def check_all_ended(scheduler, requests):
     policy=st.sampled_from(["offload", "recompute", "reserve", "oracle"]),
     chunks=st.integers(0, 60),
     grouped=st.booleans(),
+    exact=st.booleans(),
     **LOAD,
 )
 def test_every_request_ends_under_any_load(
-    k, slots, lag, spare, sizes, lanes, seed, policy, chunks, grouped
+    k, slots, lag, spare, sizes, lanes, seed, policy, chunks, grouped, exact
 ):
     """The smallest legal pool included; the device checks every row it reads."""
     requests = [
@@ -64,9 +65,9 @@ def test_every_request_ends_under_any_load(
     ]
     scheduler = make_scheduler(
         requests, k=k, slots=slots, lanes=lanes, spare=spare,
-        kv_policy=policy, num_host_chunks=chunks,
+        kv_policy=policy, num_host_chunks=chunks, exact=exact,
     )  # fmt: skip
-    device = FakeDevice(scheduler.shape, np.random.default_rng(seed))
+    device = FakeDevice(scheduler.shape, np.random.default_rng(seed), exact=exact)
     simulate(scheduler, device, requests, lag=lag)
     check_all_ended(scheduler, requests)
     counters = scheduler.kv.counters
@@ -85,16 +86,17 @@ def test_every_request_ends_under_any_load(
     share=st.sampled_from([0.05, 0.3, 1.0]),
     policy=st.sampled_from(["offload", "recompute"]),
     chunks=st.integers(1, 60),
+    exact=st.booleans(),
     **LOAD,
 )
 def test_preemption_abort_and_other_k_at_any_step(
-    k, slots, lag, sizes, lanes, seed, share, policy, chunks
+    k, slots, lag, sizes, lanes, seed, share, policy, chunks, exact
 ):
     rng = np.random.default_rng(seed)
     requests = [make_request(i, p, n) for i, (p, n) in enumerate(sizes)]
     scheduler = make_scheduler(
         requests, k=k, slots=slots, lanes=lanes, spare=20,
-        kv_policy=policy, num_host_chunks=chunks,
+        kv_policy=policy, num_host_chunks=chunks, exact=exact,
     )  # fmt: skip
 
     aborted = []
@@ -111,7 +113,7 @@ def test_preemption_abort_and_other_k_at_any_step(
         if rng.random() < share / 10:
             scheduler.set_num_draft_tokens(int(rng.integers(k + 1)))
 
-    device = FakeDevice(scheduler.shape, rng)
+    device = FakeDevice(scheduler.shape, rng, exact=exact)
     simulate(scheduler, device, requests, lag=lag, disturb=disturb)
     check_all_ended(scheduler, [r for r in requests if r not in aborted])
 

@@ -49,15 +49,20 @@ def shared_noise(
     num_drafts: PerVerify,
     *,
     filters: bool,
+    exact: bool = False,
 ) -> Verified:
     """Accept drafts while they equal the target's choice.
 
     laws: of E * Q rows; positions: of the tokens to choose. Row i of the result is the
-    target's choice given that the drafts before it hold.
+    target's choice given that the drafts before it hold. `exact`: see sampling.choose.
     """
     lanes, rows, vocab = logits.shape
     choice = sampling.choose(
-        logits.reshape(-1, vocab), laws, positions.reshape(-1), filters=filters
+        logits.reshape(-1, vocab),
+        laws,
+        positions.reshape(-1),
+        filters=filters,
+        exact=exact,
     ).reshape(lanes, rows)
     agrees = drafts == choice[:, :-1]
     return Verified(count_prefix(agrees, num_drafts), choice)

@@ -19,6 +19,8 @@ from sparsespec_jax.device.lanes import StepLanes, take, token_rows
 from sparsespec_jax.device.row_places import concatenate, row_places, tail_places
 from sparsespec_jax.device.state import LayerCache
 
+EXACT_PIECE = 1024  # keys that exact attention sums as one
+
 
 def make_attend(context: StepContext, lanes: StepLanes) -> tuple[Callable, Callable]:
     """The functions `attend(layer, q, rows, cache)` and `fill(layers)` of one step.
@@ -39,7 +41,7 @@ class _Attention:
     def __init__(self, context, lanes, filler):
         self.context, self.shape = context, context.shape
         self.lanes, self.filler = lanes, filler
-        self.groups = _lane_groups(self.shape, lanes)
+        self.groups = _lane_groups(context, lanes)
         self.tables, self.q_lengths = _tables_and_rows(lanes, self.shape)
         self.has_fixed_counts = lanes.draft_counts is not None
         self.mass_rows = context.policy.mass_rows(context.options.mass_rows)
@@ -94,12 +96,14 @@ class _Attention:
             )
 
 
-def _lane_groups(shape, lanes):
+def _lane_groups(context, lanes):
     """LaneGroups by the name of their lanes, in lane order; empty ones left out."""
+    shape, piece = context.shape, EXACT_PIECE if context.exact else None
+    prompts = lanes.prefill.slots.size
     groups = {
         "draft": LaneGroup(shape.draft_lanes, shape.draft_queries),
-        "verify": LaneGroup(shape.verify_lanes, shape.num_queries),
-        "prefill": LaneGroup(lanes.prefill.slots.size, shape.prefill_chunk),
+        "verify": LaneGroup(shape.verify_lanes, shape.num_queries, piece),
+        "prefill": LaneGroup(prompts, shape.prefill_chunk, piece),
     }
     return {name: group for name, group in groups.items() if group.num_lanes}
 

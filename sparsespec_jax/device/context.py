@@ -37,6 +37,7 @@ class StepContext:
     options: StepOptions
     filters: bool  # whether any request may use top-k, top-p or min-p
     impl: str  # of the kernels
+    exact: bool = False  # target rows whose bits do not depend on the others
 
     @property
     def uses_ratio_test(self):

@@ -46,6 +46,8 @@ from sparsespec_jax.proposers.base import RememberingProposer
 # If pool and weights fill more than 80 % of a GPU, XLA takes what is left for nothing
 # and computes values twice to save some: launches for a few kilobytes.
 GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+# Where a value is rounded must not depend on what XLA fuses at some number of rows.
+EXACT_COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 @functools.cache
@@ -58,6 +60,7 @@ def make_step(
     filters: bool,
     impl: str,
     proposer: Any = None,
+    exact: bool = False,
 ) -> Callable:
     """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
 
@@ -67,22 +70,25 @@ def make_step(
     """
     context = StepContext(
         model=model_config, shape=shape, policy=policy, proposer=proposer,
-        options=options, filters=filters, impl=impl,
+        options=options, filters=filters, impl=impl, exact=exact,
     )  # fmt: skip
 
     def step(params, state, buffer, *, prefill):
         return run_step(context, params, state, buffer, prefill=prefill)
 
-    return jit_step(step, impl)
+    return jit_step(step, impl, exact=exact)
 
 
-def jit_step(step: Callable, impl: str) -> Callable:
+def jit_step(step: Callable, impl: str, *, exact: bool = False) -> Callable:
     """The jitted form of a function `step(params, state, buffer, prefill=bool)`."""
+    options = GPU_COMPILER_OPTIONS if impl == "gpu" else {}
+    if exact:
+        options = options | EXACT_COMPILER_OPTIONS
     return jax.jit(
         step,
         static_argnames="prefill",
         donate_argnums=1,
-        compiler_options=GPU_COMPILER_OPTIONS if impl == "gpu" else None,
+        compiler_options=options or None,
     )
 
 
@@ -103,10 +109,11 @@ def run_step(
     attend, fill = make_attend(context, lanes)
     hidden, layers, features = forward_with_features(
         context.model, params, tokens, positions, attend, state.layers,
-        _feature_layers(context), impl=context.impl,
+        _feature_layers(context), impl=context.impl, exact=context.exact,
     )  # fmt: skip
     rows = token_rows(context.shape)
-    scores = logits(context.model, params, hidden[: rows.verify.stop])
+    scored = hidden[: rows.verify.stop]
+    scores = logits(context.model, params, scored, exact=context.exact)
     state = state._replace(layers=tuple(fill(layers)))
     with jax.named_scope("sample"):
         verified, laws = _accept(context, state, lanes, scores[rows.verify])
@@ -185,7 +192,8 @@ def _accept(context, state, lanes, scores):
         probability = context.options.forced_probability
         verified = acceptance.forced(*judged, probability=probability, filters=filters)
     else:
-        verified = acceptance.shared_noise(*judged, filters=filters)
+        how = dict(filters=filters, exact=context.exact)
+        verified = acceptance.shared_noise(*judged, **how)
     forced = jnp.where(verify.is_seed, verify.num_rows - 1, verified.num_accepted)
     return verified._replace(num_accepted=forced), laws
 
@@ -250,7 +258,11 @@ def _outcome(context, state, lanes, verified, laws, scores):
     shape, verify, rows = context.shape, lanes.verify, context.shape.num_queries
     live = verify.num_rows > 0
     chosen_logprobs = sampling.logprobs(
-        scores, laws, verified.tokens.ravel(), filters=context.filters
+        scores,
+        laws,
+        verified.tokens.ravel(),
+        filters=context.filters,
+        exact=context.exact,
     ).reshape(-1, rows)
     first = jnp.where(verify.is_seed, verified.num_accepted, 0)
     count = jnp.where(live, verified.num_accepted - first + 1, 0)

@@ -139,9 +139,10 @@ class Outputs:
             cascade = itertools.starmap(CascadeCounts, counts.tolist())
         if self.with_acceptance:
             self._count_acceptance(num_rows - 1, accepted, ~is_seed)
+        emitted = np.where(planned.is_replay, 0, outcome.num_emitted[:num_lanes])
         lanes = zip(
             planned.requests,
-            outcome.num_emitted[:num_lanes].tolist(),
+            emitted.tolist(),
             outcome.is_done[:num_lanes].tolist(),
             outcome.tokens[:num_lanes].tolist(),
             outcome.logprobs[:num_lanes].tolist(),
@@ -157,7 +158,7 @@ class Outputs:
         ):
             output = self._unfinished.get(request.request_id)
             if output is None or count == 0:
-                continue  # finished or aborted while this step was in flight
+                continue  # ended while this step was in flight, or a replay
             self._record(output, *judged, counts)
             if with_text:
                 _push_known(output)  # tokens that came while nobody listened

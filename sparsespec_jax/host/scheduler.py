@@ -12,6 +12,7 @@ from collections import deque
 
 import numpy as np
 
+from sparsespec_jax.host.feeding import Feeding, reads_of_chunk
 from sparsespec_jax.host.kv_manager import KvManager
 from sparsespec_jax.host.page_allocator import OutOfPagesError
 from sparsespec_jax.host.prompt_groups import PromptGroups
@@ -32,11 +33,13 @@ class Scheduler:
       kv_policy: one of config.KV_POLICIES.
       num_host_chunks: chunks of pages that host memory can take.
       chunk_pages: pages of a chunk.
+      exact: see `feeding`.
     """
 
     def __init__(
-        self, shape, *, kv_policy="offload", num_host_chunks=0, chunk_pages=16
-    ):
+        self, shape, *, kv_policy="offload", num_host_chunks=0, chunk_pages=16,
+        exact=False,
+    ):  # fmt: skip
         self.shape = shape  # of the current K
         self._widest = shape  # of the largest K: pages are reserved for it
         self._policy = kv_policy
@@ -51,6 +54,7 @@ class Scheduler:
         self._preempted = []  # oldest first
         self._arriving = []  # whose last pages come back with the step planned last
         self._groups = PromptGroups()
+        self._feeding = Feeding(exact=exact)
         self._moves = []  # page copies before the next step
         self.num_missed_drafts = 0  # for want of a draft lane
         self._step = 0
@@ -156,6 +160,7 @@ class Scheduler:
             self.arrays.num_rows(slots, self.shape),
             self.shape.num_queries,
             self.arrays.is_whole(slots, self.shape.cycle),
+            np.zeros(slots.size, bool),
         )
         plan = None
         if prefilling or slots.size or updates or drafting.size:
@@ -221,7 +226,7 @@ class Scheduler:
 
     def _enqueue(self, request):
         """Put a request that holds a slot where it continues: prefill or ready."""
-        target = self._prefill_target(request)
+        target = self._feeding.prefill_target(request, self.shape)
         if not request.is_seeded and request.prefilled < target:
             request.status = Status.PREFILL
             self._prefilling.append(request)
@@ -229,16 +234,13 @@ class Scheduler:
         request.status = Status.READY
         self._ready.append(request)
         if not request.is_seeded:
-            self.arrays.reach[request.slot] = target
+            start = self._feeding.seed_start(request, self.shape)
+            self.arrays.reach[request.slot] = start
 
     def _unqueue(self, request):
         for queue in (self._prefilling, self._ready, self._preempted, self._arriving):
             if request in queue:
                 queue.remove(request)
-
-    def _prefill_target(self, request):
-        """Tokens that prefill chunks feed; the seed verify feeds the rest."""
-        return max(0, len(request.tokens) - self.shape.num_queries)
 
     def _lanes(self, now, updates):
         """Slots to verify, requests to prefill and the pages that both come to hold.
@@ -269,7 +271,7 @@ class Scheduler:
             )
         if not prefilling:
             return slots, full, draft
-        ends = [sum(self._prefill_span(r)) for r in prefilling]
+        ends = [sum(self._feeding.next_chunk(r, self.shape)) for r in prefilling]
         return (
             np.append(slots, [r.slot for r in prefilling]),
             np.append(full, [pages_for(end, page_size) for end in ends]),
@@ -283,7 +285,8 @@ class Scheduler:
         for lane in np.flatnonzero(~arrays.is_running[slots]).tolist():
             request = planned.requests[lane]
             rows[lane] = self._plan_first_verify(plan, lane, request)
-        arrays.is_running[slots] = True
+            planned.is_replay[lane] = not request.is_seeded
+        arrays.is_running[slots] = ~planned.is_replay
         arrays.drafted[slots] = 0
         for request in planned.requests:
             request.verifies_in_flight += 1
@@ -295,10 +298,12 @@ class Scheduler:
         if request.is_seeded:
             plan.views["seed_counts"][lane] = PENDING_ONLY
             return 1
-        start = self._prefill_target(request)
-        tail = request.tokens[start:]
+        start, tail, is_last = self._feeding.next_seed(request, self.shape)
         plan.seed(lane, start, tail)
-        request.is_seeded = True
+        request.is_seeded = is_last
+        request.prefilled = start + len(tail)
+        if not is_last:
+            request.prefill_reads += reads_of_chunk(start, len(tail))
         return len(tail)
 
     def _next_prefills(self, updates):
@@ -317,8 +322,7 @@ class Scheduler:
         Only pages that no sample writes again are shared, so none is ever copied.
         False while another sample prefills the prompt, or if nothing is left to do.
         """
-        last = request.num_prompt - self._widest.num_queries
-        count = max(0, last) // self.shape.page_size
+        count = self._feeding.num_shared_pages(request, self._widest)
         if request.prefilled or not count or self.shape.keeps_history:
             return True  # a proposer reads the slot's own copy of the prompt
         owner, must_wait = self._groups.owner(request)
@@ -328,24 +332,19 @@ class Scheduler:
             return False  # one takeover a step
         self.kv.share(owner.slot, request.slot, count, updates)
         request.prefilled = count * self.shape.page_size
-        if request.prefilled < self._prefill_target(request):
+        if request.prefilled < self._feeding.prefill_target(request, self.shape):
             return True
         self._prefilling.remove(request)
         self._enqueue(request)
         return False
 
-    def _prefill_span(self, request):
-        """(first token, number of tokens) of the next chunk of a prompt."""
-        left = self._prefill_target(request) - request.prefilled
-        return request.prefilled, min(self.shape.prefill_chunk, left)
-
     def _plan_prefill(self, plan, lane, request):
-        start, count = self._prefill_span(request)
+        start, count = self._feeding.next_chunk(request, self.shape)
         tokens = request.tokens[start : start + count]
         plan.prefill_chunk(lane, request.slot, start, tokens)
         request.prefilled = start + count
-        request.prefill_reads += count * start + count * (count + 1) // 2
-        if request.prefilled == self._prefill_target(request):
+        request.prefill_reads += reads_of_chunk(start, count)
+        if request.prefilled == self._feeding.prefill_target(request, self.shape):
             self._prefilling.remove(request)
             self._enqueue(request)
 

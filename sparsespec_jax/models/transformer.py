@@ -23,7 +23,7 @@ units apart, so either can be sharded over devices.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,7 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.common import is_for_gpu, rms_norm, sum_of_parts
 from pallas_kernels.rotate_heads import rotate_heads
 from sparsespec_jax.array_types import (
-    Array,
     Features,
-    Floats,
     Logits,
     PerToken,
     Queries,
@@ -48,6 +46,13 @@ from sparsespec_jax.array_types import (
     TokenInputs,
 )
 from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.products import (
+    DOWN_CUTS,
+    HEADS_CUTS,
+    OUT_CUTS,
+    Projection,
+    contract,
+)
 from sparsespec_jax.models.rope import rope_tables
 
 Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
@@ -55,86 +60,6 @@ Params = dict[str, Any]
 Attend = Callable[[int, Queries, RowsOfHeads, Cache], tuple[Queries, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
-
-
-class Cuts(NamedTuple):
-    """Into how many parts a product may be cut over its long axis."""
-
-    by_size: tuple[tuple[int, int], ...]  # (most elements of the result, parts)
-    shortest: int = 128  # length of a part at least
-
-
-# What is fastest on an H100 together with the kernel that sums (docs/performance.md).
-_HEADS_CUTS = Cuts(((2**20, 2),), shortest=1024)
-_OUT_CUTS = Cuts(((9 * 2**16, 4), (2**20, 2)))
-_DOWN_CUTS = Cuts(((2**17, 4), (2**18, 8), (2**19, 4), (2**20, 2)))
-
-
-def _contract(x: Array, kernel: Array, out_dtype, *, axis=0) -> Array:
-    """x [T, in] times kernel, whose axis `axis` is `in`; float32 accumulation."""
-    # TF32 passes of a GPU would break exactness in float32.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x,
-        kernel,
-        (((1,), (axis,)), ((), ())),
-        precision=precision,
-        preferred_element_type=out_dtype,
-    )
-
-
-def _contract_in_parts(x: Array, kernel: Array, parts: int) -> Array:
-    """x [T, in] times kernel [in, N] over `parts` cuts of `in`: float32 [parts, T, N].
-
-    The sum over the parts is the product. XLA cuts products of few tokens like this by
-    itself on GPUs, but sums them in a launch of its own; `add_norm` and `rotate_heads`
-    take them as they are.
-    """
-    return jax.lax.dot_general(
-        x.reshape(x.shape[0], parts, -1),
-        kernel.reshape(parts, -1, kernel.shape[1]),
-        (((2,), (1,)), ((1,), (0,))),
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _num_parts(cuts: Cuts, num_tokens: int, size_in: int, size_out: int) -> int:
-    """Parts that `cuts` wants of a product, or fewer that its long axis allows."""
-    fits = (n for most, n in cuts.by_size if num_tokens * size_out <= most)
-    parts = next(fits, 1)
-    while parts > 1 and (size_in % parts or size_in < cuts.shortest * parts):
-        parts //= 2
-    return parts
-
-
-class Projection(nn.Module):
-    """Affine map [T, in] -> [T, *features]; kernel [in, *features]."""
-
-    features: tuple[int, ...]
-    dtype: Any
-    use_bias: bool = False
-    out_dtype: Any = None  # None: dtype
-    cuts: Cuts | None = None  # given: the result may be parts, see _contract_in_parts
-
-    @nn.compact
-    def __call__(self, x: TokenInputs) -> Floats:
-        """Return the projected x, in out_dtype; or float32 parts [P, T, *features]."""
-        init = nn.initializers.lecun_normal()
-        shape = (x.shape[-1], *self.features)
-        kernel = self.param("kernel", init, shape, self.dtype)
-        if self.cuts and not self.use_bias:
-            size_out = math.prod(self.features)
-            parts = _num_parts(self.cuts, x.shape[0], shape[0], size_out)
-            if parts > 1:
-                flat = kernel.astype(self.dtype).reshape(-1, size_out)
-                y = _contract_in_parts(x, flat, parts)
-                return y.reshape(parts, x.shape[0], *self.features)
-        y = _contract(x, kernel.astype(self.dtype), self.out_dtype or self.dtype)
-        if self.use_bias:
-            zeros = nn.initializers.zeros_init()
-            bias = self.param("bias", zeros, self.features, self.dtype)
-            y = y + bias.astype(self.dtype)[None]
-        return y
 
 
 class Scale(nn.Module):
@@ -174,6 +99,7 @@ class Layer(nn.Module):
     dtype: Any
     index: int
     impl: str | None
+    exact: bool = False
 
     @nn.compact
     def __call__(
@@ -193,6 +119,8 @@ class Layer(nn.Module):
         c = self.config
         scale = functools.partial(Scale, c.hidden_size, self.dtype)
         norm = functools.partial(add_norm, eps=c.norm_eps, impl=self.impl)
+        if y is None and self.exact:  # by the kernel, whose rows stand alone
+            y = jnp.zeros_like(x)
         if y is None:
             normed = RmsNorm(c.norm_eps, self.dtype, name="input_norm")(x)
         else:
@@ -200,15 +128,18 @@ class Layer(nn.Module):
         q, rows = self._queries_and_rows(normed, cos, sin)
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
-        project = functools.partial(Projection, (c.hidden_size,), self.dtype)
-        cuts = self._if_summed(_OUT_CUTS)
+        project = functools.partial(
+            Projection, (c.hidden_size,), self.dtype, exact=self.exact
+        )
+        cuts = self._if_summed(OUT_CUTS)
         y = project(c.attention_out_bias, cuts=cuts, name="out")(mixed)
         x, normed = norm(x, y, scale(name="mlp_norm")())
         inner = Projection(
-            (2, c.intermediate_size), self.dtype, c.mlp_bias, name="gate_up"
-        )(normed)
+            (2, c.intermediate_size), self.dtype, c.mlp_bias, exact=self.exact,
+            name="gate_up",
+        )(normed)  # fmt: skip
         gated = nn.silu(inner[:, 0]) * inner[:, 1]
-        y = project(c.mlp_bias, cuts=self._if_summed(_DOWN_CUTS), name="down")(gated)
+        y = project(c.mlp_bias, cuts=self._if_summed(DOWN_CUTS), name="down")(gated)
         return x, y, cache
 
     @nn.nowrap
@@ -222,7 +153,7 @@ class Layer(nn.Module):
         features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
         qkv = Projection(
             features, self.dtype, c.attention_bias,
-            cuts=self._if_summed(_HEADS_CUTS), name="qkv",
+            cuts=self._if_summed(HEADS_CUTS), exact=self.exact, name="qkv",
         )(x)  # fmt: skip
         if c.qk_norm:
             names = "q_norm", "k_norm"
@@ -237,6 +168,7 @@ class Embedding(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    exact: bool = False
 
     def setup(self):
         """Declare the table."""
@@ -250,7 +182,8 @@ class Embedding(nn.Module):
 
     def project(self, hidden: StreamRows) -> Logits:
         """Products of hidden states with every row."""
-        return _contract(hidden, self.weight.astype(self.dtype), jnp.float32, axis=1)
+        weight = self.weight.astype(self.dtype)
+        return contract(hidden, weight, jnp.float32, axis=1, exact=self.exact)
 
 
 class Transformer(nn.Module):
@@ -263,16 +196,19 @@ class Transformer(nn.Module):
     config: ModelConfig
     dtype: Any = jnp.float32
     impl: str | None = None  # of the kernels; None: that of the platform
+    exact: bool = False  # products whose rows do not depend on the others
 
     def setup(self):
         """Declare the submodules; their names are the parameter names."""
-        c = self.config
-        self.embed = Embedding(c, self.dtype)
-        self.layer = [Layer(c, self.dtype, i, self.impl) for i in range(c.num_layers)]
+        c, exact = self.config, self.exact
+        self.embed = Embedding(c, self.dtype, exact)
+        self.layer = [
+            Layer(c, self.dtype, i, self.impl, exact) for i in range(c.num_layers)
+        ]
         self.final_norm = Scale(c.hidden_size, self.dtype)
         if not c.tie_embeddings:
             self.lm_head = Projection(
-                (c.vocab_size,), self.dtype, out_dtype=jnp.float32
+                (c.vocab_size,), self.dtype, out_dtype=jnp.float32, exact=exact
             )
 
     def __call__(
@@ -328,14 +264,16 @@ def forward(
     caches: tuple[Cache, ...],
     *,
     impl: str | None = None,
+    exact: bool = False,
 ) -> tuple[Stream, tuple[Cache, ...]]:
     """Normed hidden states and new caches; computes in the params' dtype.
 
     tokens, positions: of any mix of requests; ids must lie in [0, V).
     impl: of the kernels, one of `pallas_kernels.IMPLS`; None: that of the platform.
+    exact: the bits of a row do not depend on the other rows (see `products`).
     """
     args = config, params, tokens, positions, attend, caches
-    return forward_with_features(*args, impl=impl)[:2]
+    return forward_with_features(*args, impl=impl, exact=exact)[:2]
 
 
 def forward_with_features(
@@ -348,17 +286,20 @@ def forward_with_features(
     feature_layers: tuple[int, ...] = (),
     *,
     impl: str | None = None,
+    exact: bool = False,
 ) -> tuple[Stream, tuple[Cache, ...], Features | None]:
     """As `forward`, and the streams behind `feature_layers` side by side, or None."""
-    module = Transformer(config, dtype=params_dtype(params), impl=impl)
+    module = Transformer(config, dtype=params_dtype(params), impl=impl, exact=exact)
     return module.apply(
         {"params": params}, tokens, positions, attend, caches, feature_layers
     )
 
 
-def logits(config: ModelConfig, params: Params, hidden: StreamRows) -> Logits:
-    """Next-token logits of hidden states."""
-    module = Transformer(config, dtype=params_dtype(params))
+def logits(
+    config: ModelConfig, params: Params, hidden: StreamRows, *, exact: bool = False
+) -> Logits:
+    """Next-token logits of hidden states; `exact` as in `forward`."""
+    module = Transformer(config, dtype=params_dtype(params), exact=exact)
     return module.apply({"params": params}, hidden, method="logits")
 
 

@@ -15,6 +15,7 @@ class PlannedVerifies(NamedTuple):
     num_rows: np.ndarray  # int64 [n], most rows that each commits (drafts + 1)
     num_queries: int  # Q of the step
     is_whole: np.ndarray  # bool [n], all draft steps of a cycle lie behind
+    is_replay: np.ndarray  # bool [n], feeds known tokens alone: what it emits is known
 
 
 class CascadeCounts(NamedTuple):

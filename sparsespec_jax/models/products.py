@@ -1,0 +1,160 @@
+"""Products of tokens with weights: how they are cut over their long axis, and summed.
+
+Fast products are cut as is fastest for their number of tokens, and XLA may cut further.
+Exact ones are cut by the shape of the weight alone, into parts that XLA leaves whole,
+and summed in the order of the parts: on a GPU the bits of a row then depend on the row
+and the weight, not on how many rows there are or which (docs/exactness.md).
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparsespec_jax.array_types import Array, Floats, TokenInputs
+
+
+class Cuts(NamedTuple):
+    """Into how many parts a product may be cut over its long axis."""
+
+    by_size: tuple[tuple[int, int], ...]  # (most elements of the result, parts)
+    shortest: int = 128  # length of a part at least
+
+
+# What is fastest on an H100 together with the kernel that sums (docs/performance.md).
+HEADS_CUTS = Cuts(((2**20, 2),), shortest=1024)
+OUT_CUTS = Cuts(((9 * 2**16, 4), (2**20, 2)))
+DOWN_CUTS = Cuts(((2**17, 4), (2**18, 8), (2**19, 4), (2**20, 2)))
+
+# XLA leaves a part whole if there are many tiles of results for its length
+# (experiments/results/row_bits_h200.json: whole below 24 elements a tile, cut above).
+_TILE = 128  # columns
+_LONGEST = 22  # elements of a part per tile
+_PART_UNIT = 64  # elements
+_SHORT = 128  # elements that nobody cuts
+_FEWEST_ROWS = 8  # one row is no matrix product, and summed in another order
+
+
+def exact_parts(size_in: int, size_out: int) -> int:
+    """Parts of an exact product, by the shape of its weight [size_in, size_out].
+
+    Raises:
+      ValueError: no cut of the weight is known to stay whole.
+    """
+    if size_in <= _SHORT:
+        return 1
+    tiles = -(-size_out // _TILE)
+    for parts in range(1, size_in // _PART_UNIT + 1):
+        is_even = size_in % (parts * _PART_UNIT) == 0
+        if is_even and size_in // parts <= _LONGEST * parts * tiles:
+            return parts
+    raise ValueError(
+        f"a product with a weight [{size_in}, {size_out}] has no exact form: use "
+        "numerics='fast'"
+    )
+
+
+def check_products(config):
+    """ValueError if a product of a ModelConfig has no exact form."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_kv_heads * (config.group_size + 2) * config.head_dim
+    mixed = config.num_kv_heads * config.group_size * config.head_dim
+    exact_parts(hidden, heads)
+    exact_parts(mixed, hidden)
+    exact_parts(hidden, 2 * inner)
+    exact_parts(inner, hidden)
+    if exact_parts(hidden, config.vocab_size) > 1:
+        raise ValueError(
+            f"a vocabulary of {config.vocab_size} tokens behind {hidden} elements has "
+            "no exact product: use numerics='fast'"
+        )
+
+
+def contract(x: Array, kernel: Array, out_dtype, *, axis=0, exact=False) -> Array:
+    """x [T, in] times kernel, whose axis `axis` is `in`; float32 accumulation."""
+    missing = _FEWEST_ROWS - x.shape[0] if exact else 0
+    if missing > 0:
+        padded = jnp.pad(x, ((0, missing), (0, 0)))
+        return contract(padded, kernel, out_dtype, axis=axis)[:-missing]
+    # TF32 passes of a GPU would break exactness in float32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        (((1,), (axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out_dtype,
+    )
+
+
+def contract_in_parts(x: Array, kernel: Array, parts: int, *, exact=False) -> Array:
+    """x [T, in] times kernel [in, N] over `parts` cuts of `in`: float32 [parts, T, N].
+
+    The sum over the parts is the product. XLA cuts products of few tokens like this by
+    itself on GPUs, but sums them in a launch of its own; `add_norm` and `rotate_heads`
+    take them as they are.
+    """
+    missing = _FEWEST_ROWS - x.shape[0] if exact else 0
+    if missing > 0:
+        padded = jnp.pad(x, ((0, missing), (0, 0)))
+        return contract_in_parts(padded, kernel, parts)[:, :-missing]
+    return jax.lax.dot_general(
+        x.reshape(x.shape[0], parts, -1),
+        kernel.reshape(parts, -1, kernel.shape[1]),
+        (((2,), (1,)), ((1,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _num_parts(cuts: Cuts, num_tokens: int, size_in: int, size_out: int) -> int:
+    """Parts that `cuts` wants of a product, or fewer that its long axis allows."""
+    fits = (n for most, n in cuts.by_size if num_tokens * size_out <= most)
+    parts = next(fits, 1)
+    while parts > 1 and (size_in % parts or size_in < cuts.shortest * parts):
+        parts //= 2
+    return parts
+
+
+class Projection(nn.Module):
+    """Affine map [T, in] -> [T, *features]; kernel [in, *features]."""
+
+    features: tuple[int, ...]
+    dtype: Any
+    use_bias: bool = False
+    out_dtype: Any = None  # None: dtype
+    cuts: Cuts | None = None  # given: the result may be parts, see contract_in_parts
+    exact: bool = False
+
+    @nn.compact
+    def __call__(self, x: TokenInputs) -> Floats:
+        """Return the projected x, in out_dtype; or float32 parts [P, T, *features]."""
+        init = nn.initializers.lecun_normal()
+        shape, size_out = (x.shape[-1], *self.features), math.prod(self.features)
+        kernel = self.param("kernel", init, shape, self.dtype).astype(self.dtype)
+        bias = None
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = self.param("bias", zeros, self.features, self.dtype)
+        dtype, parts = self.out_dtype or self.dtype, 1
+        if self.exact:
+            parts = exact_parts(shape[0], size_out)
+        elif self.cuts and bias is None:
+            parts = _num_parts(self.cuts, x.shape[0], shape[0], size_out)
+        if parts == 1 and self.exact and dtype != jnp.float32:
+            # A product that is rounded on its way out may be cut; a float32 one is not.
+            y = contract(x, kernel, jnp.float32, exact=True)
+            y = jax.lax.optimization_barrier(y)[None]
+        elif parts == 1:
+            y = contract(x, kernel, dtype, exact=self.exact)
+            return y if bias is None else y + bias.astype(self.dtype)[None]
+        else:
+            flat = kernel.reshape(-1, size_out)
+            y = contract_in_parts(x, flat, parts, exact=self.exact)
+        y = y.reshape(parts, x.shape[0], *self.features)
+        if self.cuts and bias is None:
+            return y
+        y = functools.reduce(jnp.add, y)
+        return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
