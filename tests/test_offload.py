@@ -14,6 +14,7 @@ from experiments import pressure
 from sparsespec_jax import Engine, EngineConfig, SamplingParams
 from sparsespec_jax.device import offload
 from sparsespec_jax.device.offload import HostPages, check_flags
+from sparsespec_jax.host.intake import make_request, prepare
 from sparsespec_jax.plan.buffer import PageMove
 from tests.engine_helpers import SPECULATION, num_compilations, run, tokens_of
 
@@ -52,7 +53,9 @@ def small_pool(model, load):
     """Pages that are 15 % of what all requests can need together."""
     probe = Engine(model, speculation=SPECULATION, engine=CONFIG)
     needed = [
-        probe._scheduler.kv.pages_needed(probe._request(prompt, law))
+        probe._scheduler.kv.pages_needed(
+            make_request(prepare(model, prompt, law), SPECULATION, 0)
+        )
         for prompt, law in zip(*load, strict=True)
     ]
     pages = int(0.15 * sum(needed))
