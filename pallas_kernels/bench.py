@@ -38,7 +38,11 @@ CASES = {
 
 
 def run(
-    names: list[str], impl: str, commit: str, output: str | None, layers: int
+    names: list[str],
+    impl: str,
+    commit: str,
+    output: str | None,
+    layers: int = _LAYERS,
 ) -> None:
     """Prints one line per case, and writes the report so far after each.
 
