@@ -19,10 +19,12 @@ demo: $(VENV)/.base
 	$(BIN)/python -m experiments.generate $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder \
 	  -m "not slow and not gpu and not tpu" $(ARGS)
 
+# Programs as users compile them: these tests run for long.
 test-slow: $(VENV)/.test
+	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
 	$(BIN)/python -m pytest -m "slow" -o timeout=1800 $(ARGS)
 
 lint: $(VENV)/.test

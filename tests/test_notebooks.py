@@ -4,7 +4,7 @@ import json
 import pathlib
 import warnings
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 
 NOTEBOOKS = sorted(
