@@ -18,15 +18,8 @@ from sparsespec_jax.plan.outcome import StepOutcome
 from sparsespec_jax.proposers.base import Cascade, NGram, resolve_proposer
 from sparsespec_jax.sampling import probabilities
 from sparsespec_jax.tuning import calibrate
-from tests.engine_helpers import (
-    ENGINE,
-    LAWS,
-    SPECULATION,
-    make_prompts,
-    num_compilations,
-    run,
-    tokens_of,
-)
+from tests import engine_helpers
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 from tests.test_draft_token_choices import decode_switching
 from tests.test_proposers import Constant, copier
 from tests.test_sampling import law
@@ -117,7 +110,7 @@ def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
     config = dataclasses.replace(ENGINE, lag=lag, max_length=100)
     engine = Engine(tiny_model, speculation=speculation, engine=config)
     engine.warm_up()
-    compiled = num_compilations(engine)
+    compiled = engine_helpers.num_compilations(engine)
     rng = np.random.default_rng(lag)
     switches = (
         int(rng.choice([0, 1, 2, 4])) if rng.random() < 0.2 else None
@@ -125,7 +118,7 @@ def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
     )  # fmt: skip
     got = decode_switching(engine, prompts, LAWS, switches)
     assert tokens_of(got) == plain
-    assert num_compilations(engine) == compiled
+    assert engine_helpers.num_compilations(engine) == compiled
     assert engine._scheduler.kv.num_free == engine.shape.num_pages
 
 

@@ -10,15 +10,8 @@ import pytest
 from sparsespec_jax import Engine
 from sparsespec_jax.host.cost_model import Chooser, CostModel, accepted_drafts
 from sparsespec_jax.tuning import calibrate
-from tests.engine_helpers import (
-    ENGINE,
-    LAWS,
-    SPECULATION,
-    make_prompts,
-    num_compilations,
-    run,
-    tokens_of,
-)
+from tests import engine_helpers
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 
 NAN = math.nan
 
@@ -156,13 +149,13 @@ def test_an_engine_that_was_measured_and_chooses_emits_the_same(tiny_model, engi
     plain = tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
     engine.warm_up()
     engine.choose_with(Chooser(CostModel(calibrate.measure(engine))))
-    compiled = num_compilations(engine)
+    compiled = engine_helpers.num_compilations(engine)
     ids = [engine.add_request(p, law) for p, law in zip(prompts, LAWS, strict=True)]
     results = {}
     while engine.has_work:
         results |= {r.request_id: r for r in engine.step()}
     assert [results[i].token_ids for i in ids] == plain
-    assert num_compilations(engine) == compiled
+    assert engine_helpers.num_compilations(engine) == compiled
 
 
 def test_measuring_needs_an_idle_engine_and_lengths_that_fit(engine):

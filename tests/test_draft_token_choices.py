@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsespec_jax import Engine, SpeculationConfig
-from tests.engine_helpers import (
-    ENGINE,
-    LAWS,
-    SPECULATION,
-    make_prompts,
-    num_compilations,
-    run,
-    tokens_of,
-)
+from tests import engine_helpers
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 
 CHOICES = (0, 1, 3)
 
@@ -99,10 +92,10 @@ def test_switches_with_the_ratio_test_keep_greedy_text(tiny_model, prompts):
 def test_nothing_compiles_after_warm_up(tiny_model, prompts):
     engine = make_engine(tiny_model, lag=2)
     engine.warm_up()
-    compiled = num_compilations(engine)
+    compiled = engine_helpers.num_compilations(engine)
     assert compiled >= 2 * len(CHOICES)
     decode_switching(engine, prompts, LAWS, random_switches(2, 0.3))
-    assert num_compilations(engine) == compiled
+    assert engine_helpers.num_compilations(engine) == compiled
 
 
 def test_a_chooser_sees_the_load_and_sets_k(tiny_model, prompts, plain):

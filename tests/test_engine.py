@@ -11,15 +11,8 @@ import tokenizers
 from sparsespec_jax import Engine, Model, SamplingParams, decode, stream
 from sparsespec_jax.loading.tokenizer import Tokenizer
 from sparsespec_jax.plan.buffer import StepPlan
-from tests.engine_helpers import (
-    ENGINE,
-    LAWS,
-    SPECULATION,
-    make_prompts,
-    num_compilations,
-    run,
-    tokens_of,
-)
+from tests import engine_helpers
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +118,7 @@ def test_requests_may_come_at_any_time_and_nothing_recompiles(tiny_model, prompt
     plain = tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
     engine = small_engine(tiny_model)
     engine.warm_up()
-    compiled = num_compilations(engine)
+    compiled = engine_helpers.num_compilations(engine)
     assert compiled >= 2
     ids, results = [], {}
     for prompt, law in zip(prompts, LAWS, strict=True):
@@ -134,12 +127,12 @@ def test_requests_may_come_at_any_time_and_nothing_recompiles(tiny_model, prompt
             results |= {r.request_id: r for r in engine.step()}
     results |= drain(engine)
     assert [results[i].token_ids for i in ids] == plain
-    assert num_compilations(engine) == compiled
+    assert engine_helpers.num_compilations(engine) == compiled
     # A second engine of the same options adds none either.
     second = small_engine(tiny_model, lag=2)
     second.add_request(prompts[0], LAWS[0])
     drain(second)
-    assert num_compilations(second) == compiled
+    assert engine_helpers.num_compilations(second) == compiled
 
 
 def test_all_pages_come_back(tiny_model, prompts):

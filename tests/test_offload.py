@@ -16,7 +16,8 @@ from sparsespec_jax.device import offload
 from sparsespec_jax.device.offload import HostPages, check_flags
 from sparsespec_jax.host.intake import make_request, prepare
 from sparsespec_jax.plan.buffer import PageMove
-from tests.engine_helpers import SPECULATION, num_compilations, run, tokens_of
+from tests import engine_helpers
+from tests.engine_helpers import SPECULATION, run, tokens_of
 
 NUM_REQUESTS = 64
 CONFIG = EngineConfig(
@@ -166,14 +167,14 @@ def test_samples_share_pages_and_still_differ(tiny_model, load):
 def test_preemption_compiles_nothing(tiny_model, load):
     engine = make_engine(tiny_model, load, prefill_chunk=7)  # compiled by no other test
     engine.warm_up()
-    compiled = num_compilations(engine)
+    compiled = engine_helpers.num_compilations(engine)
     assert compiled == 2
     from sparsespec_jax.device import offload
 
     copies = offload._gather._cache_size(), offload._scatter._cache_size()
     decode(engine, [items[:12] for items in load], share=0.5)
     assert engine.kv_usage["restored_pages"] > 0
-    assert num_compilations(engine) == compiled
+    assert engine_helpers.num_compilations(engine) == compiled
     found = offload._gather._cache_size(), offload._scatter._cache_size()
     assert found == copies
 

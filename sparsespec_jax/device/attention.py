@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import LaneGroup, paged_attention
+from pallas_kernels.paged_attention import PIECE, LaneGroup, paged_attention
 from pallas_kernels.write_rows import write_rows
 from sparsespec_jax.array_types import Queries, RowsOfHeads
 from sparsespec_jax.device.context import StepContext
@@ -18,8 +18,6 @@ from sparsespec_jax.device.filling import make_filler
 from sparsespec_jax.device.lanes import StepLanes, take, token_rows
 from sparsespec_jax.device.row_places import concatenate, row_places, tail_places
 from sparsespec_jax.device.state import LayerCache
-
-EXACT_PIECE = 1024  # keys that exact attention sums as one
 
 
 def make_attend(context: StepContext, lanes: StepLanes) -> tuple[Callable, Callable]:
@@ -98,7 +96,7 @@ class _Attention:
 
 def _lane_groups(context, lanes):
     """LaneGroups by the name of their lanes, in lane order; empty ones left out."""
-    shape, piece = context.shape, EXACT_PIECE if context.exact else None
+    shape, piece = context.shape, PIECE if context.exact else None
     prompts = lanes.prefill.slots.size
     groups = {
         "draft": LaneGroup(shape.draft_lanes, shape.draft_queries),

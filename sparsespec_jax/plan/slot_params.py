@@ -50,6 +50,16 @@ def slot_params(sampling, sample, limit, stops, speculation):
     return params
 
 
+def _column(place, dtype, doc):
+    """A property: the column (or columns) at `place` as what its bits stand for."""
+
+    def get(self):
+        bits = self._rows[:, place]
+        return bits if dtype == "int32" else self._bits(bits, dtype)
+
+    return property(get, doc=doc)
+
+
 class SlotParams:
     """Rows of records [R, NUM_SLOT_PARAMS] (numpy or jax) by name.
 
@@ -60,55 +70,19 @@ class SlotParams:
     def __init__(self, rows, bits):
         self._rows, self._bits = rows, bits
 
-    def _float(self, column):
-        return self._bits(self._rows[:, column], "float32")
-
-    @property
-    def seed(self):
-        """uint32 [R, 2]."""
-        return self._bits(self._rows[:, _SEED_LOW : _SEED_HIGH + 1], "uint32")
-
-    @property
-    def temperature(self):
-        """float32 [R], 0 is greedy."""
-        return self._float(_TEMPERATURE)
-
-    @property
-    def top_k(self):
-        """int32 [R], 0 keeps all."""
-        return self._rows[:, _TOP_K]
-
-    @property
-    def top_p(self):
-        """float32 [R]."""
-        return self._float(_TOP_P)
-
-    @property
-    def min_p(self):
-        """float32 [R]."""
-        return self._float(_MIN_P)
+    seed = _column(slice(_SEED_LOW, _SEED_HIGH + 1), "uint32", "uint32 [R, 2].")
+    temperature = _column(_TEMPERATURE, "float32", "float32 [R], 0 is greedy.")
+    top_k = _column(_TOP_K, "int32", "int32 [R], 0 keeps all.")
+    top_p = _column(_TOP_P, "float32", "float32 [R].")
+    min_p = _column(_MIN_P, "float32", "float32 [R].")
+    budget_ratio = _column(_BUDGET_RATIO, "float32", "float32 [R], s.")
+    min_budget = _column(_MIN_BUDGET, "int32", "int32 [R].")
+    limit = _column(_LIMIT, "int32", "int32 [R], tokens at which the request ends.")
+    stop_ids = _column(
+        slice(_STOP_IDS, None), "int32", "int32 [R, NUM_STOP_IDS], NO_TOKEN if unused."
+    )
 
     @property
     def processed_logprobs(self):
         """bool [R], log-probabilities of the law and not of the model."""
         return self._rows[:, _LOGPROB_MODE] != 0
-
-    @property
-    def limit(self):
-        """int32 [R], tokens (prompt and output) at which the request ends."""
-        return self._rows[:, _LIMIT]
-
-    @property
-    def budget_ratio(self):
-        """float32 [R], s."""
-        return self._float(_BUDGET_RATIO)
-
-    @property
-    def min_budget(self):
-        """int32 [R]."""
-        return self._rows[:, _MIN_BUDGET]
-
-    @property
-    def stop_ids(self):
-        """int32 [R, NUM_STOP_IDS], NO_TOKEN in unused places."""
-        return self._rows[:, _STOP_IDS:]
