@@ -3,7 +3,6 @@
 Steps are slow here (a vocabulary of 1,000,000), so that one is under way at every end.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -139,9 +138,9 @@ def programs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_exit_is_pythons_own(programs, name):
+def test_the_exit_is_pythons_own(programs, users_environment, name):
     end, lag, status, last = (*SCRIPTS[name], 0, "")[:4]
-    environment = os.environ | {
+    environment = users_environment | {
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
