@@ -91,6 +91,22 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
+def prompts(tiny_model):
+    """Prompts of all lengths that behave differently, for `engine_helpers.LAWS`."""
+    from tests.engine_helpers import make_prompts
+
+    return make_prompts(tiny_model.config.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model, prompts):
+    """Token ids of plain decoding of these prompts."""
+    from tests.engine_helpers import run, tokens_of
+
+    return tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
+
+
+@pytest.fixture(scope="session")
 def default_model():
     """SmolLM2-135M-Instruct in float32, fetched once into the user's cache."""
     from sparsespec_jax import load_model

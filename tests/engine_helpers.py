@@ -41,6 +41,18 @@ def run(model, prompts, sampling=LAWS, *, engine=None, **speculation):
     )
 
 
+def long_load(model, num_tokens):
+    """Options of `run`: greedy and sampled, past a 1,000-token context."""
+    text = "The number of ways to tile a board, counted in several ways. " * 80
+    laws = [
+        SamplingParams(temperature=t, seed=i, max_tokens=num_tokens, ignore_eos=True)
+        for i, t in enumerate([0, 0.65, 1.0])
+    ]
+    prompts = [model.tokenizer.encode(text)[:1000]] * 3
+    engine = dict(page_size=16, prefill_chunk=128)
+    return dict(prompts=prompts, sampling=laws, engine=engine)
+
+
 def tokens_of(results):
     return [result.token_ids for result in results]
 

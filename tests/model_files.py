@@ -23,10 +23,8 @@ def same_params(left, right):
     return all(jax.tree.leaves(equal))
 
 
-def golden_logits_error(model, name):
-    """Largest error of a model's logits against those of a golden checkpoint."""
-    with np.load(GOLDENS / name / "expected.npz") as expected:
-        tokens, wanted = expected["tokens"], expected["logits"][0]
+def logits_of_text(model, tokens):
+    """Logits [T, V] of one text, without engine or cache."""
     caches = (None,) * model.config.num_layers
 
     @jax.jit
@@ -37,7 +35,14 @@ def golden_logits_error(model, name):
         )
         return logits(model.config, params, hidden)
 
-    return float(np.abs(run(model.params) - wanted).max())
+    return run(model.params)
+
+
+def golden_logits_error(model, name):
+    """Largest error of a model's logits against those of a golden checkpoint."""
+    with np.load(GOLDENS / name / "expected.npz") as expected:
+        tokens, wanted = expected["tokens"], expected["logits"][0]
+    return float(np.abs(logits_of_text(model, tokens) - wanted).max())
 
 
 def edit_config(folder, **changes):

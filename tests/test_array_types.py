@@ -2,8 +2,6 @@
 
 import ast
 import pathlib
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -37,6 +35,7 @@ from sparsespec_jax.proposers.base import (
     ProposalView,
     resolve_proposer,
 )
+from tests.test_kernels_types import run_alone
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "sparsespec_jax"
 CHECKED = (
@@ -307,9 +306,7 @@ def test_users_need_no_checker_and_import_none():
         "law = sampling.law_of(rows);"
         "print(sampling.choose(scores, law, rows[:, 0], filters=False))"
     )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.stdout.strip() == "[1 0]", result.stderr
+    assert run_alone(code) == ["[1", "0]"]
 
 
 def test_users_are_not_checked():
@@ -321,9 +318,7 @@ def test_users_are_not_checked():
         "print(any(hasattr(f, '__wrapped__') for f in functions));"
         "print('beartype' in sys.modules)"
     )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.stdout.split() == ["False", "False"], result.stderr
+    assert run_alone(code) == ["False", "False"]
 
 
 def unspelt(tree, prefix=""):

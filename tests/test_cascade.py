@@ -19,7 +19,15 @@ from sparsespec_jax.proposers.base import Cascade, NGram, resolve_proposer
 from sparsespec_jax.sampling import probabilities
 from sparsespec_jax.tuning import calibrate
 from tests import engine_helpers
-from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
+from tests.engine_helpers import (
+    ENGINE,
+    LAWS,
+    SPECULATION,
+    long_load,
+    make_prompts,
+    run,
+    tokens_of,
+)
 from tests.test_draft_token_choices import decode_switching
 from tests.test_proposers import Constant, copier
 from tests.test_sampling import law
@@ -460,22 +468,14 @@ def test_outcomes_carry_the_counts_of_a_cascade():
 @pytest.mark.slow
 def test_default_model_long_outputs(default_model):
     """Greedy and sampled, 100 tokens past a 1,000-token context, real weights."""
-    text = "The number of ways to tile a board, counted in several ways. " * 80
-    prompt = default_model.tokenizer.encode(text)[:1000]
-    laws = [
-        SamplingParams(temperature=t, seed=i, max_tokens=100, ignore_eos=True)
-        for i, t in enumerate([0, 0.65, 1.0])
-    ]
-    options = dict(engine=dict(page_size=16, prefill_chunk=128))
+    load = long_load(default_model, 100)
     sparse = dict(num_draft_tokens=8, budget_ratio=0.05, min_budget=0)
-    base = run(default_model, [prompt] * 3, laws, num_draft_tokens=0, **options)
-    for draft_steps in (4, 8):
-        got = run(
-            default_model, [prompt] * 3, laws,
-            proposer="cascade", draft_steps=draft_steps, **sparse, **options,
-        )  # fmt: skip
+    base = run(default_model, **load, num_draft_tokens=0)
+    for steps in (4, 8):
+        cascade = dict(proposer="cascade", draft_steps=steps)
+        got = run(default_model, **load, **sparse, **cascade)
         assert tokens_of(got) == tokens_of(base)
-    same = run(default_model, [prompt] * 3, laws, **sparse, **options)
+    same = run(default_model, **load, **sparse)
     total, other = got.stats.total, same.stats.total
     assert total.accepted_histogram == other.accepted_histogram
     assert total.num_accepted_guesses > 100  # rows behind accepted guesses were used

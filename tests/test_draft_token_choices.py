@@ -9,19 +9,9 @@ from hypothesis import strategies as st
 
 from sparsespec_jax import Engine, SpeculationConfig
 from tests import engine_helpers
-from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, run, tokens_of
 
 CHOICES = (0, 1, 3)
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_model):
-    return make_prompts(tiny_model.config.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model, prompts):
-    return tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
 
 
 def make_engine(model, *, lag=1, choose=None, **speculation):

@@ -12,12 +12,7 @@ from sparsespec_jax import Engine, Model, SamplingParams, decode, stream
 from sparsespec_jax.loading.tokenizer import Tokenizer
 from sparsespec_jax.plan.buffer import StepPlan
 from tests import engine_helpers
-from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_model):
-    return make_prompts(tiny_model.config.vocab_size)
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, run, tokens_of
 
 
 @pytest.fixture(scope="module")

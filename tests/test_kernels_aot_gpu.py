@@ -40,17 +40,9 @@ REGISTERS = 65536
 BLOCK_SHARED_BYTES = 227 << 10
 
 
-# Programs of these lie between those of others: only numbers in them differ.
-SLOW = {"verify_32k", "draft_410", "mixed", "select_40k"}
-
-
 def h100_cases(cases):
     """Returns a decorator that calls a test with every case of this device."""
-    params = [
-        pytest.param(case, marks=[pytest.mark.slow] if case.name in SLOW else [])
-        for case in tagged(cases, "h100")
-    ]
-    return pytest.mark.parametrize("case", params, ids=lambda case: case.name)
+    return ki.each_case(tagged(cases, "h100"))
 
 
 @pytest.fixture

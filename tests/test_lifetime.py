@@ -11,17 +11,12 @@ import time
 import weakref
 
 import pytest
-from engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, tokens_of
+from engine_helpers import ENGINE, LAWS, SPECULATION, tokens_of
 
 from sparsespec_jax import Engine, SamplingParams, decode, stream
 from sparsespec_jax.host.interrupts import Whole
 
 LAGS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_model):
-    return make_prompts(tiny_model.config.vocab_size)
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,12 @@ from tests.engine_helpers import (
     ENGINE,
     LAWS,
     SPECULATION,
+    long_load,
     make_prompts,
     oracle,
     run,
     tokens_of,
 )
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_model):
-    return make_prompts(tiny_model.config.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -262,17 +258,9 @@ def test_a_corrupted_cache_is_noticed(tiny_model, prompts, plain):
 @pytest.mark.timeout(900)  # 4 minutes on two idle cores
 def test_default_model_long_outputs(default_model):
     """Greedy and sampled, 600 tokens past a 1,000-token context, real weights."""
-    text = "The number of ways to tile a board, counted in several ways. " * 80
-    prompt = default_model.tokenizer.encode(text)[:1000]
-    laws = [
-        SamplingParams(temperature=t, seed=i, max_tokens=600, ignore_eos=True)
-        for i, t in enumerate([0, 0.65, 1.0])
-    ]
-    options = dict(engine=dict(page_size=16, prefill_chunk=128))
-    base = run(default_model, [prompt] * 3, laws, num_draft_tokens=0, **options)
-    got = run(
-        default_model, [prompt] * 3, laws,
-        num_draft_tokens=8, budget_ratio=0.05, min_budget=0, **options,
-    )  # fmt: skip
+    load = long_load(default_model, 600)
+    base = run(default_model, **load, num_draft_tokens=0)
+    sparse = dict(num_draft_tokens=8, budget_ratio=0.05, min_budget=0)
+    got = run(default_model, **load, **sparse)
     assert tokens_of(got) == tokens_of(base)
     jax.clear_caches()

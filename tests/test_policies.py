@@ -260,16 +260,6 @@ def test_lserve_streams_the_upper_half_of_the_heads():
 # -- in the engine ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def prompts(tiny_model):
-    return make_prompts(tiny_model.config.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model, prompts):
-    return tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
-
-
 def continued(model, **speculation):
     """Token ids and metrics of short prompts, whose steps never prefill."""
     engine = Engine(

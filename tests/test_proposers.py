@@ -13,7 +13,7 @@ from scipy import stats
 from sparsespec_jax import Model
 from sparsespec_jax.device import acceptance
 from sparsespec_jax.proposers.base import FromTexts, NGram, resolve_proposer
-from tests.engine_helpers import LAWS, make_prompts, run, tokens_of
+from tests.engine_helpers import LAWS, run, tokens_of
 from tests.test_sampling import law
 
 
@@ -53,16 +53,6 @@ def test_lookup_equals_the_loops(tokens, low):
         NGram(min_match=low, max_match=4), tokens, 4, padding=24 - len(tokens)
     )
     assert got == looked_up(tokens, 4, low=low, high=4)
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_model):
-    return make_prompts(tiny_model.config.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model, prompts):
-    return tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
 
 
 CASES = {

@@ -20,7 +20,7 @@ from sparsespec_jax.loading.tokenizer import (
     tokenizer_from_vocabulary,
 )
 from sparsespec_jax.models.config import PRESETS
-from sparsespec_jax.models.transformer import causal_attend, forward, logits
+from tests.model_files import logits_of_text
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -117,18 +117,8 @@ def test_a_stream_gives_whole_characters_only(default_tokenizer):
 
 def mean_nll(model, text):
     tokens = jnp.array(model.require_tokenizer().encode(text), jnp.int32)
-    caches = (None,) * model.config.num_layers
-
-    @jax.jit
-    def run(params):
-        positions = jnp.arange(tokens.size, dtype=jnp.int32)
-        hidden, _ = forward(
-            model.config, params, tokens, positions, causal_attend, caches
-        )
-        law = jax.nn.log_softmax(logits(model.config, params, hidden[:-1]))
-        return -jnp.take_along_axis(law, tokens[1:, None], axis=1).mean()
-
-    return float(run(model.params))
+    law = jax.nn.log_softmax(logits_of_text(model, tokens)[:-1])
+    return float(-jnp.take_along_axis(law, tokens[1:, None], axis=1).mean())
 
 
 def test_the_default_model_predicts_english(default_model):
@@ -145,17 +135,7 @@ def test_the_default_models_logits_equal_those_of_transformers(default_model):
         tokens, stride, wanted = (
             expected[key] for key in ("tokens", "stride", "logits")
         )
-    caches = (None,) * default_model.config.num_layers
-
-    @jax.jit
-    def run(params):
-        positions = jnp.arange(tokens.size, dtype=jnp.int32)
-        hidden, _ = forward(
-            default_model.config, params, tokens, positions, causal_attend, caches
-        )
-        return logits(default_model.config, params, hidden)
-
-    error = np.abs(run(default_model.params)[:, ::stride] - wanted).max()
+    error = np.abs(logits_of_text(default_model, tokens)[:, ::stride] - wanted).max()
     print(f"default model: largest error {error:.2e}, logits spread {wanted.std():.1f}")
     assert error < 1e-3
 

@@ -68,9 +68,10 @@ def page_scores(view: SelectionView, page_size: int) -> VerifyMass:
     return jnp.repeat(scores, page_size, axis=-1)[..., :num_keys]
 
 
-def _key_policy(name, select, per_step):
-    needs, fixed = ("queries", "keys"), not per_step
-    return Policy(name, needs, select, fixed_counts=fixed, per_step=per_step)
+def _key_policy(name, select, per_step, **sizes):
+    """A Policy that selects by queries and keys, with the sizes of its scores."""
+    needs, select = ("queries", "keys"), functools.partial(select, **sizes)
+    return Policy(name, needs, select, fixed_counts=not per_step, per_step=per_step)
 
 
 def _quest(view, options, *, page_size):
@@ -82,8 +83,7 @@ def quest(
     name: str = "quest", *, page_size: int = 16, per_step: bool = False
 ) -> Policy:
     """Quest (arXiv 2406.10774): pages whose key bounds promise the largest logits."""
-    select = functools.partial(_quest, page_size=page_size)
-    return _key_policy(name, select, per_step)
+    return _key_policy(name, _quest, per_step, page_size=page_size)
 
 
 def label_scores(view: SelectionView, num_channels: int) -> VerifyMass:
@@ -110,8 +110,7 @@ def double_sparsity(
     name: str = "double_sparsity", *, num_channels: int = 16, per_step: bool = False
 ) -> Policy:
     """Double Sparsity: tokens by the dot product over the heaviest channels."""
-    select = functools.partial(_double_sparsity, num_channels=num_channels)
-    return _key_policy(name, select, per_step)
+    return _key_policy(name, _double_sparsity, per_step, num_channels=num_channels)
 
 
 def coded_keys(
