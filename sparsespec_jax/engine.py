@@ -7,7 +7,9 @@ from collections import deque
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
+from sparsespec_jax.device.row_probe import check_rows
 from sparsespec_jax.device.state import committed
+from sparsespec_jax.device.step import step_compiler_options
 from sparsespec_jax.device_steps import DeviceSteps
 from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.dispatcher import HostClock
@@ -54,6 +56,8 @@ class Engine(contextlib.AbstractContextManager):
 
     Raises (on construction):
       ValueError: options that do not fit together, the model or the memory.
+      RuntimeError: with numerics="exact", a part of the model whose rows depend on
+        how many there are on this device, by name.
     """
 
     def __init__(
@@ -70,6 +74,13 @@ class Engine(contextlib.AbstractContextManager):
         self.policy, self.proposer = resolved.policy, resolved.proposer
         self.shape = resolved.shape
         self.kv_bytes_per_token = resolved.kv_bytes_per_token
+        if resolved.exact:
+            shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
+            options = step_compiler_options(self.impl, exact=True)
+            check_rows(
+                model.config, self.params, shapes, impl=self.impl,
+                compiler_options=options,
+            )  # fmt: skip
         self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
         self._scheduler = Scheduler(

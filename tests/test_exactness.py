@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from sparsespec_jax import EngineConfig, SpeculationConfig, sampling, sizes
+from sparsespec_jax.device import row_probe
+from sparsespec_jax.device.lanes import token_rows
 from sparsespec_jax.host.feeding import Feeding
-from sparsespec_jax.models import products
+from sparsespec_jax.models import products, transformer
 from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.models.products import HEADS_CUTS, Projection, exact_parts
 from tests.fake_device import make_request, make_shape
@@ -172,3 +174,61 @@ def test_what_cannot_be_exact_is_refused_by_name(tiny_model):
             resolved(tiny_model, **options)
     with pytest.raises(ValueError, match="numerics must be one of .*'precise'"):
         EngineConfig(numerics="precise")
+
+
+# -- the look before -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_model):
+    """Arguments of `check_rows` for plain decoding and k = 3, kernels interpreted."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    shapes = [make_shape(slots=4, k=k, pages=40, chunk=66) for k in (0, 3)]
+    return tiny_model.config, params, shapes
+
+
+def probe(probed):
+    row_probe._compiled.cache_clear()
+    row_probe.check_rows(*probed, impl="gpu_interpret", compiler_options={})
+
+
+def test_the_steps_of_an_engine_are_tried(probed):
+    # Plain: 4 tokens. k = 3: a lane of 4 rows, and drafts. Both with chunks, without.
+    scored = [token_rows(shape).verify.stop for shape in probed[2]]
+    assert scored[0] == 4 and scored[1] > 4
+    wanted = {(72, 72)} | {(n + c, n) for n in scored for c in (0, 66)}
+    assert set(row_probe.numbers_of_rows(probed[2])) == wanted
+    probe(probed)
+
+
+def moved(function, *, above, by=1 + 2.0**-7):
+    """A function whose first result moves if its first argument has many rows."""
+
+    def call(x, *args, **options):
+        result = function(x, *args, **options)
+        if len(x) <= above:
+            return result
+        first, *rest = result if isinstance(result, tuple) else (result,)
+        first = (first * by).astype(first.dtype)
+        return (first, *rest) if rest else first
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "name"),
+    [
+        ("queries", transformer, "rotate_heads"),
+        ("hidden states", transformer, "add_norm"),
+        ("logits", transformer, "contract"),
+        ("log-probabilities", sampling, "row_sums"),
+    ],
+)
+def test_a_part_that_depends_on_the_number_of_rows_is_named(
+    probed, monkeypatch, part, module, name
+):
+    fault = moved(getattr(module, name), above=40)
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(RuntimeError, match=f"cannot be kept: {part} .*use numerics="):
+        probe(probed)
+    row_probe._compiled.cache_clear()

@@ -136,6 +136,7 @@ def test_events_make_the_result_however_tokens_come(data, acts):
             break
         if act % 4 == 2:
             (progress,) = REPLAY.outputs.progress({})
+            REPLAY.scheduler.release(output.request)
             aborted = REPLAY.outputs.finish(output, "cancelled", None)
             assert aborted.text == tokenizer.decode(aborted.token_ids)
             assert aborted.text.startswith(certain[after])

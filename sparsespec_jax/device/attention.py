@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention import PIECE, LaneGroup, paged_attention
 from pallas_kernels.write_rows import write_rows
 from sparsespec_jax.array_types import Queries, RowsOfHeads
 from sparsespec_jax.device.context import StepContext
-from sparsespec_jax.device.filling import make_filler
+from sparsespec_jax.device.filling import Attended, make_filler
 from sparsespec_jax.device.lanes import StepLanes, take, token_rows
 from sparsespec_jax.device.row_places import concatenate, row_places, tail_places
 from sparsespec_jax.device.state import LayerCache
@@ -54,7 +54,8 @@ class _Attention:
         kv_pages = self._write(rows, cache.kv_pages, counts)
         out, mass = self._read(layer_index, q, kv_pages, counts)
         cache = cache._replace(kv_pages=kv_pages)
-        return self.filler.layer(layer_index, q, out, rows, mass, cache)
+        seen = Attended(q, out, rows, mass)
+        return self.filler.layer(layer_index, seen, cache)
 
     def _write(self, rows, kv_pages, counts):
         """The pool with the step's rows; verified ones in both caches if counts are

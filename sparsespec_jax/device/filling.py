@@ -6,6 +6,7 @@ to each other lives in it while the step is traced.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,15 @@ _LAYERS_AT_ONCE = 8
 Layers = Sequence[LayerCache]
 
 
+class Attended(NamedTuple):
+    """What attention of a layer took and gave."""
+
+    q: Queries
+    out: Queries
+    rows: RowsOfHeads
+    mass: VerifyMass | MassOfLayers | None
+
+
 def make_filler(context: StepContext, lanes: StepLanes):
     """The filler of a step for its policy."""
     if not context.is_drafting:
@@ -54,16 +64,10 @@ class FillNothing:
         return None, 0
 
     def layer(
-        self,
-        layer_index: int,
-        q: Queries,
-        out: Queries,
-        rows: RowsOfHeads,
-        mass: VerifyMass | MassOfLayers | None,
-        cache: LayerCache,
+        self, layer_index: int, seen: Attended, cache: LayerCache
     ) -> tuple[Queries, LayerCache]:
         """(attention output, LayerCache) behind a layer's attention."""
-        return out, cache
+        return seen.out, cache
 
     def finish(self, layers: Layers) -> Layers:
         """LayerCaches behind the last layer."""
@@ -152,18 +156,12 @@ class FillTogether(_Filler):
         return max(1, min(_ROWS_AT_ONCE // rows, _LAYERS_AT_ONCE // layers))
 
     def layer(
-        self,
-        layer_index: int,
-        q: Queries,
-        out: Queries,
-        rows: RowsOfHeads,
-        mass: MassOfLayers | None,
-        cache: LayerCache,
+        self, layer_index: int, seen: Attended, cache: LayerCache
     ) -> tuple[Queries, LayerCache]:
         """See FillNothing; the caches are left to `finish`."""
         if self.selects(layer_index):
-            self.masses.append(mass)
-        return self._after_attention(out, cache)
+            self.masses.append(seen.mass)
+        return self._after_attention(seen.out, cache)
 
     def finish(self, layers: Layers) -> Layers:
         """See FillNothing: select for each buffer of masses, and copy."""
@@ -209,20 +207,14 @@ class FillByLayer(_Filler):
         return self.policy.is_anchor(layer_index)
 
     def layer(
-        self,
-        layer_index: int,
-        q: Queries,
-        out: Queries,
-        rows: RowsOfHeads,
-        mass: VerifyMass | None,
-        cache: LayerCache,
+        self, layer_index: int, seen: Attended, cache: LayerCache
     ) -> tuple[Queries, LayerCache]:
         """See FillNothing."""
-        out, cache = self._after_attention(out, cache)
+        out, cache = self._after_attention(seen.out, cache)
         if self.selects(layer_index):
-            queries = q[token_rows(self.shape).verify]
-            cache = self._select(layer_index, queries, mass, cache)
-        return out, self._fill(rows, cache)
+            queries = seen.q[token_rows(self.shape).verify]
+            cache = self._select(layer_index, queries, seen.mass, cache)
+        return out, self._fill(seen.rows, cache)
 
     def _select(self, layer_index, queries, mass, cache):
         """Pick from a verification; the cache with what the policy remembers."""
@@ -285,19 +277,13 @@ class FillPerStep(FillByLayer):
         return False
 
     def layer(
-        self,
-        layer_index: int,
-        q: Queries,
-        out: Queries,
-        rows: RowsOfHeads,
-        mass: None,
-        cache: LayerCache,
+        self, layer_index: int, seen: Attended, cache: LayerCache
     ) -> tuple[Queries, LayerCache]:
         """See FillNothing; drafts attend to what the policy picks now."""
-        out, cache = self._after_attention(out, cache)
+        out, cache = self._after_attention(seen.out, cache)
         self.picked = per_step.nothing(self.shape)
         out = per_step.attend_drafts(
-            self.context, self.selection, layer_index, q, out, cache.kv_pages,
+            self.context, self.selection, layer_index, seen.q, out, cache.kv_pages,
             self.lanes,
         )  # fmt: skip
-        return out, self._fill(rows, cache)
+        return out, self._fill(seen.rows, cache)

@@ -81,15 +81,19 @@ def make_step(
 
 def jit_step(step: Callable, impl: str, *, exact: bool = False) -> Callable:
     """The jitted form of a function `step(params, state, buffer, prefill=bool)`."""
-    options = GPU_COMPILER_OPTIONS if impl == "gpu" else {}
-    if exact:
-        options = options | EXACT_COMPILER_OPTIONS
+    options = step_compiler_options(impl, exact=exact)
     return jax.jit(
         step,
         static_argnames="prefill",
         donate_argnums=1,
         compiler_options=options or None,
     )
+
+
+def step_compiler_options(impl: str, *, exact: bool) -> dict:
+    """What the compiler of a step is told."""
+    options = GPU_COMPILER_OPTIONS if impl == "gpu" else {}
+    return options | EXACT_COMPILER_OPTIONS if exact else options
 
 
 def run_step(

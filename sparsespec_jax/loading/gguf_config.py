@@ -220,17 +220,9 @@ def _llama3_from_factors(
 ) -> Llama3Scaling:
     """The Llama 3 rule whose frequency divisors the file stores as a table."""
     table = file.tensor(ROPE_FACTORS).reshape(-1)
-    probe = ModelConfig(
-        vocab_size=1,
-        hidden_size=1,
-        intermediate_size=1,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        rope_theta=theta,
-        max_length=1,
-    )
+    sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads"
+    ones = dict.fromkeys([*sizes.split(), "max_length"], 1)
+    probe = ModelConfig(**ones, head_dim=head_dim, rope_theta=theta)
     factor = float(np.round(table.max(initial=0), 3))
     scaling = Llama3Scaling(
         factor=factor if np.isfinite(factor) and factor >= 1 else 1.0,

@@ -1,0 +1,217 @@
+"""Texts in bfloat16, bit by bit: every option of the engine against plain decoding.
+
+    python -m experiments.exactness --model smollm2 --output experiments/results/exact
+
+Decodes the same requests by plain decoding, then with other k, policies, lags, slots,
+orders, page sizes, prompt chunks, with too small a pool, and by two engines of which
+the second goes on where the first was closed. With `--numerics exact` every token and
+every bit of every log-probability must be the same; the exit status is 1 if one is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from experiments import contexts as contexts_lib
+from experiments import experiment, models
+from experiments.experiment import Experiment
+from experiments.options import Options, option
+from sparsespec_jax import Engine, EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.config import NUMERICS
+from sparsespec_jax.host.intake import prepare
+
+_DENSE = dict(policy="full", budget_ratio=1.0)
+# (name, SpeculationConfig, EngineConfig) beside those of the run; "share" is that of
+# the pool that all requests need.
+_SETTINGS = (
+    ("plain, half the slots", dict(num_draft_tokens=0), dict(num_slots=0.5)),
+    ("plain, chunks four times as long", dict(num_draft_tokens=0), dict(chunk=4)),
+    ("k = 2, lag 0", dict(num_draft_tokens=2), dict(lag=0)),
+    ("k = 4, lag 2, more slots", dict(num_draft_tokens=4), dict(lag=2, num_slots=2)),
+    ("k = 8", dict(), dict()),
+    ("k = 8, dense drafts", _DENSE, dict()),
+    ("k = 8, a window", dict(policy="window"), dict()),
+    ("k = 8, prompt lookup", dict(proposer="ngram"), dict()),
+    ("k = 8, shuffled, pages twice as long", dict(), dict(shuffled=True, page=2)),
+    ("k = 8, two chunks at once", dict(), dict(prefill_lanes=2)),
+    ("k = 8, a third of the pool, offload", dict(), dict(share=0.34)),
+    ("k = 8, a third of the pool, recompute", dict(),
+     dict(share=0.34, kv_policy="recompute")),
+    ("k = 8, stopped and resumed", dict(), dict(resumed=True)),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactnessConfig(Options):
+    """What is decoded, and by which numerics."""
+
+    model: str = option("smollm2")
+    dtype: str = option("bfloat16", "Type.", choices=models.DTYPES)
+    random_weights: bool = option(False, "Random weights of a published shape.")
+    numerics: str = option("exact", "Of the engine.", choices=NUMERICS)
+    num_requests: int = option(32, "Requests of each temperature.", at_least=1)
+    temperatures: tuple[float, ...] = option((0.0, 0.65, 1.0), "Temperatures.")
+    prompt_lengths: tuple[int, ...] = option(
+        (), "Prompts of so many random tokens, in turn; none: chats.", of=int,
+        at_least=1,
+    )  # fmt: skip
+    max_tokens: int = option(2000, "New tokens per request.", at_least=1)
+    num_slots: int = option(32, "Requests decoded at the same time.", at_least=2)
+    page_size: int = option(64, "Tokens per KV page.", at_least=1)
+    prefill_chunk: int = option(256, "Prompt tokens prefilled per step.", at_least=1)
+
+
+def compare(results, plain):
+    """Texts, tokens and log-probabilities that are the same, and how many there are."""
+    pairs = list(zip(results, plain, strict=True))
+    tokens = [
+        sum(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False))
+        for a, b in pairs
+    ]
+    bits = [
+        np.float32(a.logprobs).tobytes() == np.float32(b.logprobs).tobytes()
+        for a, b in pairs
+    ]
+    return {
+        "texts": len(pairs),
+        "identical_texts": sum(a.token_ids == b.token_ids for a, b in pairs),
+        "identical_logprobs": sum(bits),
+        "tokens": sum(len(b.token_ids) for b in plain),
+        "identical_tokens": sum(tokens),
+    }
+
+
+class Exactness(Experiment):
+    """Plain decoding once, then every setting."""
+
+    claim = "texts do not depend on anything but their own tokens, in bfloat16 either"
+    Config = ExactnessConfig
+    SMOKE = models.smoke(
+        "model", "max_tokens", "page_size", "prefill_chunk", "num_slots",
+        dtype="float32", numerics="fast", num_requests=2, temperatures=(0.65,),
+        prompt_lengths=(9, 40),
+    )  # fmt: skip
+
+    def __init__(self, config, **how):
+        super().__init__(config, **how)
+        make = models.random_model if config.random_weights else models.load
+        self.model = make(config.model, dtype=config.dtype)
+        self.requests = self._requests()
+        self.parts["prompts"] = [list(r.token_ids) for r in self.requests]
+
+    def _requests(self):
+        """PreparedPrompts, temperature by temperature."""
+        config = self.config
+        heats = [t for t in config.temperatures for _ in range(config.num_requests)]
+        if lengths := config.prompt_lengths:
+            rng, vocab = np.random.default_rng(0), self.model.config.vocab_size
+            prompts = [
+                rng.integers(0, vocab, lengths[i % len(lengths)]).tolist()
+                for i in range(len(heats))
+            ]
+        else:
+            prompts = contexts_lib.prompt_ids(self.model, config.num_requests, False)
+            prompts = [prompts[i % len(prompts)] for i in range(len(heats))]
+        options = dict(max_tokens=config.max_tokens, ignore_eos=True)
+        return [
+            prepare(self.model, ids, SamplingParams(temperature=t, seed=i, **options))
+            for i, (ids, t) in enumerate(zip(prompts, heats, strict=True))
+        ]
+
+    def engine(
+        self, speculation, *, num_slots=1, page=1, chunk=1, share=None, **options
+    ):
+        """An Engine; sizes are factors of those of the run."""
+        config = self.config
+        longest = max(request.limit for request in self.requests)
+        page_size, slots = config.page_size * page, int(config.num_slots * num_slots)
+        if share is not None:
+            # Drafts need pages too; one request must fit alone.
+            rows = max(longest * slots * share, 2 * longest + 256)
+            options["num_pages"] = -(-int(rows) // page_size)
+        sizes = dict(num_slots=slots, page_size=page_size, max_length=longest)
+        return Engine(
+            self.model,
+            speculation=SpeculationConfig(**speculation),
+            engine=EngineConfig(
+                **sizes,
+                prefill_chunk=config.prefill_chunk * chunk,
+                numerics=config.numerics,
+                **options,
+            ),
+        )
+
+    def decode(self, speculation, options):
+        """(results by request, what page pressure cost)."""
+        options = dict(options)
+        order = np.arange(len(self.requests))
+        if options.pop("shuffled", False):
+            order = np.random.default_rng(1).permutation(order)
+        resumed = options.pop("resumed", False)
+        with self.engine(speculation, **options) as engine:
+            for index in order.tolist():
+                engine.submit(self.requests[index], prompt_index=index)
+            if not resumed:
+                results = contexts_lib.finish(engine)
+                return results, engine.kv_usage
+            results, begun = self._first_half(engine)
+        with self.engine(speculation, **options) as engine:
+            done = {result.prompt_index for result in results}
+            for index in sorted({*order.tolist()} - done):
+                place = dict(prompt_index=index, progress=begun.get(index))
+                engine.submit(self.requests[index], **place)
+            results += contexts_lib.finish(engine)
+            return sorted(results, key=lambda r: r.prompt_index), engine.kv_usage
+
+    def _first_half(self, engine):
+        """(what ended, RequestProgress of the others) after half of the tokens."""
+        results, half = [], engine.max_new_tokens // 2
+        while engine.num_emitted_tokens < half:
+            results += engine.step()
+        results += engine.pause()
+        return results, {p.prompt_index: p for p in engine.progress({})}
+
+    @functools.cached_property
+    def plain(self):
+        """Results of plain decoding."""
+        return self.decode(dict(num_draft_tokens=0), {})[0]
+
+    def rows(self):
+        """The settings by name."""
+        return [{"setting": name} for name, _, _ in _SETTINGS]
+
+    def measure(self, row):
+        """How much of the texts of a setting is plain decoding's."""
+        options = {name: how for name, *how in _SETTINGS}[row["setting"]]
+        results, usage = self.decode(*options)
+        total = sum((r.metrics for r in results[1:]), start=results[0].metrics)
+        return compare(results, self.plain) | {
+            "mean_accepted_draft_tokens": total.mean_accepted_draft_tokens
+            if total.num_draft_tokens
+            else 0.0,
+            "spilled_pages": usage["spilled_pages"],
+            "recomputed_tokens": usage["recomputed_tokens"],
+        }
+
+    def describe(self, records):
+        """Sums over the settings."""
+        names = "texts", "identical_texts", "identical_logprobs", "tokens"
+        names = *names, "identical_tokens"
+        return {name: sum(record[name] for record in records) for name in names}
+
+    def fault(self, records):
+        """A bit that differs, of exact numerics."""
+        found = self.describe(records)
+        wrong = found["texts"] - min(
+            found["identical_texts"], found["identical_logprobs"]
+        )
+        if self.config.numerics == "exact" and wrong:
+            return f"{wrong} of {found['texts']} texts differ from plain decoding"
+        return ""
+
+
+if __name__ == "__main__":
+    experiment.run(Exactness)
