@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax import EngineConfig, SpeculationConfig, sampling, sizes
+from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sampling, sizes
 from sparsespec_jax.device import row_probe
 from sparsespec_jax.device.lanes import token_rows
 from sparsespec_jax.host.feeding import Feeding
-from sparsespec_jax.models import products, transformer
+from sparsespec_jax.models import products
 from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.models.products import HEADS_CUTS, Projection, exact_parts
 from tests.fake_device import make_request, make_shape
@@ -179,56 +179,48 @@ def test_what_cannot_be_exact_is_refused_by_name(tiny_model):
 # -- the look before -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def probed(tiny_model):
-    """Arguments of `check_rows` for plain decoding and k = 3, kernels interpreted."""
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
-    shapes = [make_shape(slots=4, k=k, pages=40, chunk=66) for k in (0, 3)]
-    return tiny_model.config, params, shapes
+SHAPES = [make_shape(slots=4, k=k, pages=40, chunk=66) for k in (0, 3)]
 
 
-def probe(probed):
-    row_probe._compiled.cache_clear()
-    row_probe.check_rows(*probed, impl="gpu_interpret", compiler_options={})
+def probe(tiny_model):
+    options = dict(impl="gpu_interpret", compiler_options={})
+    row_probe.check_rows(tiny_model.config, tiny_model.params, SHAPES, **options)
 
 
-def test_the_steps_of_an_engine_are_tried(probed):
+def test_the_steps_of_an_engine_are_tried():
     # Plain: 4 tokens. k = 3: a lane of 4 rows, and drafts. Both with chunks, without.
-    scored = [token_rows(shape).verify.stop for shape in probed[2]]
+    scored = [token_rows(shape).verify.stop for shape in SHAPES]
     assert scored[0] == 4 and scored[1] > 4
     wanted = {(72, 72)} | {(n + c, n) for n in scored for c in (0, 66)}
-    assert set(row_probe.numbers_of_rows(probed[2])) == wanted
-    probe(probed)
+    assert set(row_probe.numbers_of_rows(SHAPES)) == wanted
 
 
-def moved(function, *, above, by=1 + 2.0**-7):
-    """A function whose first result moves if its first argument has many rows."""
-
-    def call(x, *args, **options):
-        result = function(x, *args, **options)
-        if len(x) <= above:
-            return result
-        first, *rest = result if isinstance(result, tuple) else (result,)
-        first = (first * by).astype(first.dtype)
-        return (first, *rest) if rest else first
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("part", "module", "name"),
-    [
-        ("queries", transformer, "rotate_heads"),
-        ("hidden states", transformer, "add_norm"),
-        ("logits", transformer, "contract"),
-        ("log-probabilities", sampling, "row_sums"),
-    ],
-)
+@pytest.mark.parametrize("place", range(len(row_probe.PARTS)))
+@pytest.mark.parametrize("size", [4, 70, 72])
 def test_a_part_that_depends_on_the_number_of_rows_is_named(
-    probed, monkeypatch, part, module, name
+    tiny_model, monkeypatch, place, size
 ):
-    fault = moved(getattr(module, name), above=40)
-    monkeypatch.setattr(module, name, fault)
-    with pytest.raises(RuntimeError, match=f"cannot be kept: {part} .*use numerics="):
-        probe(probed)
-    row_probe._compiled.cache_clear()
+    """One bit of one row of one part, in steps of one size; the parts before agree."""
+
+    def rows(params, tokens, positions, *, scored, **options):
+        parts = [np.ones((min(8, scored), 5), np.float32) for _ in row_probe.PARTS]
+        if len(tokens) == size and is_planted:
+            parts[place].view(np.int32)[3, 2] ^= 1
+        return parts
+
+    monkeypatch.setattr(row_probe, "_rows", rows)
+    is_planted = False
+    probe(tiny_model)
+    is_planted = True
+    name = row_probe.PARTS[place].split(" (")[0]
+    with pytest.raises(RuntimeError, match=f"cannot be kept: {name} .*use numerics='f"):
+        probe(tiny_model)
+
+
+def test_a_cpu_in_bfloat16_is_refused_by_name(tiny_model):
+    """Its products do depend on the number of rows."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
+    model = dataclasses.replace(tiny_model, params=params)
+    config = dict(numerics="exact", prefill_chunk=128, impl="gpu_interpret")
+    with pytest.raises(RuntimeError, match="cannot be kept: queries .*numerics='fast'"):
+        Engine(model, engine=EngineConfig(**config, max_length=64, num_slots=2))
