@@ -26,9 +26,10 @@ class ClockedEngine(Engine):
         # int32 [2, 2] of every step, on the device. The steps must not hold the engine.
         self._times = times = []
         plain, impl = self.device_steps.step_function, self.impl
+        exact = self.config.numerics == "exact"
 
         def step_function(filters, shape):
-            step = _clocked(plain(filters, shape), impl)
+            step = _clocked(plain(filters, shape), impl, exact)
 
             def run(*args, prefill):
                 state, outcome, when = step(*args, prefill=prefill)
@@ -61,9 +62,9 @@ def with_clock(function):
 
 
 @functools.cache
-def _clocked(step, impl):
+def _clocked(step, impl, exact):
     """The jitted form of `with_clock` of what the jitted `step` was made of."""
-    return jit_step(with_clock(step.__wrapped__), impl)
+    return jit_step(with_clock(step.__wrapped__), impl, exact=exact)
 
 
 def idle_between(times: np.ndarray) -> dict:

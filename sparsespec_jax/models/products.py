@@ -73,12 +73,15 @@ def check_products(config):
         )
 
 
+def _padded(x):
+    """x [T, in] with as many rows as an exact product must have."""
+    return jnp.pad(x, ((0, _FEWEST_ROWS - len(x)), (0, 0)))
+
+
 def contract(x: Array, kernel: Array, out_dtype, *, axis=0, exact=False) -> Array:
     """x [T, in] times kernel, whose axis `axis` is `in`; float32 accumulation."""
-    missing = _FEWEST_ROWS - x.shape[0] if exact else 0
-    if missing > 0:
-        padded = jnp.pad(x, ((0, missing), (0, 0)))
-        return contract(padded, kernel, out_dtype, axis=axis)[:-missing]
+    if exact and len(x) < _FEWEST_ROWS:
+        return contract(_padded(x), kernel, out_dtype, axis=axis)[: len(x)]
     # TF32 passes of a GPU would break exactness in float32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
@@ -97,10 +100,8 @@ def contract_in_parts(x: Array, kernel: Array, parts: int, *, exact=False) -> Ar
     itself on GPUs, but sums them in a launch of its own; `add_norm` and `rotate_heads`
     take them as they are.
     """
-    missing = _FEWEST_ROWS - x.shape[0] if exact else 0
-    if missing > 0:
-        padded = jnp.pad(x, ((0, missing), (0, 0)))
-        return contract_in_parts(padded, kernel, parts)[:, :-missing]
+    if exact and len(x) < _FEWEST_ROWS:
+        return contract_in_parts(_padded(x), kernel, parts)[:, : len(x)]
     return jax.lax.dot_general(
         x.reshape(x.shape[0], parts, -1),
         kernel.reshape(parts, -1, kernel.shape[1]),
