@@ -7,7 +7,12 @@ import dataclasses
 from experiments.models import DTYPES
 from experiments.options import Options, option
 from sparsespec_jax import sizes
-from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.config import (
+    NUMERICS,
+    EngineConfig,
+    SamplingParams,
+    SpeculationConfig,
+)
 from sparsespec_jax.host.intake import check_length, make_request, prepare
 from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.policies.select import resolve_policy
@@ -53,6 +58,7 @@ class Load(Options):
     prefill_chunk: int = option(512, "Prompt tokens of one prefill lane and step.")
     prefill_lanes: int = option(4, "Prompts prefilled in the same step.")
     lag: int = option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
+    numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,6 +99,7 @@ class Load(Options):
             prefill_chunk=self.prefill_chunk,
             prefill_lanes=self.prefill_lanes,
             lag=self.lag,
+            numerics=self.numerics,
         )
 
 
