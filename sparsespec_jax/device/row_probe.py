@@ -77,9 +77,10 @@ def check_rows(
 
 
 def _inputs(config, num_tokens):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, num_tokens, np.int32)
-    return tokens, rng.integers(0, config.max_length, num_tokens, np.int32)
+    """Tokens and positions int32 [num_tokens]; the first ones are always the same."""
+    drawn = np.random.default_rng(0).random((num_tokens, 2))  # a row a token
+    limits = config.vocab_size, config.max_length
+    return tuple((drawn * limits).astype(np.int32).T)
 
 
 def _rows(params, tokens, positions, *, config, scored, impl, options):
