@@ -153,7 +153,7 @@ def _vocab_size(file: GgufFile, fields: Fields) -> int:
     """Rows of the embedding, which every account of the vocabulary must agree with."""
     if (table := file.tensors.get("token_embd.weight")) is None:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
-    rows = int(table.shape[-1])
+    rows = table.shape[0]
     if fields.size("vocab_size", rows) != rows:
         raise fields.refusal("vocab_size", f"{rows}, the rows of token_embd.weight")
     return rows

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 
+from sparsespec_jax.loading.gguf_index import GgufIndex, GgufTensor, read_index
 from sparsespec_jax.models.fields import Fields, shown
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.I)
+# Values that a thread dequantises at a time: what it makes of them on the way stays in
+# its core's cache, and each step is long enough for the others to get their turn.
+_CHUNK = 1 << 18
+_MAX_THREADS = 16
+_CACHE_LINE = 64
 
 
 class GgufFile:
@@ -26,47 +33,85 @@ class GgufFile:
     """
 
     def __init__(self, path: str | Path):
-        """Map the files and parse their indices."""
+        """Read the indices of the files."""
         paths = part_paths(Path(path))
         self.path = paths[0]
-        readers = [_open(part) for part in paths]
-        self.fields = _fields(self.path, readers[0])
-        self.tensors: dict[str, Any] = {}
-        self._homes: dict[str, Path] = {}
-        for number, (part, reader) in enumerate(zip(paths, readers, strict=True)):
-            _require_part(part, reader, number=number, count=len(paths))
-            for tensor in reader.tensors:
+        indices = [read_index(part) for part in paths]
+        self.fields = Fields(self.path, indices[0].metadata)
+        self.tensors: dict[str, GgufTensor] = {}
+        for number, (part, index) in enumerate(zip(paths, indices, strict=True)):
+            _require_part(part, index, number=number, count=len(paths))
+            for tensor in index.tensors:
                 if tensor.name in self.tensors:
+                    home = self.tensors[tensor.name].path.name
                     raise ValueError(
-                        f"{part}: tensor {tensor.name} is in "
-                        f"{self._homes[tensor.name].name} as well"
+                        f"{part}: tensor {tensor.name} is in {home} as well"
                     )
-                self.tensors[tensor.name], self._homes[tensor.name] = tensor, part
+                self.tensors[tensor.name] = tensor
         total = self.fields.get("split.tensors.count", len(self.tensors))
         if total != len(self.tensors):
             raise self.fields.refusal(
                 "split.tensors.count", f"{len(self.tensors)}, the tensors of all parts"
             )
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The tensor in float32, dequantised, in [out, in] order."""
+    def tensor(self, name: str, dtype=np.float32) -> np.ndarray:
+        """The tensor, dequantised in float32 and cast to dtype, in [out, in] order.
+
+        Its bytes are read piece by piece, by several threads: nothing of the file stays
+        in memory.
+
+        Raises:
+            ValueError: its type cannot be dequantised, or the file was cut meanwhile.
+        """
         tensor = self.tensors[name]
-        origin = self.origin(name)
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{origin} is of type {tensor.tensor_type.name}, which the gguf "
-                "package cannot dequantise; use a file quantised otherwise (Q4_1, "
-                "Q8_0, Q4_K, BF16, ...)"
-            ) from error
-        # A copy: float32 is a view of the mapped file, which jax would read after this
-        # has returned. A file that is cut by then ends the process.
-        return np.array(values, np.float32)
+        values = _aligned(tensor.shape, dtype)
+        flat, (width, num_bytes) = values.reshape(-1), tensor.block
+        step = max(1, _CHUNK // width)
+
+        def fill(first: int) -> None:
+            count = min(step, tensor.num_blocks - first)
+            start = tensor.offset + first * num_bytes
+            # Not mapped: a file that is cut by now would end the process.
+            stored = os.pread(descriptor, count * num_bytes, start)
+            if len(stored) < count * num_bytes:
+                raise ValueError(f"{self.origin(name)} is cut: the file has changed")
+            found = self._dequantise(stored, tensor)
+            flat[first * width : (first + count) * width] = found
+
+        with tensor.path.open("rb") as file, ThreadPoolExecutor(_num_threads()) as pool:
+            descriptor = file.fileno()
+            list(pool.map(fill, range(0, tensor.num_blocks, step)))
+        return values
 
     def origin(self, name: str) -> str:
         """What errors call a tensor."""
-        return f"{self._homes[name]}: tensor {name}"
+        return f"{self.tensors[name].path}: tensor {name}"
+
+    def _dequantise(self, stored: bytes, tensor: GgufTensor) -> np.ndarray:
+        # As one row: the package would take sixteen at a time, short ones too.
+        row = np.frombuffer(stored, np.uint8)[None]
+        try:
+            return gguf.quants.dequantize(row, tensor.kind)[0]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.origin(tensor.name)} is of type {tensor.kind.name}, which the "
+                "gguf package cannot dequantise; use a file quantised otherwise (Q4_1, "
+                "Q8_0, Q4_K, BF16, ...)"
+            ) from error
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array that jax on a CPU can take over without a copy."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    space = np.empty(num_bytes + _CACHE_LINE, np.uint8)
+    start = -space.ctypes.data % _CACHE_LINE
+    return space[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _num_threads() -> int:
+    """As many as there are cores for this process, where the system tells which."""
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    return min(_MAX_THREADS, len(cores))
 
 
 def part_paths(path: Path) -> list[Path]:
@@ -100,35 +145,9 @@ def models_in(directory: Path) -> list[Path]:
     return list(first.values())
 
 
-def _open(path: Path) -> gguf.GGUFReader:
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # damaged bytes surface as errors of many kinds
-        raise ValueError(
-            f"{path} cannot be read as GGUF: it is truncated or damaged "
-            f"({path.stat().st_size} bytes; {error}); fetch it again"
-        ) from error
-
-
-def _fields(path: Path, reader: gguf.GGUFReader) -> Fields:
-    """All metadata as Python values; a text that is no UTF-8 is refused by key."""
-    values = {}
-    for key in reader.fields:
-        try:
-            values[key] = reader.get_field(key).contents()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: metadata {shown(key)} is no text: {error}"
-            ) from error
-    return Fields(path, values)
-
-
-def _require_part(
-    path: Path, reader: gguf.GGUFReader, *, number: int, count: int
-) -> None:
+def _require_part(path: Path, index: GgufIndex, *, number: int, count: int) -> None:
     """Raise unless a file's own account of which part it is fits its name."""
-    fields = [reader.get_field(key) for key in ("split.no", "split.count")]
-    stored = [None if field is None else field.contents() for field in fields]
+    stored = [index.metadata.get(key) for key in ("split.no", "split.count")]
     if count == 1 and stored[1] in (None, 0, 1):
         return
     if stored != [number, count]:

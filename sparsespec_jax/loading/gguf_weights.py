@@ -72,7 +72,7 @@ def load_gguf(file: GgufFile, config: ModelConfig, *, dtype) -> Params:
 
     def read(name: str, layer: int | None) -> tuple[np.ndarray, str]:
         stored = _OUTER[name] if layer is None else f"blk.{layer}.{_LAYER[name]}"
-        values = file.tensor(stored)
+        values = file.tensor(stored, dtype)
         num_heads = interleaved.get(name.removesuffix("_bias"))
         if num_heads and values.shape[0] % (2 * num_heads) == 0:
             values = _halves_apart(values, num_heads)

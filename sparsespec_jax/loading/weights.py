@@ -67,6 +67,9 @@ def layer_shapes(config: ModelConfig) -> Shapes:
 def assemble(config: ModelConfig, read: ReadTensor, *, dtype) -> Params:
     """The parameter tree on the default device, in dtype, one layer read at a time.
 
+    Beside the parameters there is one layer's worth of what was read, or one table.
+    The arrays that read returns belong to the parameters from then on.
+
     Raises:
         ValueError: a tensor has not the shape that config gives it.
     """
@@ -80,18 +83,28 @@ def assemble(config: ModelConfig, read: ReadTensor, *, dtype) -> Params:
                 "configuration are of different models; fetch both again from one "
                 "source"
             )
-        return jnp.asarray(array)
+        # Where the device's memory is the host's, taken over without a copy.
+        return jax.device_put(array, may_alias=True)
 
+    def table(name: str, shape: tuple[int, ...]) -> jax.Array:
+        array = checked(name, None, shape)
+        if name == "lm_head":
+            return _transpose(array, dtype=dtype)
+        return array.astype(dtype)
+
+    def layer(index: int) -> Params:
+        raw = {name: checked(name, index, shape) for name, shape in shapes.items()}
+        return _fuse_layer(raw, config=config, dtype=dtype)
+
+    # Each is waited for: else the host would read ahead of the device, and hold what
+    # it has read.
+    keys = {"embed": "weight", "final_norm": "scale", "lm_head": "kernel"}
     params: Params = {}
     for name, shape in outer_shapes(config).items():
-        array = checked(name, None, shape)
-        key = {"embed": "weight", "final_norm": "scale", "lm_head": "kernel"}[name]
-        array = _transpose(array, dtype=dtype) if name == "lm_head" else array
-        params[name] = {key: array.astype(dtype)}
-    shapes = layer_shapes(config).items()
+        params[name] = {keys[name]: jax.block_until_ready(table(name, shape))}
+    shapes = layer_shapes(config)
     for index in range(config.num_layers):
-        raw = {name: checked(name, index, shape) for name, shape in shapes}
-        params[f"layer_{index}"] = _fuse_layer(raw, config=config, dtype=dtype)
+        params[f"layer_{index}"] = jax.block_until_ready(layer(index))
     return params
 
 
