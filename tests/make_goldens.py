@@ -10,8 +10,8 @@ environment of its own (about a minute):
 
 Each folder is an ordinary Hugging Face checkpoint (bfloat16) with `expected.npz`:
 tokens [T], positions [2, T] (consecutive; far apart) and logits [2, T, V], computed
-in float32. With the path that `python -m sparsespec_jax.loading.default_model` prints,
-some logits of the default model are written too.
+in float32. With the path that `python -m sparsespec_jax.loading.named_models smollm2`
+prints, some logits of the default model are written too.
 """
 
 import shutil

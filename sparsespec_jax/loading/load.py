@@ -1,4 +1,4 @@
-"""Models from anywhere: the default model, directories, GGUF files, hub ids, Orbax."""
+"""Models from anywhere: named ones, directories, GGUF files, hub ids, Orbax."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from sparsespec_jax.loading.pinned_models import PINNED
 from sparsespec_jax.loading.tokenizer import Tokenizer, tokenizer_from_directory
 from sparsespec_jax.models.config import ModelConfig, config_from_json, config_to_json
 from sparsespec_jax.models.transformer import Params, param_shapes
@@ -63,14 +64,14 @@ def load_model(
 ) -> Model:
     """The model that spec names.
 
-    spec: "smollm2" (the default model, fetched once); a Hugging Face directory; a
-        directory written by ``save_checkpoint``; a .gguf file, any part of one in
-        several parts, or a directory that holds one; or a hub id such as
-        "Qwen/Qwen3-8B".
+    spec: "smollm2" (the default model), "qwen2.5-coder-0.5b" or "qwen2.5-coder-1.5b",
+        fetched once; a Hugging Face directory; a directory written by
+        ``save_checkpoint``; a .gguf file, any part of one in several parts, or a
+        directory that holds one; or a hub id such as "Qwen/Qwen3-8B".
     dtype: of the parameters and of the computation; quantised weights are
         dequantised in float32 and then cast.
     cache_dir: where fetched files are kept; None: see ``user_cache_dir`` for the
-        default model, huggingface_hub's own cache for hub ids.
+        named models, huggingface_hub's own cache for hub ids.
 
     Raises:
         ValueError: spec names nothing, or what it names is damaged, incomplete or
@@ -80,10 +81,10 @@ def load_model(
     dtype = _checked_dtype(dtype)
     if not isinstance(spec, str | os.PathLike):
         raise ValueError(f"a model is given as a name or a path, got {spec!r}")
-    if str(spec) == DEFAULT_SPEC:
-        from sparsespec_jax.loading.default_model import default_gguf
+    if (name := str(spec)) in PINNED:
+        from sparsespec_jax.loading.named_models import named_gguf
 
-        return _from_gguf(default_gguf(cache_dir), dtype=dtype, name=DEFAULT_SPEC)
+        return _from_gguf(named_gguf(name, cache_dir), dtype=dtype, name=name)
     path = Path(os.path.expanduser(spec))
     if os.path.isdir(path):
         return _from_directory(path, dtype=dtype, name=path.resolve().name)
@@ -94,14 +95,12 @@ def load_model(
             f"{path} is one file of a model; give the directory that holds it, with "
             f"config.json and all safetensors ({path.parent}), or a .gguf file"
         )
-    if _is_hub_id(str(spec)):
-        return _from_directory(
-            _fetch(str(spec), cache_dir), dtype=dtype, name=str(spec)
-        )
+    if _is_hub_id(name):
+        return _from_directory(_fetch(name, cache_dir), dtype=dtype, name=name)
     raise ValueError(
-        f"there is no model at {str(spec)!r}; give {DEFAULT_SPEC!r}, a directory with "
-        "config.json and safetensors, a directory written by save_checkpoint, a .gguf "
-        "file, or a hub id like 'Qwen/Qwen3-8B'"
+        f"there is no model at {name!r}; give a name ({', '.join(PINNED)}), a "
+        "directory with config.json and safetensors, a directory written by "
+        "save_checkpoint, a .gguf file, or a hub id like 'Qwen/Qwen3-8B'"
     )
 
 
