@@ -78,3 +78,8 @@ RowsOfHeads = KvFloat[Array, "T H 2*D"]
 Stream = KvFloat[Array, "T M"]
 StreamParts = KvFloat[Array, "*parts T M"]
 StreamScale = KvFloat[Array, "M"]
+
+# A product of many rows, and of any number of outputs.
+ManyRows = KvFloat[Array, "T inputs"]
+Weight = KvFloat[Array, "inputs outputs"]
+ProductRows = KvFloat[Array, "T outputs"]
