@@ -34,7 +34,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        "XLA_FLAGS",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+        "--xla_cpu_parallel_codegen_split_count=1 "  # of small programs: work saved
+        "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
     )
 
 import jax
