@@ -5,7 +5,9 @@
 Decodes the same requests by plain decoding, then with other k, policies, lags, slots,
 orders, page sizes, prompt chunks, with too small a pool, and by two engines of which
 the second goes on where the first was closed. With `--numerics exact` every token and
-every bit of every log-probability must be the same; the exit status is 1 if one is not.
+every bit of every log-probability must be the same, `score` must find the same bits,
+and half way the KV pools of plain and speculative decoding must hold the same bytes.
+The exit status is 1 if something differs.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import functools
 import numpy as np
 
 from experiments import contexts as contexts_lib
-from experiments import experiment, models
+from experiments import experiment, kv_rows, models
 from experiments.experiment import Experiment
 from experiments.options import Options, option
-from sparsespec_jax import Engine, EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, score
 from sparsespec_jax.config import NUMERICS
 from sparsespec_jax.host.intake import prepare
 
@@ -42,6 +44,17 @@ _SETTINGS = (
      dict(share=0.34, kv_policy="recompute")),
     ("k = 8, stopped and resumed", dict(), dict(resumed=True)),
 )  # fmt: skip
+_KV_ROWS, _SCORE = "k = 8, KV rows half way", "score of plain decoding's texts"
+
+
+_MUST_AGREE = (  # how many there are, how many are the same
+    ("texts", "identical_texts"),
+    ("texts", "identical_logprobs"),
+    ("tokens", "identical_tokens"),
+    ("kv_rows", "identical_kv_rows"),
+    ("scored_tokens", "identical_scores"),
+)
+_COUNTED = tuple(dict.fromkeys(name for pair in _MUST_AGREE for name in pair))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +137,7 @@ class Exactness(Experiment):
     def engine(
         self, speculation, *, num_slots=1, page=1, chunk=1, share=None, **options
     ):
-        """An Engine; sizes are factors of those of the run."""
+        """A ReadableEngine; sizes are factors of those of the run."""
         config = self.config
         longest = max(request.limit for request in self.requests)
         page_size, slots = config.page_size * page, int(config.num_slots * num_slots)
@@ -133,7 +146,7 @@ class Exactness(Experiment):
             rows = max(longest * slots * share, 2 * longest + 256)
             options["num_pages"] = -(-int(rows) // page_size)
         sizes = dict(num_slots=slots, page_size=page_size, max_length=longest)
-        return Engine(
+        return kv_rows.ReadableEngine(
             self.model,
             speculation=SpeculationConfig(**speculation),
             engine=EngineConfig(
@@ -152,12 +165,12 @@ class Exactness(Experiment):
             order = np.random.default_rng(1).permutation(order)
         resumed = options.pop("resumed", False)
         with self.engine(speculation, **options) as engine:
-            for index in order.tolist():
-                engine.submit(self.requests[index], prompt_index=index)
+            self._submit(engine, order)
             if not resumed:
                 results = contexts_lib.finish(engine)
                 return results, engine.kv_usage
-            results, begun = self._first_half(engine)
+            results = _first_half(engine)
+            begun = {p.prompt_index: p for p in engine.progress({})}
         with self.engine(speculation, **options) as engine:
             done = {result.prompt_index for result in results}
             for index in sorted({*order.tolist()} - done):
@@ -166,13 +179,9 @@ class Exactness(Experiment):
             results += contexts_lib.finish(engine)
             return sorted(results, key=lambda r: r.prompt_index), engine.kv_usage
 
-    def _first_half(self, engine):
-        """(what ended, RequestProgress of the others) after half of the tokens."""
-        results, half = [], engine.max_new_tokens // 2
-        while engine.num_emitted_tokens < half:
-            results += engine.step()
-        results += engine.pause()
-        return results, {p.prompt_index: p for p in engine.progress({})}
+    def _submit(self, engine, order):
+        for index in order:
+            engine.submit(self.requests[int(index)], prompt_index=int(index))
 
     @functools.cached_property
     def plain(self):
@@ -182,10 +191,15 @@ class Exactness(Experiment):
     def rows(self):
         """The settings by name; of a smoke run the last ones."""
         settings = _SETTINGS[-2:] if self.is_smoke else _SETTINGS
-        return [{"setting": name} for name, _, _ in settings]
+        names = *(name for name, _, _ in settings), _KV_ROWS, _SCORE
+        return [{"setting": name} for name in names]
 
     def measure(self, row):
         """How much of the texts of a setting is plain decoding's."""
+        if row["setting"] == _KV_ROWS:
+            return self._compare_pools()
+        if row["setting"] == _SCORE:
+            return self._compare_scores()
         options = {name: how for name, *how in _SETTINGS}[row["setting"]]
         results, usage = self.decode(*options)
         total = sum((r.metrics for r in results[1:]), start=results[0].metrics)
@@ -197,21 +211,67 @@ class Exactness(Experiment):
             "recomputed_tokens": usage["recomputed_tokens"],
         }
 
+    def _compare_pools(self):
+        """KV rows of plain decoding and of k = 8, in the midst of the same texts."""
+        order = range(min(len(self.requests), self.config.num_slots))
+        with self.engine(dict(num_draft_tokens=0)) as plain, self.engine({}) as other:
+            for engine in plain, other:
+                self._submit(engine, order)
+                _first_half(engine)
+            return kv_rows.compare(plain, other)
+
+    def _compare_scores(self):
+        """Log-probabilities of `score` and of the decoding that made the texts."""
+        config, plain = self.config, self.plain
+        found = score(
+            self.model,
+            [request.token_ids for request in self.requests],
+            [result.token_ids for result in plain],
+            sampling=[request.sampling for request in self.requests],
+            engine=EngineConfig(
+                num_slots=config.num_slots, page_size=config.page_size,
+                prefill_chunk=config.prefill_chunk, numerics=config.numerics,
+            ),
+        )  # fmt: skip
+        pairs = [
+            np.float32([result.logprobs, scored])
+            for result, scored in zip(plain, found, strict=True)
+        ]
+        return {
+            "scored_tokens": sum(pair.shape[1] for pair in pairs),
+            "identical_scores": int(
+                sum(np.equal(*pair.view(np.int32)).sum() for pair in pairs)
+            ),
+            "largest_score_difference": float(
+                max(np.abs(pair[0] - pair[1]).max() for pair in pairs)
+            ),
+        }
+
     def describe(self, records):
         """Sums over the settings."""
-        names = "texts", "identical_texts", "identical_logprobs", "tokens"
-        names = *names, "identical_tokens"
-        return {name: sum(record[name] for record in records) for name in names}
+        found = {name: sum(r.get(name, 0) for r in records) for name in _COUNTED}
+        largest = (r.get("largest_score_difference", 0.0) for r in records)
+        return found | {"largest_score_difference": max(largest)}
 
     def fault(self, records):
         """A bit that differs, of exact numerics."""
         found = self.describe(records)
-        wrong = found["texts"] - min(
-            found["identical_texts"], found["identical_logprobs"]
-        )
+        wrong = [
+            f"{total} {found[total]}, {same} {found[same]}"
+            for total, same in _MUST_AGREE
+            if found[same] != found[total]
+        ]
         if self.config.numerics == "exact" and wrong:
-            return f"{wrong} of {found['texts']} texts differ from plain decoding"
+            return f"not as plain decoding: {'; '.join(wrong)}"
         return ""
+
+
+def _first_half(engine):
+    """Decode half of the tokens; returns what has ended."""
+    results, half = [], engine.max_new_tokens // 2
+    while engine.num_emitted_tokens < half:
+        results += engine.step()
+    return results + engine.pause()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Lossless self-speculative decoding with sparse attention (arXiv 2512.01278)."""
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
-from sparsespec_jax.decode import decode, stream
+from sparsespec_jax.decode import decode, score, stream
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.host.results import DecodeResult, DecodeResults, StreamEvent
 from sparsespec_jax.loading.load import Model, load_model, save_checkpoint
@@ -22,5 +22,6 @@ __all__ = [
     "decode",
     "load_model",
     "save_checkpoint",
+    "score",
     "stream",
 ]

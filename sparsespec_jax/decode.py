@@ -1,17 +1,24 @@
-"""`decode()` and `stream()`: prompts in, results out, over an Engine of their own.
+"""`decode()`, `stream()`, `score()`: prompts in, results out, each by its own Engine.
 
 The engine is closed on the way out, whichever way that is: with all results, by an
 exception, by Ctrl-C, or because nobody wants the rest of a stream.
 """
 
 import contextlib
+import dataclasses
 import time
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
-from sparsespec_jax.host.intake import prepare_all
+from sparsespec_jax.host.intake import prepare, prepare_all
 from sparsespec_jax.host.results import DecodeResults
 from sparsespec_jax.sizes import check_types, with_length
+
+SCORED_ROWS = 16  # tokens of a known text that a step feeds
+# Nothing is drafted: what counts is that every slot verifies these rows in every step.
+_SCORING = SpeculationConfig(
+    num_draft_tokens=SCORED_ROWS - 1, proposer="ngram", policy="full"
+)
 
 
 def decode(
@@ -87,6 +94,61 @@ def stream(model, prompts, *, sampling=None, speculation=None, engine=None):
                 yield from new
 
     return events()
+
+
+def score(model, prompts, outputs, *, sampling=None, engine=None):
+    """Log-probabilities of the tokens of given outputs, each behind its prompt.
+
+    Texts go through the step that decodes: prompts by chunks, outputs by verifications.
+
+    >>> results = decode(model, prompts, engine=engine)  # doctest: +SKIP
+    >>> outputs = [result.token_ids for result in results]  # doctest: +SKIP
+    >>> score(model, prompts, outputs, engine=engine)[0]  # doctest: +SKIP
+
+    Args:
+      model: a Model (see `load_model`).
+      prompts: a list of prompts, each text, a list of chat messages, or token ids.
+      outputs: as many lists of token ids, what follows each prompt.
+      sampling: SamplingParams for all prompts, or one per prompt: `logprobs` says
+        whether those of the model ("raw") or of the law ("processed", of its
+        temperature, top-k, top-p and min-p) are wanted. Nothing else of it counts.
+      engine: EngineConfig; with `numerics="exact"` the results are those of `decode`
+        with exact numerics in every bit, whatever the other options of both were.
+
+    Returns:
+      A list with a tuple of floats per output, natural logarithms. A token that the law
+      excludes has -inf.
+
+    Raises:
+      ValueError: before any work starts, for any argument that is wrong.
+    """
+    engine = engine or EngineConfig()
+    check_types(model, _SCORING, engine)
+    prompts, outputs = list(prompts), list(outputs)
+    if len(prompts) != len(outputs) or not prompts:
+        raise ValueError(
+            f"{len(outputs)} outputs for {len(prompts)} prompts: give one for each, "
+            "and at least one"
+        )
+    known = [_token_ids(model, number, ids) for number, ids in enumerate(outputs)]
+    laws = [
+        dataclasses.replace(
+            law, max_tokens=len(ids), n=1, stop=(), stop_token_ids=(), ignore_eos=True
+        )
+        for law, ids in zip(_one_per_prompt(sampling, len(prompts)), known, strict=True)
+    ]
+    prepared = prepare_all(model, prompts, laws)
+    if engine.max_length is None:
+        longest = max(prompt.limit for prompt in prepared)
+        engine = with_length(model, _SCORING, engine, longest)
+    with Engine(model, speculation=_SCORING, engine=engine) as runner:
+        for index, (prompt, ids) in enumerate(zip(prepared, known, strict=True)):
+            runner.submit(prompt, prompt_index=index, scored=ids)
+        results = []
+        while runner.has_work:
+            results += runner.step()
+    results.sort(key=lambda result: result.prompt_index)
+    return [result.logprobs for result in results]
 
 
 class _Finished:
@@ -203,3 +265,16 @@ def _progress(progress, runner):
         return results
 
     return step_with_bar, contextlib.closing(bar)
+
+
+def _token_ids(model, number, output):
+    """The token ids of an output, checked as those of a prompt."""
+    if isinstance(output, str):
+        raise ValueError(
+            f"output {number} is text, which has no one way back to the tokens that it "
+            "was made of: give token ids"
+        )
+    try:
+        return prepare(model, output, SamplingParams()).token_ids
+    except ValueError as error:
+        raise ValueError(f"output {number}: {error}") from error

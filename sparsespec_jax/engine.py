@@ -16,6 +16,7 @@ from sparsespec_jax.host.dispatcher import HostClock
 from sparsespec_jax.host.intake import (
     check_length,
     check_progress,
+    check_scored,
     make_output,
     make_request,
     prepare,
@@ -155,11 +156,14 @@ class Engine(contextlib.AbstractContextManager):
         return self.submit(prepared, prompt_index=prompt_index, progress=progress)
 
     def submit(
-        self, prepared, *, prompt_index=None, expected_tokens=None, progress=None
-    ):
+        self, prepared, *, prompt_index=None, expected_tokens=None, progress=None,
+        scored=None,
+    ):  # fmt: skip
         """Queue a PreparedPrompt: a new request, or with `progress` one that goes on.
 
         Arguments, results and errors as those of `add_request` and `resume_request`.
+        With `scored`, token ids of a whole output of `max_tokens` tokens, nothing is
+        decoded: the result has these tokens and their log-probabilities (see `score`).
         """
         self._require_open()
         check_length(prepared, self.model, self.max_length)
@@ -167,6 +171,9 @@ class Engine(contextlib.AbstractContextManager):
         if progress is not None:
             check_progress(progress, prepared.sampling)
             samples, emitted = [progress.sample_index], progress.token_ids
+        if scored is not None:
+            check_scored(scored, prepared.sampling, self.shape)
+            emitted = scored
         first = self._next_id
         prompt_index = first if prompt_index is None else prompt_index
         with self._whole:
@@ -179,6 +186,7 @@ class Engine(contextlib.AbstractContextManager):
                     emitted=emitted,
                     group=first if len(samples) > 1 else None,
                     expected=expected_tokens,
+                    is_scored=scored is not None,
                 )
                 self._scheduler.add(request)
                 self._next_id += 1

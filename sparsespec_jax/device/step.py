@@ -198,8 +198,10 @@ def _accept(context, state, lanes, scores):
     else:
         how = dict(filters=filters, exact=context.exact)
         verified = acceptance.shared_noise(*judged, **how)
-    forced = jnp.where(verify.is_seed, verify.num_rows - 1, verified.num_accepted)
-    return verified._replace(num_accepted=forced), laws
+    last = jnp.where(verify.is_seed, verify.num_rows - 1, verified.num_accepted)
+    is_known = verify.is_seed[:, None] & (jnp.arange(rows)[None] < last[:, None])
+    known = jnp.where(is_known, jnp.pad(drafts, ((0, 0), (0, 1))), verified.tokens)
+    return acceptance.Verified(last, known), laws
 
 
 def _ratio_test_or_seed(judged, draft_law, forced, is_seed, filters):
@@ -271,7 +273,7 @@ def _outcome(context, state, lanes, verified, laws, scores):
     first = jnp.where(verify.is_seed, verified.num_accepted, 0)
     count = jnp.where(live, verified.num_accepted - first + 1, 0)
     row = jnp.arange(rows)[None]
-    emitted = jnp.minimum(first[:, None] + row, rows - 1)
+    emitted = (first[:, None] + row) % rows  # a seed's known tokens come last
     tokens = jnp.take_along_axis(verified.tokens, emitted, 1)
     chosen_logprobs = jnp.take_along_axis(chosen_logprobs, emitted, 1)
 

@@ -85,6 +85,19 @@ def check_progress(progress, sampling):
         )
 
 
+def check_scored(token_ids, sampling, shape):
+    """ValueError if token ids are no whole output that an engine of `shape` scores."""
+    if len(token_ids) != sampling.max_tokens or sampling.n > 1:
+        raise ValueError(
+            f"{len(token_ids)} tokens are to be scored, with max_tokens="
+            f"{sampling.max_tokens} and n={sampling.n}: they must be as many, and n 1"
+        )
+    if shape.num_draft_tokens < 1:
+        raise ValueError(
+            "scoring feeds several tokens at once: num_draft_tokens must be 1 or more"
+        )
+
+
 def make_request(
     prepared,
     speculation,
@@ -94,11 +107,13 @@ def make_request(
     emitted=(),
     group=None,
     expected=None,
+    is_scored=False,
 ):
     """The scheduler's record of one sample of a PreparedPrompt.
 
     `emitted` are tokens that it has already, `group` is the same number for all samples
-    of a prompt, `expected` the tokens that it will emit, if that is known.
+    of a prompt, `expected` the tokens that it will emit, if that is known. `is_scored`
+    says that `emitted` is all there will be.
     """
     num_prompt = len(prepared.token_ids)
     return Request(
@@ -113,6 +128,7 @@ def make_request(
         ),
         prompt_group=group,
         expected_length=None if expected is None else num_prompt + expected,
+        is_scored=is_scored,
     )
 
 

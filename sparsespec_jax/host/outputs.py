@@ -75,11 +75,11 @@ class Outputs:
     def add(self, output, progress=None):
         """Take in the output of a new request, or of one that goes on."""
         self._unfinished[output.request.request_id] = output
-        self.num_silent += progress is None
-        self.max_new_tokens += output.sampling.max_tokens
+        request = output.request
+        self.num_silent += len(request.tokens) == request.num_prompt
+        self.max_new_tokens += request.limit - len(request.tokens)
         if progress is None:
             return
-        self.max_new_tokens -= len(progress.token_ids)
         output.logprobs.extend(progress.logprobs)
         output.params_versions = [list(item) for item in progress.params_versions]
         output.metrics = copy.deepcopy(progress.metrics)
@@ -152,12 +152,12 @@ class Outputs:
             planned.is_whole.tolist(),
             strict=True,
         )
-        emissions = []
+        emissions = self._judge_scored(planned, outcome)
         for (request, count, is_done, tokens, logprobs, *judged), counts in zip(
             lanes, cascade, strict=False
         ):
             output = self._unfinished.get(request.request_id)
-            if output is None or count == 0:
+            if output is None or count == 0 or request.is_scored:
                 continue  # ended while this step was in flight, or a replay
             self._record(output, *judged, counts)
             if with_text:
@@ -166,6 +166,21 @@ class Outputs:
             self._count_emitted(output, len(emission.tokens), version)
             emissions.append(emission)
         return committed, emissions
+
+    def _judge_scored(self, planned, outcome):
+        """Emissions of no token, of requests whose last tokens are scored."""
+        ended = []
+        for lane, request in enumerate(planned.requests):
+            output = self._unfinished.get(request.request_id)
+            if output is None or not request.is_scored:
+                continue
+            known = outcome.known_logprobs(lane, int(planned.num_rows[lane]))
+            first = int(planned.seed_starts[lane]) + 1 - request.num_prompt
+            del output.logprobs[first:]  # after a preemption they come again
+            output.logprobs.extend(known.tolist())
+            if not planned.is_replay[lane]:
+                ended.append(Emission(output, [], "length", None))
+        return ended
 
     def hand_out(self, emissions, results, events):
         """Ended outputs join `results`; their requests hold the tokens by now.

@@ -34,6 +34,7 @@ class Request:
     min_budget: int
     expected_length: int | None = None  # tokens it will have (`oracle` only)
     prompt_group: int | None = None  # the same for all samples of a prompt
+    is_scored: bool = False  # has all of its tokens: only what they score is wanted
     status: Status = Status.WAITING
     slot: int = -1  # -1 while it holds none
     prefilled: int = 0  # first tokens that have KV or will by the steps planned

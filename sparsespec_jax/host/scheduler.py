@@ -161,6 +161,7 @@ class Scheduler:
             self.shape.num_queries,
             self.arrays.is_whole(slots, self.shape.cycle),
             np.zeros(slots.size, bool),
+            np.zeros(slots.size, np.int64),
         )
         plan = None
         if prefilling or slots.size or updates or drafting.size:
@@ -215,11 +216,9 @@ class Scheduler:
 
     def _admission_pages(self, request):
         """(pages to promise to a new request, pages that must be available)."""
-        if self._policy == "reserve":
-            pages = self.kv.pages_needed(request)
-            return pages, pages
-        if self._policy == "oracle":
-            pages = self.kv.pages_needed(request, request.expected_length)
+        if self._policy in ("reserve", "oracle"):
+            length = request.expected_length if self._policy == "oracle" else None
+            pages = self.kv.pages_needed(request, length)
             return pages, pages
         pages = self.kv.pages_needed(request, len(request.tokens))
         return pages, pages + self._headroom
@@ -284,7 +283,8 @@ class Scheduler:
         arrays, rows = self.arrays, planned.num_rows
         for lane in np.flatnonzero(~arrays.is_running[slots]).tolist():
             request = planned.requests[lane]
-            rows[lane] = self._plan_first_verify(plan, lane, request)
+            first = self._plan_first_verify(plan, lane, request)
+            planned.seed_starts[lane], rows[lane] = first
             planned.is_replay[lane] = not request.is_seeded
         arrays.is_running[slots] = ~planned.is_replay
         arrays.drafted[slots] = 0
@@ -293,18 +293,19 @@ class Scheduler:
         arrays.reach[slots] += rows
 
     def _plan_first_verify(self, plan, lane, request):
-        """A seed verify, or after a change of K the pending token alone; its rows."""
+        """(first position, rows) of a seed verify, or of the pending token alone."""
         request.status = Status.RUNNING
         if request.is_seeded:
             plan.views["seed_counts"][lane] = PENDING_ONLY
-            return 1
+            return request.committed, 1
         start, tail, is_last = self._feeding.next_seed(request, self.shape)
         plan.seed(lane, start, tail)
+        self.arrays.reach[request.slot] = start
         request.is_seeded = is_last
-        request.prefilled = start + len(tail)
+        request.prefilled = self._feeding.fed_by(request, start, tail)
         if not is_last:
             request.prefill_reads += reads_of_chunk(start, len(tail))
-        return len(tail)
+        return start, len(tail)
 
     def _next_prefills(self, updates):
         """Requests whose prompt the next step goes on with, oldest first."""

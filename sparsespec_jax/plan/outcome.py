@@ -16,6 +16,7 @@ class PlannedVerifies(NamedTuple):
     num_queries: int  # Q of the step
     is_whole: np.ndarray  # bool [n], all draft steps of a cycle lie behind
     is_replay: np.ndarray  # bool [n], feeds known tokens alone: what it emits is known
+    seed_starts: np.ndarray  # int64 [n], first position that a seed verify feeds
 
 
 class CascadeCounts(NamedTuple):
@@ -33,9 +34,15 @@ class StepOutcome(NamedTuple):
     num_emitted: np.ndarray  # int32 [E] tokens in this outcome, 0 for an idle lane
     num_accepted: np.ndarray  # int32 [E] accepted drafts; SEED for a seed verify
     is_done: np.ndarray  # bool [E] the device saw a stop token or the length limit
-    tokens: np.ndarray  # int32 [E, Q] emitted tokens, first num_emitted are valid
+    # int32 [E, Q]: first num_emitted are valid. A seed verify's one is followed by what
+    # it fed beside its first token, in the last places: see `known_logprobs`.
+    tokens: np.ndarray
     logprobs: np.ndarray  # float32 [E, Q]
     cascade: np.ndarray | None  # int32 [E, 4], CascadeCounts of each lane
+
+    def known_logprobs(self, lane, num_rows):
+        """Log-probabilities of the last tokens that a seed verify of `num_rows` fed."""
+        return self.logprobs[lane, self.logprobs.shape[1] - num_rows + 1 :]
 
     def pack(self, xp, as_int):
         """One int32 array [E, 3 + 2 Q], or with a cascade [E, 7 + 2 Q].

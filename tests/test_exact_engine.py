@@ -1,0 +1,73 @@
+"""Exact numerics through the whole engine, with interpreted kernels of the GPU."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import kv_rows
+from experiments.models import TINY
+from sparsespec_jax import EngineConfig, Model, SamplingParams, SpeculationConfig
+from sparsespec_jax.host.intake import prepare
+from sparsespec_jax.models.transformer import init_params
+
+# The smallest shapes that the kernels serve.
+SHAPES = dataclasses.replace(
+    TINY, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64, hidden_size=64
+)
+PROMPTS = [
+    np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in ((0, 5), (1, 70))
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = init_params(SHAPES, seed=0, dtype="bfloat16")
+    return Model(name="tiny", config=SHAPES, params=params, tokenizer=None)
+
+
+def make_engine(model, **speculation):
+    return kv_rows.ReadableEngine(
+        model,
+        speculation=SpeculationConfig(**speculation),
+        engine=EngineConfig(
+            numerics="exact", impl="gpu_interpret", prefill_chunk=128, page_size=32,
+            num_slots=2, max_length=128,
+        ),
+    )  # fmt: skip
+
+
+def run(engine, num_tokens=None):
+    """Results, until so many tokens are emitted."""
+    results = []
+    while engine.has_work and engine.num_emitted_tokens < (num_tokens or 10**9):
+        results += engine.step()
+    return sorted(results + engine.pause(), key=lambda result: result.prompt_index)
+
+
+def bits(results):
+    return [(r.token_ids, np.float32(r.logprobs).tobytes()) for r in results]
+
+
+def test_texts_scores_and_kv_rows_have_the_bits_of_plain_decoding(model):
+    law = SamplingParams(temperature=0.8, max_tokens=7, ignore_eos=True)
+    prepared = [prepare(model, prompt, law) for prompt in PROMPTS]
+    engines = (
+        make_engine(model, num_draft_tokens=0),
+        make_engine(model, num_draft_tokens=3),
+    )
+    with engines[0] as plain, engines[1] as speculative:
+        for engine in engines:
+            for index, prompt in enumerate(prepared):
+                engine.submit(prompt, prompt_index=index)
+            run(engine, num_tokens=8)
+        found = kv_rows.compare(plain, speculative)
+        assert found["kv_texts"] == 2
+        assert found["identical_kv_rows"] == found["kv_rows"] > 75
+        wanted = run(plain)
+        assert bits(run(speculative)) == bits(wanted)
+        for index, result in enumerate(wanted):
+            speculative.submit(
+                prepared[index], prompt_index=index, scored=result.token_ids
+            )
+        assert bits(run(speculative)) == bits(wanted)
