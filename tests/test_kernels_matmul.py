@@ -6,6 +6,8 @@ another order gives another one. The interpreter's rows end in NaN.
 
 import dataclasses
 import functools
+import json
+import sys
 
 import jax.numpy as jnp
 import kernel_inputs as ki
@@ -15,7 +17,7 @@ from gpu_interpreter import run_with_races
 
 from pallas_kernels import timing
 from pallas_kernels.cases import by_name, tagged
-from pallas_kernels.matmul import bench, gpu, matmul
+from pallas_kernels.matmul import bench, gpu, matmul, sweep
 from pallas_kernels.matmul.cases import MATMUL_CASES
 from pallas_kernels.matmul.gpu_schedule import (
     MatmulConfig,
@@ -261,3 +263,34 @@ def test_the_benchmark_times_and_compares(monkeypatch):
 def test_product_on_the_device(case):
     x, weight = whole_numbers(case.num_tokens, *case.weight)
     ki.assert_same_bits(matmul(x, weight, impl="gpu"), product(x, weight))
+
+
+def test_the_sweep_compares_and_times(monkeypatch, tmp_path, capsys):
+    """On a CPU, by the reference in place of the kernel; one product has a fault."""
+
+    def make(x, weight, config):
+        made = matmul(x, weight, impl="reference")
+        return made.at[3, 5].set(0.25) if config.tile_rows == 256 else made
+
+    for name, value in dict(
+        matmul_gpu=make,
+        LAYERS={"qwen3_8b": {"out": (64, 128)}},
+        _SECONDS=0.0,
+        _REPEATS=1,
+        _LIBRARY=None,
+        _UNTUNED=None,
+    ).items():
+        monkeypatch.setattr(sweep, name, value)
+    path = tmp_path / "matmul.json"
+    arguments = ["sweep", "--models", "qwen3_8b", "--rows", "128", "2072"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(path)])
+    sweep.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    few, many = json.loads(path.read_text())["rows"]
+    assert few["numbers"] == 128 * 128 and len(few["tflop_per_s"]) == 1
+    assert many["differing"].pop("tall") == many["differing"].pop("tall alone") == 1
+    assert set(many["differing"].values()) == {0}
+    for row in (few, many):
+        assert 0 < row["error"] < 4e-3 and row["beyond_one_unit"] == 0
+        assert row["first_rows_differing"] == 0
+    assert many["moved_rows_differing"] == 0 and "xla" in many["tflop_per_s"]

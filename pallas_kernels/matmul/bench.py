@@ -7,15 +7,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.cases import by_name
 from pallas_kernels.matmul.api import matmul
-from pallas_kernels.matmul.cases import MATMUL_CASES, MatmulCase
+from pallas_kernels.matmul.cases import LAYERS, MATMUL_CASES, MatmulCase
 from pallas_kernels.timing import Rates, relative_error, time_us
 
-_PRODUCTS = "heads", "out", "gate_up", "down"
-_NAMES = (
-    *(f"qwen3_8b_{name}_2072" for name in _PRODUCTS),
-    *(f"qwen3_8b_{name}_2048" for name in _PRODUCTS),
-    *(f"qwen2_5_1_5b_{name}_2072" for name in _PRODUCTS),
-)
+_TIMED = ("qwen3_8b", 2072), ("qwen3_8b", 2048), ("qwen2_5_1_5b", 2072)
+_NAMES = tuple(f"{model}_{name}_{t}" for model, t in _TIMED for name in LAYERS[model])
 CASES = tuple(by_name(MATMUL_CASES, name) for name in _NAMES)
 
 

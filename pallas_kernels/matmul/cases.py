@@ -35,19 +35,21 @@ def _case(name, num_tokens, num_inputs, num_outputs, tags=H100):
 
 
 # (in, out) of the products of a layer: heads, attention's output, gate and up, down.
-_LAYERS = dict(
-    qwen3_8b=((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096)),
-    qwen2_5_1_5b=((1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536)),
-    smollm2_135m=((576, 960), (576, 576), (576, 3072), (1536, 576)),
-)
+LAYERS = {
+    model: dict(zip(("heads", "out", "gate_up", "down"), weights, strict=True))
+    for model, weights in dict(
+        qwen3_8b=((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096)),
+        qwen2_5_1_5b=((1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536)),
+        smollm2_135m=((576, 960), (576, 576), (576, 3072), (1536, 576)),
+    ).items()
+}
 
 
 def _of_layer(model, num_tokens):
     """Returns the products of one layer, by what they make."""
-    names = "heads", "out", "gate_up", "down"
     return tuple(
         _case(f"{model}_{name}_{num_tokens}", num_tokens, *weight)
-        for name, weight in zip(names, _LAYERS[model], strict=True)
+        for name, weight in LAYERS[model].items()
     )
 
 
