@@ -19,7 +19,7 @@ import numpy as np
 
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.host.cost_model import CostModel
-from sparsespec_jax.loading.default_model import user_cache_dir
+from sparsespec_jax.loading.user_cache import user_cache_dir
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.plan.slot_params import slot_params
