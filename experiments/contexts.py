@@ -1,4 +1,4 @@
-"""Contexts for measuring acceptance: cuts of the model's own text at temperature 1.
+r"""Contexts for measuring acceptance: the model's own text, or prompts on long files.
 
 Free runs at low temperature end in verbatim loops with a small model, and loops
 flatter or punish a drafting policy for nothing it will meet elsewhere. So acceptance is
@@ -9,22 +9,32 @@ loop are left out (`is_looping`).
         --continuations plain.json
 
 writes contexts as token ids, and what plain decoding makes of them at each temperature,
-which spares every later `experiments.study` that work.
+which spares every later `experiments.study` that work. The model's own text starts from
+essays and exercises, from problems that want reasoning (`--source reasoning`), or from
+a prompt file. `--source files` makes chat prompts over source files and documents that
+every machine has, of the lengths that are asked for:
+
+    python -m experiments.contexts --model qwen2.5-coder-1.5b --dtype bfloat16 \
+        --source files --lengths 2048,4096,8192,16384,30720 --num_prefixes 10 \
+        --output contexts.json --continuations plain.json
+
+They follow from the seed, the tokenizer and the versions of Python and the packages;
+the file says which these were and the SHA-256 of all ids.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import hashlib
 import json
 import pathlib
 import random
 
 import numpy as np
 
-from experiments import fingerprint, launch, models, record, signals
+from experiments import context_files, fingerprint, launch, models, record, signals
 from experiments.options import Writes, option
-from experiments.prompts import as_chat, load_prompts
+from experiments.prompts import essays, load_prompts, reasoning
 from sparsespec_jax import (
     Engine,
     EngineConfig,
@@ -33,42 +43,16 @@ from sparsespec_jax import (
     sizes,
 )
 
-_TASKS = (
-    "Explain in detail, with worked examples, {}.",
-    "Write a long and careful essay about {}.",
-    "Tell a long story, rich in detail, in which someone discovers {}.",
-    "Set yourself three hard exercises about {} and solve them step by step.",
-)
-_TOPICS = (
-    "how prime numbers are distributed",
-    "the geometry of triangles and circles",
-    "the tides and the motion of the moon",
-    "how bread rises and why it browns",
-    "counting arguments and the pigeonhole principle",
-    "the history of measuring time",
-    "how a city supplies itself with water",
-    "linear equations and their applications",
-)
-
 OF_SMOLLM2 = "experiments/results/contexts_smollm2.json"
 RANGES = ((500, 1000), (1000, 2000), (2000, 3000))
 
 
-def prompts(count):
-    """`count` chat prompts, all different; at most 32."""
-    pairs = list(itertools.product(_TASKS, _TOPICS))
-    if count > len(pairs):
-        raise ValueError(f"num_prefixes must be at most {len(pairs)}, got {count}")
-    random.Random(0).shuffle(pairs)
-    return [as_chat(task.format(topic)) for task, topic in pairs[:count]]
-
-
 def prompt_ids(model, count, is_smoke):
-    """Token ids of the `prompts`; a smoke run, whose model cannot read, has others."""
+    """Token ids of the `essays`; a smoke run, whose model cannot read, has others."""
     if is_smoke:
         return smoke_contexts()[:count]
     tokenizer = model.require_tokenizer()
-    return [tokenizer.encode_chat(chat) for chat in prompts(count)]
+    return [tokenizer.encode_chat(chat) for chat in essays(count)]
 
 
 def smoke_contexts():
@@ -174,10 +158,11 @@ def path_for(values):
 
 
 def load_contexts(path) -> list[list[int]]:
-    """Token ids of the contexts in a JSON file.
+    """Token ids of the contexts in a JSON file: a list of them, or what `main` writes.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: there is no such file, it holds something else, or other ids than
+            those whose SHA-256 it names.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -189,12 +174,26 @@ def load_contexts(path) -> list[list[int]]:
         contexts = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"contexts: {path} is damaged: {error}") from None
+    named = None
+    if isinstance(contexts, dict):
+        named, contexts = contexts.get("sha256"), contexts.get("contexts")
     if not isinstance(contexts, list) or not contexts:
         raise ValueError(f"contexts: {path} is not a list of contexts (token ids)")
     for index, context in enumerate(contexts):
         if not (isinstance(context, list) and context and all(map(_is_id, context))):
             raise ValueError(f"contexts: {path}: context {index} is no list of ids")
+    if named is not None and named != hash_of(contexts):
+        raise ValueError(
+            f"contexts: {path} names the SHA-256 {named}, its contexts have "
+            f"{hash_of(contexts)}: they were changed; write the file again"
+        )
     return contexts
+
+
+def hash_of(contexts) -> str:
+    """SHA-256 of all token ids and of where each context ends."""
+    text = json.dumps(contexts, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_id(item):
@@ -280,66 +279,132 @@ class ContextsConfig(Writes):
     continuations: str | None = option(None, "Plain texts to write, JSON.")
     model: str = option("smollm2")
     dtype: str = option("float32", "Type.", choices=models.DTYPES)
-    prompts: str | None = option(None, "Prompt file; default: essays and exercises.")
-    num_prefixes: int = option(24, "Prompts that texts are made from.", at_least=1)
-    samples_per_prompt: int = option(1, "Texts of each prompt.", at_least=1)
-    ranges: tuple[str, ...] = option(("500-1000", "1000-2000", "2000-3000"), "Lengths.")
+    source: str = option(
+        "essays",
+        "What they are made of: own text after essays or reasoning, or files.",
+        choices=("essays", "reasoning", "files"),
+    )
+    prompts: str | None = option(None, "Prompt file, for own text after its prompts.")
+    num_prefixes: int = option(
+        24, "Prompts (reasoning: 16; files: 10 a length).", at_least=1
+    )
+    samples_per_prompt: int = option(1, "Own texts of each prompt.", at_least=1)
+    ranges: tuple[str, ...] = option(
+        ("500-1000", "1000-2000", "2000-3000"), "Lengths of own text."
+    )
+    lengths: tuple[int, ...] = option(
+        (512, 1024, 2048, 4096, 8192, 16384, 30720),
+        "Tokens of prompts over files.",
+        at_least=256,
+    )
     temperatures: tuple[float, ...] = option((0.0, 0.3, 0.65, 1.0), "Of continuations.")
-    max_tokens: int = option(96, "New tokens per context.", at_least=1)
+    max_tokens: int = option(96, "New tokens per context; files: 256.", at_least=1)
+    num_slots: int | None = option(
+        None, "Contexts at a time; default: all, files: 8.", kind=int, at_least=1
+    )
     page_size: int = option(16, "Tokens per KV page.", at_least=1)
-    prefill_chunk: int = option(128, "Prompt tokens per step.", at_least=1)
+    prefill_chunk: int = option(128, "Prompt tokens per step; files: 512.", at_least=1)
     seed: int = option(0, "Seed of texts, cuts and continuations.", at_least=0)
     impl: str | None = option(None, "Kernels; default: the platform's.")
+
+    @classmethod
+    def defaults(cls, given):
+        """Of long prompts there are fewer, and their answers are longer."""
+        files = dict(num_prefixes=10, max_tokens=256, num_slots=8, prefill_chunk=512)
+        of_source = {"files": files, "reasoning": {"num_prefixes": 16}}
+        return of_source.get(given.get("source"), {})
+
+
+def _chats(values):
+    """The prompts of own text."""
+    count = values.num_prefixes
+    if values.prompts:
+        chats = load_prompts(values.prompts, chat=True)
+        if len(chats) < count:
+            raise ValueError(f"{values.prompts} holds {len(chats)} of {count} prompts")
+        return chats[:count]
+    return reasoning(count) if values.source == "reasoning" else essays(count)
+
+
+def _file_prompts(values, model, behind):
+    """FilePrompts, checked."""
+    found = context_files.file_prompts(
+        model.require_tokenizer(),
+        lengths=values.lengths,
+        count=values.num_prefixes,
+        seed=values.seed,
+    )
+    ids = [prompt.ids for prompt in found]
+    check_contexts(ids, model, source="--lengths", max_tokens=behind)
+    return found
 
 
 def main(values):
     """Write contexts, then their plain continuations."""
+    of_files = values.source == "files"
+    behind = values.max_tokens + 1 if values.continuations else 0
     with launch.checking():
+        if of_files and values.prompts:
+            raise ValueError("--prompts is of own text, --source=files has prompts")
         ranges = parse_ranges(values.ranges)
         for temperature in values.temperatures:
             SamplingParams(temperature=temperature)
-        count = values.num_prefixes
-        chats = (
-            load_prompts(values.prompts, chat=True)
-            if values.prompts
-            else prompts(count)
-        )
-        if len(chats) < count:
-            raise ValueError(f"{values.prompts} holds {len(chats)} of {count} prompts")
+        chats = [] if of_files else _chats(values)
         model = models.load(values.model, dtype=values.dtype)
-        longest = max(high for _, high in ranges)
-        chats = encode_chats(model, chats[:count], length=longest)
-        behind = values.max_tokens + 1 if values.continuations else 0
+        if of_files:
+            made = _file_prompts(values, model, behind)
+            contexts = [[*prompt.ids] for prompt in made]
+            longest = max(map(len, contexts))
+        else:
+            longest = max(high for _, high in ranges)
+            chats = encode_chats(model, chats, length=longest)
+            chats *= values.samples_per_prompt
         options = plain_options(
             length=longest + behind,
-            num_slots=count * values.samples_per_prompt,
+            num_slots=values.num_slots or len(chats),
             page_size=values.page_size,
             impl=values.impl,
             prefill_chunk=values.prefill_chunk,
         )
         sizes.resolve(model, *options)
-    engine = Engine(model, speculation=options[0], engine=options[1])
-    chats *= values.samples_per_prompt
-    texts = free_runs(engine, chats, length=longest, seed=values.seed)
-    contexts = cut(texts, seed=values.seed, ranges=ranges)
-    write_contexts(values.output, contexts)
-    print(f"{len(contexts)} contexts", flush=True)
+    if behind or not of_files:
+        engine = Engine(model, speculation=options[0], engine=options[1])
+    about = {"options": values.recorded(), "versions": context_files.versions()}
+    if of_files:
+        about["prompts"] = [prompt.described() for prompt in made]
+    else:
+        texts = free_runs(engine, chats, length=longest, seed=values.seed)
+        contexts = cut(texts, seed=values.seed, ranges=ranges)
+    write_contexts(values.output, contexts, **about)
+    print(f"{len(contexts)} contexts, SHA-256 {hash_of(contexts)}", flush=True)
     if values.continuations:
-        law = dict(max_tokens=behind, seed=values.seed)
-        inputs = continuation_inputs(model, contexts, **law)
-        found = {"inputs": inputs, "texts": {}}
-        for temperature in values.temperatures:
-            results = continue_contexts(
-                engine, contexts, temperature=temperature, **law
-            )
-            found["texts"][str(temperature)] = [list(r.token_ids) for r in results]
-            print(f"continued at temperature {temperature}", flush=True)
-        _write(values.continuations, found)
+        _continue(values, engine, model, contexts, behind)
 
 
-def write_contexts(path, contexts):
-    """Write contexts for `load_contexts`, whole or not at all."""
-    _write(path, contexts)
+def _continue(values, engine, model, contexts, max_tokens):
+    """Write the plain continuations, and how many of them loop or go past an end."""
+    law = dict(max_tokens=max_tokens, seed=values.seed)
+    found = {"inputs": continuation_inputs(model, contexts, **law), "texts": {}}
+    found |= {"num_looping": {}, "num_past_end": {}}
+    for temperature in values.temperatures:
+        results = continue_contexts(engine, contexts, temperature=temperature, **law)
+        texts = [list(r.token_ids) for r in results]
+        looping = sum(map(is_looping, texts))
+        ended = sum(not {*model.config.eos_ids}.isdisjoint(text) for text in texts)
+        found["texts"][str(temperature)] = texts
+        found["num_looping"][str(temperature)] = looping
+        found["num_past_end"][str(temperature)] = ended
+        print(
+            f"continued at temperature {temperature}: of {len(texts)} texts {looping} "
+            f"loop, which studies leave out, and {ended} go on past an end of text",
+            flush=True,
+        )
+    _write(values.continuations, found)
+
+
+def write_contexts(path, contexts, **about):
+    """Write contexts for `load_contexts`, whole or not at all; `about` says of what."""
+    _write(path, {"sha256": hash_of(contexts), **about, "contexts": contexts})
 
 
 def _write(path, value):

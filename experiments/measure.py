@@ -10,7 +10,9 @@ from sparsespec_jax.models.transformer import params_dtype
 
 _RESAMPLES = 2000
 _RANGES = ((500, 1000), (1000, 2000), (2000, 4000), (4000, 8192))
-_OTHERS = ((0, 500), (8192, 1 << 20))  # named only if there is a context
+# Named only if there is a context: not every model reads so far.
+_OTHERS = ((0, 500), (8192, 16_384), (16_384, 24_576), (24_576, 32_768))
+_OTHERS += ((32_768, 1 << 20),)
 
 
 def mean_and_error(values):

@@ -1,9 +1,11 @@
-"""Prompts: the built-in mathematics problems and prompt files."""
+"""Prompts: built-in problems, essays and puzzles, and prompt files."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
+import random
 
 # A prompt is text, a list of chat messages or a list of token ids.
 Prompt = str | list[dict] | list[int]
@@ -19,6 +21,89 @@ _PROBLEMS = (
     "fly? Give two different solutions.",
     "A bag holds 5 red and 7 blue marbles. Three are drawn without putting any back. "
     "Work out the chance that exactly two are red, and check it by a second method.",
+)
+
+
+# Problems that take many steps and no figures to look up.
+_REASONING = (
+    "A clock loses 4 minutes an hour and another gains 2. Both are set right at noon. "
+    "When do they next show the same time, and when do both next show the right one?",
+    "In how many ways can a path of 10 squares be covered by tiles of 1, 2 and 3 "
+    "squares if no two tiles of 3 may touch? Set up a recurrence and work it out.",
+    "Five people shake hands at a party, nobody with their own partner. Asked, all but "
+    "the host name a different number of handshakes. How many did the partner of the "
+    "host make? Argue case by case.",
+    "A tank has two inlets that fill it in 6 and 9 hours and a leak that empties it in "
+    "12. The leak opens only above half. How long does filling take from empty?",
+    "Show that among any 7 whole numbers there are two whose difference or sum is "
+    "divisible by 10. Then find the largest set for which it fails.",
+    "A robot walks on a grid from (0, 0) to (6, 5), right or up. Squares (2, 2) and "
+    "(4, 3) are holes. Count its ways in two different manners and compare.",
+    "Three switches outside a room belong to three lamps inside. You may enter twice. "
+    "Plan what to do if one of the lamps may be broken, and prove that it suffices.",
+    "Find all whole numbers n below 200 for which n squared ends in the digits of n. "
+    "Reason with remainders before you test anything.",
+    "A game: from a heap of 50 stones players take 1, 3 or 4 in turn; who takes the "
+    "last wins. Who wins, and by what rule? Derive the pattern and prove it.",
+    "A train of 200 m passes a walker who goes the same way in 10 s and one who comes "
+    "towards it in 8 s; both walk equally fast. How fast are train and walkers?",
+    "You have weights of 1, 3, 9 and 27 g and a balance. Which whole weights up to 40 "
+    "g can be told, and how is 23 g weighed? Explain why no four weights do better.",
+    "Two urns hold 3 red and 2 blue, and 1 red and 4 blue balls. One ball moves from "
+    "the first to the second, then one is drawn from the second: it is red. What is "
+    "the chance that the ball that moved was red? Check by listing all cases.",
+    "A sequence starts 1, 1 and goes on with the sum of the last two, less 1 if that "
+    "sum is even. Work out its first fifteen members, guess a law and try to prove it.",
+    "A farmer fences a rectangle along a river with 120 m of fence and one dividing "
+    "fence at a right angle to the river. Which shape has most area? Solve it by "
+    "completing a square and again by symmetry.",
+    "Each of 8 boxes is heavier than the one before by the same amount, but one was "
+    "filled wrongly. Plan weighings in pairs that find it, and count the worst case.",
+    "Write 2026 as a sum of consecutive whole numbers in every possible way, and "
+    "explain how the number of ways follows from its divisors.",
+)
+
+
+def essays(count: int) -> list[Prompt]:
+    """`count` chats that ask for a long text, all different; at most 32."""
+    pairs = list(itertools.product(_ESSAYS, _TOPICS))
+    if count > len(pairs):
+        raise ValueError(f"num_prefixes must be at most {len(pairs)}, got {count}")
+    random.Random(0).shuffle(pairs)
+    return [as_chat(task.format(topic)) for task, topic in pairs[:count]]
+
+
+def reasoning(count: int) -> list[Prompt]:
+    """The first `count` of 16 problems as chats that ask for every step.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if count > len(_REASONING):
+        raise ValueError(
+            f"num_prefixes must be at most {len(_REASONING)} for reasoning, got {count}"
+        )
+    return [
+        as_chat(f"{problem}\n\nThink it through step by step, and check the result.")
+        for problem in _REASONING[:count]
+    ]
+
+
+_ESSAYS = (
+    "Explain in detail, with worked examples, {}.",
+    "Write a long and careful essay about {}.",
+    "Tell a long story, rich in detail, in which someone discovers {}.",
+    "Set yourself three hard exercises about {} and solve them step by step.",
+)
+_TOPICS = (
+    "how prime numbers are distributed",
+    "the geometry of triangles and circles",
+    "the tides and the motion of the moon",
+    "how bread rises and why it browns",
+    "counting arguments and the pigeonhole principle",
+    "the history of measuring time",
+    "how a city supplies itself with water",
+    "linear equations and their applications",
 )
 
 

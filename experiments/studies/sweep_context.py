@@ -10,6 +10,7 @@ Cost: about 20 s a row on an H100.
 from experiments.study_config import Row, Study
 
 RANGES = ((500, 1000), (1000, 2000), (2000, 4000), (4000, 8192))
+RANGES += ((8192, 16_384), (16_384, 24_576), (24_576, 32_768))
 
 
 def get_study():
