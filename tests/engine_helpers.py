@@ -41,6 +41,15 @@ def run(model, prompts, sampling=LAWS, *, engine=None, **speculation):
     )
 
 
+def first_layers(model, num_layers):
+    """The model without its later layers: compiles as fast as it is short."""
+    dropped = {f"layer_{i}" for i in range(num_layers, model.config.num_layers)}
+    assert dropped < model.params.keys()
+    params = {name: x for name, x in model.params.items() if name not in dropped}
+    config = dataclasses.replace(model.config, num_layers=num_layers)
+    return dataclasses.replace(model, config=config, params=params)
+
+
 def long_load(model, num_tokens):
     """Options of `run`: greedy and sampled, past a 1,000-token context."""
     text = "The number of ways to tile a board, counted in several ways. " * 80

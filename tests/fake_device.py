@@ -87,9 +87,10 @@ class FakeDevice:
     def run(self, plan, planned):
         """One step; (planned, tokens emitted, rows committed) per verify lane."""
         views = plan.views
-        for table, slot, column, page in views["table_updates"]:
-            if slot < self.shape.num_slots:
-                (self.full, self.draft)[table][slot, column] = page
+        updates = views["table_updates"]  # most of them are of no slot
+        updates = updates[updates[:, 1] < self.shape.num_slots]
+        for table, slot, column, page in updates.tolist():
+            (self.full, self.draft)[table][slot, column] = page
         slots = views["verify_slots"][views["verify_slots"] < self.shape.num_slots]
         drafting = views["draft_slots"][views["draft_slots"] < self.shape.num_slots]
         assert drafting.size == len(set(drafting.tolist()))

@@ -4,7 +4,6 @@ On its first layers: a step of all thirty compiles for 15 s, which says no more 
 notebook. The README's code runs the whole model (tests/test_repo.py).
 """
 
-import dataclasses
 import json
 import pathlib
 import warnings
@@ -13,6 +12,7 @@ import matplotlib.pyplot
 import pytest
 
 import sparsespec_jax
+from tests.engine_helpers import first_layers
 
 NUM_LAYERS = 4
 
@@ -27,22 +27,17 @@ def code_cells(path):
 
 
 @pytest.fixture
-def first_layers(monkeypatch):
+def fewer_layers(monkeypatch):
     """`load_model` gives the first layers of the model that it is asked for."""
     load_model = sparsespec_jax.load_model
 
     def load(*args, **options):
-        model = load_model(*args, **options)
-        config = dataclasses.replace(model.config, num_layers=NUM_LAYERS)
-        dropped = {f"layer_{i}" for i in range(NUM_LAYERS, model.config.num_layers)}
-        assert dropped < model.params.keys()
-        params = {k: v for k, v in model.params.items() if k not in dropped}
-        return dataclasses.replace(model, config=config, params=params)
+        return first_layers(load_model(*args, **options), NUM_LAYERS)
 
     monkeypatch.setattr(sparsespec_jax, "load_model", load)
 
 
-@pytest.mark.usefixtures("first_layers")
+@pytest.mark.usefixtures("fewer_layers")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, capsys):
     matplotlib.use("Agg")

@@ -14,7 +14,9 @@ from experiments import made_up, pressure, record, time_split
 from experiments.loads import LOADS
 from pallas_kernels import device_trace
 from pallas_kernels.device_trace import Kernel
+from sparsespec_jax import save_checkpoint
 from sparsespec_jax.tuning import calibrate
+from tests.engine_helpers import first_layers
 
 SCOPES = {
     "loop_add_fusion_1": "jit(step)/Transformer/layer_0/add",
@@ -172,12 +174,14 @@ def test_steps_of_a_load_on_made_up_caches(tiny_model):
     }
 
 
-def test_a_small_load_end_to_end(tmp_path):
-    output = tmp_path / "run"
+def test_a_small_load_end_to_end(default_model, tmp_path):
+    """Real weights and prompts, of a model cut to its first layers."""
+    output, folder = tmp_path / "run", tmp_path / "model"
+    save_checkpoint(first_layers(default_model, 2), folder)
     command = [
         sys.executable, "-m", "experiments.throughput", "--load=smollm2_256x4096",
-        "--num_requests=2", "--num_slots=2", "--new_tokens=12", "--page_size=16",
-        "--dtype=float32", "--prefill_lanes=1", "--trace_steps=0",
+        f"--model={folder}", "--num_requests=2", "--num_slots=2", "--new_tokens=12",
+        "--page_size=16", "--dtype=float32", "--prefill_lanes=1", "--trace_steps=0",
         "--num_draft_tokens=2", f"--output={output}",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True)
