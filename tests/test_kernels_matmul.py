@@ -283,9 +283,10 @@ def test_the_sweep_compares_and_times(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sweep, name, value)
     path = tmp_path / "matmul.json"
     arguments = ["sweep", "--models", "qwen3_8b", "--rows", "128", "2072"]
+    arguments += ["--tries", *sweep._CONFIGS]
     monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(path)])
     sweep.main()
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
     few, many = json.loads(path.read_text())["rows"]
     assert few["numbers"] == 128 * 128 and len(few["tflop_per_s"]) == 1
     assert many["differing"].pop("tall") == many["differing"].pop("tall alone") == 1

@@ -72,12 +72,14 @@ class MatmulConfig:
 
 
 # Tiles that are tried, and what a step of each takes, relative to the arithmetic.
+# Measured on an H200, as the costs below (docs/kernels.md).
 _CHOICES = (
     (MatmulConfig(), 1.0),
-    (MatmulConfig(tile_columns=192, num_stages=4), 1.05),
+    (MatmulConfig(tile_columns=192, num_stages=4), 1.08),
     (MatmulConfig(tile_columns=128, num_stages=6), 1.15),
 )
-_HALF_COST = 0.6  # of a tile of which one warpgroup has no rows
+_LONE_COST = 1.2  # of a last row of tiles, of which a pair reads the weight twice
+_HALF_COST = 0.7  # if one warpgroup has no rows
 _TILE_STEPS = 2.0  # that the start and the end of a tile take, of 128 x 256 x 64
 
 
@@ -114,36 +116,44 @@ def make_table(num_rows: int, num_columns: int, config: MatmulConfig) -> np.ndar
 
 
 def _shares(num_rows, num_columns, config):
-    """Returns (load in tiles, units) of every cluster: the longest units come first."""
-    count = config.num_ctas // config.cluster
-    shares = [(0.0, index, []) for index in range(count)]
+    """Returns (load in tiles, units) of every cluster.
+
+    Units are dealt out one by one to the cluster with the least to do, short ones last.
+    Each cluster then takes its own in the order of the weight's columns: whoever reads
+    a column reads it when others do.
+    """
+    shares = [(0.0, index, []) for index in range(config.num_ctas // config.cluster)]
     for cost, units in _units(num_rows, num_columns, config):
         for unit in units:
             load, index, taken = heapq.heappop(shares)
             taken.append(unit)
             heapq.heappush(shares, (load + cost, index, taken))
-    return [(load, taken) for load, _, taken in sorted(shares, key=lambda x: x[1])]
+    ordered = sorted(shares, key=lambda share: share[1])
+    return [(load, [unit for _, unit in sorted(taken)]) for load, _, taken in ordered]
 
 
 @functools.lru_cache(maxsize=64)
 def _units(num_rows, num_columns, config):
-    """Returns (cost, units (row, column, shares rows)), in the order of their making.
+    """Returns (cost, (place in the order, unit) ...), whole rows of tiles first.
 
-    A pair of CTAs has two tiles above each other. Of an odd number of tile rows the
-    last one goes to pairs side by side, so that no CTA has nothing to do.
+    A unit is (row, column, shares rows). A pair of CTAs has two tiles above each other;
+    of an odd number of tile rows the last one goes to pairs side by side, so that no
+    CTA has nothing to do.
     """
     rows, columns = config.tiles(num_rows, num_columns)
     step = config.cluster
-    lone = rows % step  # a last row of tiles without a second one
     left = num_rows - (rows - 1) * config.tile_rows
     is_half = config.by_rows and left <= config.tile_rows // GROUPS
-    whole = rows - (1 if lone or (is_half and step == 1) else 0)
-    units = []
+    has_lone = rows % step != 0 or (is_half and step == 1)
+    whole = rows - has_lone
+    units, lone = [], []
     for first in range(0, whole, config.band):
         band = range(first, min(first + config.band, whole), step)
         order = [(row, column, 0) for column in range(columns) for row in band]
-        turned = (first // config.band) % 2
-        units += order[::-1] if turned else order
-    last = [(whole, column, 1) for column in range(0, columns, step)]
-    cost = _HALF_COST if is_half else 1.0
-    return (1.0, tuple(units)), (cost, tuple(last if whole < rows else ()))
+        units += order[::-1] if (first // config.band) % 2 else order
+    if has_lone:  # each beside the tiles above it
+        places = {column: place for place, (_, column, _) in enumerate(units)}
+        first = range(0, columns, step)
+        lone = [(places.get(c, c), (whole, c, int(step > 1))) for c in first]
+    cost = _HALF_COST if is_half else _LONE_COST
+    return (1.0, tuple(enumerate(units))), (cost, tuple(lone))

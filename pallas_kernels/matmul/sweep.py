@@ -2,9 +2,9 @@
 
     python -m pallas_kernels.matmul.sweep --output experiments/results/matmul_h200.json
 
-For each weight and number of rows, some configurations make the same product. All must
-give the same bits, those of the chosen one, whose first rows are compared between all
-numbers of rows, and whose rows are compared with the same rows elsewhere. Programs of
+For each weight and number of rows, the chosen configuration makes the product, and with
+`--tries` others do, which must give the same bits. Its first rows are compared between
+all numbers of rows, and all rows with the same rows elsewhere in the call. Programs of
 several layers, each with a weight of its own, run behind each other for a while, XLA's
 bfloat16 product among them; the median over repeats is divided by programs and layers.
 """
@@ -19,6 +19,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,11 +48,12 @@ _FEW = tuple(_CONFIGS)[:3]
 _SEEN = 64  # first rows, compared between numbers of rows
 _MOVED = 2072  # rows that are compared with themselves elsewhere
 _LAYERS = {"qwen3_8b": 4, "qwen2_5_1_5b": 12, "smollm2_135m": 12}
-_TIMED = {  # beside the chosen configuration, by numbers of rows
+_TRIED = {  # beside the chosen configuration, by numbers of rows
     "qwen3_8b": {2048: _FEW, 2072: tuple(_CONFIGS), 2176: _FEW, 4096: _FEW, 8192: _FEW},
     "qwen2_5_1_5b": {2048: _FEW, 2072: _FEW, 8192: _FEW},
     "smollm2_135m": {},
 }
+_TIMED = 2048  # rows, from which on XLA's product is timed too; not of a small model
 _SECONDS, _REPEATS = 0.015, 3
 _LIBRARY = {"xla_gpu_enable_triton_gemm": False}  # whose search would take minutes
 _UNTUNED = {"xla_gpu_autotune_level": 0}
@@ -104,14 +106,15 @@ def _chosen(weight: Weight, num_rows: int) -> str:
     return next(name for name, other in _CONFIGS.items() if other == config)
 
 
-def programs_of(weight: Weight, num_rows: int, pool) -> dict:
+def programs_of(weight: Weight, num_rows: int, tries: Sequence[str], pool) -> dict:
     """Returns compiled programs, to come, by configuration; XLA's where it is timed."""
-    others = _TIMED[weight.model].get(num_rows, ())
+    others = [n for n in _TRIED[weight.model].get(num_rows, ()) if n in tries]
     fns = {
         name: functools.partial(matmul_gpu, config=_CONFIGS[name])
         for name in dict.fromkeys((_chosen(weight, num_rows), *others))
     }
-    fns |= {"xla": jnp.dot} if others else {}
+    is_timed = _TRIED[weight.model] and num_rows >= _TIMED
+    fns |= {"xla": jnp.dot} if is_timed else {}
     x = jax.ShapeDtypeStruct((num_rows, weight.x.shape[1]), jnp.bfloat16)
 
     def compiled(fn, name):
@@ -215,23 +218,26 @@ def run(options: argparse.Namespace) -> None:
         method=" ".join(__doc__.split("\n\n")[2].split()),
         configs={name: str(config) for name, config in _CONFIGS.items()},
         rows=[],
-        not_measured=[],
     )
+    names = [(m, p) for m in options.models for p in LAYERS[m]]
+    jobs = []
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-        for model, product in ((m, p) for m in options.models for p in LAYERS[m]):
-            if time.monotonic() - start > options.seconds:
-                report["not_measured"].append(f"{model} {product}")
-                continue
-            weight, first = make_weight(model, product, most), None
-            jobs = [(n, programs_of(weight, n, pool)) for n in options.rows]
-            concurrent.futures.wait([p for _, ps in jobs for p in ps.values()])
-            for num_rows, programs in jobs:
-                row, first = measure(weight, num_rows, programs, first)
-                report["rows"].append(row)
-                _print(time.monotonic() - start, row)
-            with open(options.output, "w") as file:
-                json.dump(report, file, indent=1)
-                file.write("\n")
+        for name in names:
+            weight = make_weight(*name, most)
+            of_rows = [
+                programs_of(weight, n, options.tries, pool) for n in options.rows
+            ]
+            jobs.append((weight, of_rows))
+    print(f"{time.monotonic() - start:4.0f} all programs are there", flush=True)
+    for weight, of_rows in jobs:
+        first = None
+        for num_rows, programs in zip(options.rows, of_rows, strict=True):
+            row, first = measure(weight, num_rows, programs, first)
+            report["rows"].append(row)
+            _print(time.monotonic() - start, row)
+        with open(options.output, "w") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
 
 
 def _print(seconds: float, row: dict) -> None:
@@ -251,9 +257,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="*", choices=LAYERS, default=list(LAYERS))
-    rows = [128, 520, 600, 2048, 2072, 2176, 4096, 8192]
+    rows = [128, 600, 2048, 2072, 2176, 4096, 8192]
     parser.add_argument("--rows", nargs="*", type=int, default=rows)
-    parser.add_argument("--seconds", type=float, default=600, help="no weight after")
+    parser.add_argument("--tries", nargs="*", choices=_CONFIGS, default=[])
+    parser.add_argument("--tried_rows", nargs="*", type=int, help="default: all")
     parser.add_argument("--threads", type=int, default=12, help="that compile")
     parser.add_argument("--commit", default="unknown", help="recorded in the file")
     parser.add_argument("--output", required=True, help="JSON file to write")
