@@ -224,8 +224,9 @@ def run(options: argparse.Namespace) -> None:
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
         for name in names:
             weight = make_weight(*name, most)
+            tries = {n: options.tries for n in options.tried_rows or options.rows}
             of_rows = [
-                programs_of(weight, n, options.tries, pool) for n in options.rows
+                programs_of(weight, n, tries.get(n, ()), pool) for n in options.rows
             ]
             jobs.append((weight, of_rows))
     print(f"{time.monotonic() - start:4.0f} all programs are there", flush=True)
