@@ -89,6 +89,10 @@ Features = KvFloat[Array, "T features"]  # n * M, streams of n layers
 Floats = KvFloat[Array, "..."]  # [T, *features], or parts of a product
 TokenInputs = KvFloat[Array, "T size_in"]
 StreamRows = KvFloat[Array, "R M"]
+# Of one group of a step's tokens: as many rows as the group has, T in all.
+GroupStream = KvFloat[Array, "_ M"]
+GroupAddend = KvFloat[Array, "... M"]  # or parts of it
+GroupAngles = Float32[Array, "_ pairs"]
 
 # Rows of logits, the laws of their requests, and what these pick.
 Logits = Float32[Array, "R V"]

@@ -63,6 +63,7 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
     jaxtyping.install_import_hook(
         [
             "sparsespec_jax.sampling",
+            "sparsespec_jax.models.layer",
             "sparsespec_jax.models.products",
             "sparsespec_jax.models.rope",
             "sparsespec_jax.models.transformer",
@@ -91,6 +92,23 @@ def tiny_model():
     from experiments import models
 
     return models.tiny_model()
+
+
+@pytest.fixture(scope="session")
+def gpu_model():
+    """A random bfloat16 model of the smallest shapes that kernels for GPUs serve."""
+    import dataclasses
+
+    from experiments.models import TINY
+    from sparsespec_jax import Model
+    from sparsespec_jax.models.transformer import init_params
+
+    config = dataclasses.replace(
+        TINY, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64, hidden_size=64,
+        intermediate_size=64,
+    )  # fmt: skip
+    params = init_params(config, seed=0, dtype="bfloat16")
+    return Model(name="tiny", config=config, params=params, tokenizer=None)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +155,7 @@ def optimized_programs():
     compilation_cache.reset_cache()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def users_environment():
     """The environment of a script that compiles as a user's would."""
     ours = "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"

@@ -1,34 +1,19 @@
 """Exact numerics through the whole engine, with interpreted kernels of the GPU."""
 
-import dataclasses
-
 import numpy as np
-import pytest
 
 from experiments import kv_rows
-from experiments.models import TINY
-from sparsespec_jax import EngineConfig, Model, SamplingParams, SpeculationConfig
+from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.host.intake import prepare
-from sparsespec_jax.models.transformer import init_params
 
-# The smallest shapes that the kernels serve.
-SHAPES = dataclasses.replace(
-    TINY, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=64, hidden_size=64
-)
 PROMPTS = [
     np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in ((0, 5), (1, 70))
 ]
 
 
-@pytest.fixture(scope="module")
-def model():
-    params = init_params(SHAPES, seed=0, dtype="bfloat16")
-    return Model(name="tiny", config=SHAPES, params=params, tokenizer=None)
-
-
-def make_engine(model, **speculation):
+def make_engine(gpu_model, **speculation):
     return kv_rows.ReadableEngine(
-        model,
+        gpu_model,
         speculation=SpeculationConfig(**speculation),
         engine=EngineConfig(
             numerics="exact", impl="gpu_interpret", prefill_chunk=128, page_size=32,
@@ -49,12 +34,12 @@ def bits(results):
     return [(r.token_ids, np.float32(r.logprobs).tobytes()) for r in results]
 
 
-def test_texts_scores_and_kv_rows_have_the_bits_of_plain_decoding(model):
+def test_texts_scores_and_kv_rows_have_the_bits_of_plain_decoding(gpu_model):
     law = SamplingParams(temperature=0.8, max_tokens=7, ignore_eos=True)
-    prepared = [prepare(model, prompt, law) for prompt in PROMPTS]
+    prepared = [prepare(gpu_model, prompt, law) for prompt in PROMPTS]
     engines = (
-        make_engine(model, num_draft_tokens=0),
-        make_engine(model, num_draft_tokens=3),
+        make_engine(gpu_model, num_draft_tokens=0),
+        make_engine(gpu_model, num_draft_tokens=3),
     )
     with engines[0] as plain, engines[1] as speculative:
         for engine in engines:

@@ -1,6 +1,7 @@
 """numerics="exact": what makes the bits of a row its own, part by part."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,9 +152,9 @@ def test_feeding_by_hand():
     assert fast.num_shared_pages(request, shape) == 1
 
 
-def resolved(tiny_model, impl="gpu_interpret", dtype=jnp.bfloat16, **options):
-    params = jax.tree.map(lambda x: x.astype(dtype), tiny_model.params)
-    model = dataclasses.replace(tiny_model, params=params)
+def resolved(gpu_model, impl="gpu_interpret", dtype=jnp.bfloat16, **options):
+    params = jax.tree.map(lambda x: x.astype(dtype), gpu_model.params)
+    model = dataclasses.replace(gpu_model, params=params)
     config = dict(numerics="exact", prefill_chunk=128, impl=impl, max_length=64)
     return sizes.resolve(
         model,
@@ -162,16 +163,16 @@ def resolved(tiny_model, impl="gpu_interpret", dtype=jnp.bfloat16, **options):
     )
 
 
-def test_what_cannot_be_exact_is_refused_by_name(tiny_model):
-    assert resolved(tiny_model).exact
-    assert not resolved(tiny_model, numerics="fast").exact
+def test_what_cannot_be_exact_is_refused_by_name(gpu_model):
+    assert resolved(gpu_model).exact
+    assert not resolved(gpu_model, numerics="fast").exact
     for message, options in {
         "needs kernels for GPUs, this engine has 'reference'": dict(impl="reference"),
         "bfloat16 weights, these are float32": dict(dtype=jnp.float32),
         "prefill_chunk above 64, got 64": dict(prefill_chunk=64),
     }.items():
         with pytest.raises(ValueError, match=message + ".*use numerics='fast'"):
-            resolved(tiny_model, **options)
+            resolved(gpu_model, **options)
     with pytest.raises(ValueError, match="numerics must be one of .*'precise'"):
         EngineConfig(numerics="precise")
 
@@ -182,54 +183,50 @@ def test_what_cannot_be_exact_is_refused_by_name(tiny_model):
 SHAPES = [make_shape(slots=4, k=k, pages=40, chunk=66) for k in (0, 3)]
 
 
-def probe(tiny_model):
+def probe(gpu_model):
     options = dict(impl="gpu_interpret", compiler_options={})
-    row_probe.check_rows(tiny_model.config, tiny_model.params, SHAPES, **options)
+    row_probe.check_rows(gpu_model.config, gpu_model.params, SHAPES, **options)
 
 
 def test_the_steps_of_an_engine_are_tried():
     # Plain: 4 tokens. k = 3: a lane of 4 rows, and drafts. Both with chunks, without.
     scored = [token_rows(shape).verify.stop for shape in SHAPES]
     assert scored[0] == 4 and scored[1] > 4
-    wanted = {(72, 72)} | {(n + c, n) for n in scored for c in (0, 66)}
+    wanted = {(72, 128)} | {(n, c) for n in scored for c in (0, 66)}
     assert set(row_probe.numbers_of_rows(SHAPES)) == wanted
 
 
-@pytest.mark.parametrize("place", range(len(row_probe.PARTS)))
-@pytest.mark.parametrize("size", [4, 70, 72])
+@pytest.mark.parametrize("part", row_probe.PARTS + row_probe.PROMPT_PARTS)
+@pytest.mark.parametrize("size", [70, 200])
 def test_a_part_that_depends_on_the_number_of_rows_is_named(
-    tiny_model, monkeypatch, place, size
+    gpu_model, monkeypatch, part, size
 ):
     """One bit of one row of one part, in steps of one size; the parts before agree."""
 
-    def rows(params, tokens, positions, *, scored, **options):
-        parts = [np.ones((min(8, scored), 5), np.float32) for _ in row_probe.PARTS]
+    def rows(params, tokens, positions, *, num_prompt, **options):
+        names = row_probe.PARTS + row_probe.PROMPT_PARTS * (num_prompt > 0)
+        parts = {name: np.ones((4, 5), np.float32) for name in names}
         if len(tokens) == size and is_planted:
-            parts[place].view(np.int32)[3, 2] ^= 1
+            parts[part].view(np.int32)[3, 2] ^= 1
         return parts
 
     monkeypatch.setattr(row_probe, "_rows", rows)
     is_planted = False
-    probe(tiny_model)
+    probe(gpu_model)
     is_planted = True
-    name = row_probe.PARTS[place].split(" (")[0]
-    with pytest.raises(RuntimeError, match=f"cannot be kept: {name} .*use numerics='f"):
-        probe(tiny_model)
+    name = re.escape(part)
+    with pytest.raises(RuntimeError, match=f"kept: {name} of a.*use numerics='fast'"):
+        probe(gpu_model)
 
 
-def test_every_step_is_tried_with_the_same_first_tokens(tiny_model):
-    many = row_probe._inputs(tiny_model.config, 600)
-    for count in (1, 8, 72):
-        few = row_probe._inputs(tiny_model.config, count)
+def test_every_step_is_tried_with_the_same_first_tokens(gpu_model):
+    many = row_probe._inputs(gpu_model.config, 600, 300)
+    for count, prompts in ((1, 0), (8, 66), (72, 128)):
+        few = row_probe._inputs(gpu_model.config, count, prompts)
         for found, wanted in zip(few, many, strict=True):
-            np.testing.assert_array_equal(found, wanted[:count])
+            np.testing.assert_array_equal(found[:count], wanted[:count])
+            np.testing.assert_array_equal(found[count:], wanted[600 : 600 + prompts])
     assert len(set(many[0])) > 50 and len(set(many[1])) > 300
-
-
-@pytest.fixture
-def bfloat16_model(tiny_model):
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params)
-    return dataclasses.replace(tiny_model, params=params)
 
 
 @pytest.fixture
@@ -239,12 +236,12 @@ def fresh_probe():
     row_probe._compiled.cache_clear()
 
 
-def test_rows_that_stand_alone_pass(bfloat16_model, fresh_probe):
-    probe(bfloat16_model)
+def test_rows_that_stand_alone_pass(gpu_model, fresh_probe):
+    probe(gpu_model)
 
 
 def test_a_cut_that_depends_on_the_number_of_rows_is_named(
-    bfloat16_model, fresh_probe, monkeypatch
+    gpu_model, fresh_probe, monkeypatch
 ):
     """A real product of a real step, not a part made up."""
     contract = products.contract
@@ -265,4 +262,4 @@ def test_a_cut_that_depends_on_the_number_of_rows_is_named(
         num_slots=2,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="cannot be kept: queries .*numerics='fast'"):
-        Engine(bfloat16_model, engine=engine)
+        Engine(gpu_model, engine=engine)

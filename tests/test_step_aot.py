@@ -45,6 +45,7 @@ def compile_step(
     prefill=None,
     wrap=lambda step: step,
     num_layers=_LAYERS,
+    exact=False,
     **engine,
 ):
     """The step of a small model for `target`, and the bytes of one layer's pool.
@@ -73,6 +74,7 @@ def compile_step(
         options=step_options(speculation),
         filters=False,
         impl=impl,
+        exact=exact,
     )
     state = jax.eval_shape(
         functools.partial(
@@ -91,7 +93,7 @@ def compile_step(
         param_shapes(model, jnp.bfloat16),
         state,
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
-        compiler_options=step_lib.GPU_COMPILER_OPTIONS if impl == "gpu" else None,
+        compiler_options=step_lib.step_compiler_options(impl, exact=exact) or None,
         donate_argnums=1,
     )
     return compiled, state.layers[0].kv_pages.size * 2
@@ -191,3 +193,20 @@ def test_masses_and_index_lists_of_several_layers_are_not_copied():
             ]
             assert max(sizes) < lists, line
     assert launches.count("custom-call") == 2  # all layers in one of each kind
+
+
+def test_exact_prompt_rows_have_products_of_their_own():
+    """One more launch for each product and norm, no more bytes than fast steps need."""
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, pool_bytes = compile_step(
+        "h100", 7, exact=True, prefill=(2, 512), num_pages=1000
+    )
+    assert compiled.alias_bytes >= _LAYERS * pool_bytes
+    paths = [path for _, path in launches_of(compiled) if "/layer_1/" in path]
+    counts = {"(matmul_gpu)": 4, "/dot_general": 4, "(add_norm_gpu)": 4}
+    counts |= {"(rotate_heads_gpu)": 2, "(write_rows_gpu)": 1, "concatenate": 2}
+    for name, count in counts.items():
+        assert sum(name in path for path in paths) == count, name
+    assert len(paths) <= 22
+    # Parts of 1,024 prompt rows would be 64 MB.
+    assert compiled.temp_bytes < 50e6

@@ -2,8 +2,8 @@
 
 Products are cut so that a compiler leaves the parts whole (`models/products.py`), which
 is no promise of the compiler. So the steps that an engine may run are tried, each with
-its numbers of rows, over one layer and the vocabulary: the bits of the first rows must
-be those of a step that every engine tries.
+its numbers of rows, over one layer and the vocabulary: the bits of the first rows, and
+of the first ones of prompt chunks, must be those of a step that every engine tries.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from sparsespec_jax.models.transformer import Params, forward, logits
 from sparsespec_jax.plan.shape import StepShape
 
 _COMPARED = 8  # rows
-_EVERYWHERE = (72, 72)  # tokens and scored tokens of the step that every engine tries
+_EVERYWHERE = (72, 128)  # scored and prompt tokens of the step that every engine tries
 # What is compared, in the order in which it is computed.
 PARTS = (
     "queries (input norm, projection to heads, rotation)",
@@ -30,15 +30,15 @@ PARTS = (
     "logits (vocabulary product)",
     "log-probabilities (sum over the vocabulary)",
 )
+PROMPT_PARTS = tuple(f"{name} of prompt chunks" for name in PARTS[:3])
 
 
 def numbers_of_rows(shapes: Sequence[StepShape]) -> tuple[tuple[int, int], ...]:
-    """(tokens, tokens whose logits are needed) of every step of these shapes."""
+    """(tokens whose logits are needed, tokens of chunks) of every step of shapes."""
     numbers = {_EVERYWHERE}
     for shape in shapes:
         scored = token_rows(shape).verify.stop
-        chunks = shape.prefill_lanes * shape.prefill_chunk
-        numbers |= {(scored, scored), (scored + chunks, scored)}
+        numbers |= {(scored, 0), (scored, shape.prefill_lanes * shape.prefill_chunk)}
     return tuple(sorted(numbers))
 
 
@@ -56,42 +56,48 @@ def check_rows(
     found = {
         number: _rows(
             {name: params[name] for name in names},
-            *_inputs(config, number[0]),
+            *_inputs(config, *number),
             config=one_layer,
-            scored=number[1],
+            num_prompt=number[1],
             impl=impl,
             options=tuple(compiler_options.items()),
         )
         for number in numbers_of_rows(shapes)
     }
     for number, parts in found.items():
-        for name, part, wanted in zip(PARTS, parts, found[_EVERYWHERE], strict=True):
-            count = min(len(part), len(wanted))
-            if part[:count].tobytes() != wanted[:count].tobytes():
+        for name, part in parts.items():
+            wanted = found[_EVERYWHERE][name][: len(part)]
+            if part[: len(wanted)].tobytes() != wanted.tobytes():
                 raise RuntimeError(
                     f"numerics='exact' cannot be kept: {name} of a token have other "
-                    f"bits in a step of {number[0]} tokens than in one of "
-                    f"{_EVERYWHERE[0]}: use numerics='fast', and report device and "
-                    "versions"
+                    f"bits in a step of {number[0]} tokens and {number[1]} of prompts "
+                    f"than in one of {_EVERYWHERE[0]} and {_EVERYWHERE[1]}: use "
+                    "numerics='fast', and report device and versions"
                 )
 
 
-def _inputs(config, num_tokens):
-    """Tokens and positions int32 [num_tokens]; the first ones are always the same."""
-    drawn = np.random.default_rng(0).random((num_tokens, 2))  # a row a token
+def _inputs(config, *counts):
+    """Tokens and positions int32 [sum of counts]; the first of each are the same."""
     limits = config.vocab_size, config.max_length
-    return tuple((drawn * limits).astype(np.int32).T)
+    drawn = [  # a row a token
+        np.random.default_rng(kind).random((count, 2)) * limits
+        for kind, count in enumerate(counts)
+    ]
+    return tuple(np.concatenate(drawn).astype(np.int32).T)
 
 
-def _rows(params, tokens, positions, *, config, scored, impl, options):
-    """The first rows of every part, as numpy arrays."""
-    run = _compiled(config, scored, impl, options)
-    return [np.asarray(part) for part in run(params, tokens, positions)]
+def _rows(params, tokens, positions, *, config, num_prompt, impl, options):
+    """The first rows of every part, numpy arrays by its name."""
+    found = _compiled(config, num_prompt, impl, options)(params, tokens, positions)
+    # In the order in which they are computed, which a compiled function does not keep.
+    names = (name for name in PARTS + PROMPT_PARTS if name in found)
+    return {name: np.asarray(found[name]) for name in names}
 
 
 @functools.cache
-def _compiled(config, scored, impl, options):
+def _compiled(config, num_prompt, impl, options):
     def run(params, tokens, positions):
+        scored = len(tokens) - num_prompt
         seen = []
 
         def attend(layer_index, q, rows, cache):
@@ -99,15 +105,22 @@ def _compiled(config, scored, impl, options):
             return q, cache
 
         hidden, _ = forward(
-            config, params, tokens, positions, attend, (None,), impl=impl, exact=True
-        )
+            config, params, tokens, positions, attend, (None,), impl=impl, exact=True,
+            num_prompt=num_prompt,
+        )  # fmt: skip
         scores = logits(config, params, hidden[:scored], exact=True)
         law = _plain_law(scored)
         chosen = sampling.logprobs(
             scores, law, tokens[:scored], filters=False, exact=True
         )
-        count = min(_COMPARED, scored)
-        return [part[:count] for part in (*seen, hidden, scores, chosen)]
+        parts = (*seen, hidden, scores, chosen)
+        first = [part[: min(_COMPARED, scored)] for part in parts]
+        found = dict(zip(PARTS, first, strict=True))
+        if num_prompt:
+            rows = slice(scored, scored + min(_COMPARED, num_prompt))
+            first = [part[rows] for part in parts[: len(PROMPT_PARTS)]]
+            found |= zip(PROMPT_PARTS, first, strict=True)
+        return found
 
     return jax.jit(run, compiler_options=dict(options) or None)
 

@@ -114,6 +114,7 @@ def run_step(
     hidden, layers, features = forward_with_features(
         context.model, params, tokens, positions, attend, state.layers,
         _feature_layers(context), impl=context.impl, exact=context.exact,
+        num_prompt=lanes.prefill.tokens.size,
     )  # fmt: skip
     rows = token_rows(context.shape)
     scored = hidden[: rows.verify.stop]

@@ -3,7 +3,9 @@
 Fast products are cut as is fastest for their number of tokens, and XLA may cut further.
 Exact ones are cut by the shape of the weight alone, into parts that XLA leaves whole,
 and summed in the order of the parts: on a GPU the bits of a row then depend on the row
-and the weight, not on how many rows there are or which (docs/exactness.md).
+and the weight, not on how many rows there are or which (docs/exactness.md). Parts of
+many rows would be many bytes: exact rows of prompt chunks have a kernel that does not
+cut. Their bits are others, so a token must always be fed the same way.
 """
 
 import functools
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pallas_kernels.matmul import matmul
 from sparsespec_jax.array_types import Array, Floats, TokenInputs
 
 
@@ -35,6 +38,7 @@ _TILE = 128  # columns
 _LONGEST = 22  # elements of a part per tile
 _PART_UNIT = 64  # elements
 _SHORT = 128  # elements that nobody cuts
+_PROMPT_UNIT = 64  # of the kernel for prompt rows
 _FEWEST_ROWS = 8  # one row is no matrix product, and summed in another order
 
 
@@ -62,10 +66,14 @@ def check_products(config):
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_kv_heads * (config.group_size + 2) * config.head_dim
     mixed = config.num_kv_heads * config.group_size * config.head_dim
-    exact_parts(hidden, heads)
-    exact_parts(mixed, hidden)
-    exact_parts(hidden, 2 * inner)
-    exact_parts(inner, hidden)
+    weights = (hidden, heads), (mixed, hidden), (hidden, 2 * inner), (inner, hidden)
+    for size_in, size_out in weights:
+        exact_parts(size_in, size_out)
+        if size_in % _PROMPT_UNIT or size_out % _PROMPT_UNIT:
+            raise ValueError(
+                f"the exact product of prompt rows with a weight [{size_in}, "
+                f"{size_out}] needs multiples of {_PROMPT_UNIT}: use numerics='fast'"
+            )
     if exact_parts(hidden, config.vocab_size) > 1:
         raise ValueError(
             f"a vocabulary of {config.vocab_size} tokens behind {hidden} elements has "
@@ -128,10 +136,14 @@ class Projection(nn.Module):
     out_dtype: Any = None  # None: dtype
     cuts: Cuts | None = None  # given: the result may be parts, see contract_in_parts
     exact: bool = False
+    impl: str | None = None  # of the kernel for prompt rows
 
     @nn.compact
-    def __call__(self, x: TokenInputs) -> Floats:
-        """Return the projected x, in out_dtype; or float32 parts [P, T, *features]."""
+    def __call__(self, x: TokenInputs, *, is_prompt: bool = False) -> Floats:
+        """Return the projected x, in out_dtype; or float32 parts [P, T, *features].
+
+        is_prompt: of an exact product, that x are rows of prompt chunks.
+        """
         init = nn.initializers.lecun_normal()
         shape, size_out = (x.shape[-1], *self.features), math.prod(self.features)
         kernel = self.param("kernel", init, shape, self.dtype).astype(self.dtype)
@@ -139,6 +151,10 @@ class Projection(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, self.features, self.dtype)
+        if self.exact and is_prompt:
+            y = matmul(x, kernel.reshape(-1, size_out), impl=self.impl)
+            y = y.reshape(x.shape[0], *self.features)
+            return y if bias is None else y + bias
         dtype, parts = self.out_dtype or self.dtype, 1
         if self.exact:
             parts = exact_parts(shape[0], size_out)

@@ -22,7 +22,6 @@ units apart, so either can be sharded over devices.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,136 +30,31 @@ import numpy as np
 from flax import linen as nn
 
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.common import is_for_gpu, rms_norm, sum_of_parts
-from pallas_kernels.rotate_heads import rotate_heads
+from pallas_kernels.common import sum_of_parts
 from sparsespec_jax.array_types import (
     Features,
     Logits,
     PerToken,
     Queries,
-    RopeTable,
     RowsOfHeads,
     Stream,
-    StreamParts,
     StreamRows,
-    TokenInputs,
 )
 from sparsespec_jax.models.config import ModelConfig
-from sparsespec_jax.models.products import (
-    DOWN_CUTS,
-    HEADS_CUTS,
-    OUT_CUTS,
-    Projection,
-    contract,
+from sparsespec_jax.models.layer import (
+    Attend,
+    Cache,
+    Layer,
+    RowGroup,
+    Scale,
+    joined,
 )
+from sparsespec_jax.models.products import Projection, contract
 from sparsespec_jax.models.rope import rope_tables
 
-Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
 Params = dict[str, Any]
-Attend = Callable[[int, Queries, RowsOfHeads, Cache], tuple[Queries, Cache]]
 
 _MASKED = float(np.finfo(np.float32).min)
-
-
-class Scale(nn.Module):
-    """The learnt factor [size] of a norm."""
-
-    size: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        """Return the factor."""
-        ones = nn.initializers.ones_init()
-        return self.param("scale", ones, (self.size,), self.dtype)
-
-
-class RmsNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in float32."""
-
-    eps: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: TokenInputs) -> TokenInputs:
-        """Return x normalised and scaled, in dtype."""
-        ones = nn.initializers.ones_init()
-        scale = self.param("scale", ones, (x.shape[-1],), self.dtype)
-        return rms_norm(x.astype(jnp.float32), scale, self.eps).astype(self.dtype)
-
-
-class Layer(nn.Module):
-    """One pre-norm block: attention, then gated MLP, each added to the stream.
-
-    What the MLP adds is left to the next norm, which takes the sum in the same launch.
-    """
-
-    config: ModelConfig
-    dtype: Any
-    index: int
-    impl: str | None
-    exact: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Stream,
-        y: StreamParts | None,
-        cos: RopeTable,
-        sin: RopeTable,
-        attend: Attend,
-        cache: Cache,
-    ) -> tuple[Stream, StreamParts, Cache]:
-        """Return stream and addend after this block, and its new cache.
-
-        x, y: stream and addend before it; no addend (None) before the first block. An
-        addend may be the parts of a product.
-        """
-        c = self.config
-        scale = functools.partial(Scale, c.hidden_size, self.dtype)
-        norm = functools.partial(add_norm, eps=c.norm_eps, impl=self.impl)
-        if y is None and self.exact:  # by the kernel, whose rows stand alone
-            y = jnp.zeros_like(x)
-        if y is None:
-            normed = RmsNorm(c.norm_eps, self.dtype, name="input_norm")(x)
-        else:
-            x, normed = norm(x, y, scale(name="input_norm")())
-        q, rows = self._queries_and_rows(normed, cos, sin)
-        mixed, cache = attend(self.index, q, rows, cache)
-        mixed = mixed.astype(self.dtype).reshape(x.shape[0], -1)
-        project = functools.partial(
-            Projection, (c.hidden_size,), self.dtype, exact=self.exact
-        )
-        cuts = self._if_summed(OUT_CUTS)
-        y = project(c.attention_out_bias, cuts=cuts, name="out")(mixed)
-        x, normed = norm(x, y, scale(name="mlp_norm")())
-        inner = Projection(
-            (2, c.intermediate_size), self.dtype, c.mlp_bias, exact=self.exact,
-            name="gate_up",
-        )(normed)  # fmt: skip
-        gated = nn.silu(inner[:, 0]) * inner[:, 1]
-        y = project(c.mlp_bias, cuts=self._if_summed(DOWN_CUTS), name="down")(gated)
-        return x, y, cache
-
-    @nn.nowrap
-    def _if_summed(self, cuts):
-        """The cuts, None where no kernel would sum the parts."""
-        is_summed = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
-        return cuts if is_summed else None
-
-    def _queries_and_rows(self, x, cos, sin):
-        c, scales = self.config, ()
-        features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
-        qkv = Projection(
-            features, self.dtype, c.attention_bias,
-            cuts=self._if_summed(HEADS_CUTS), exact=self.exact, name="qkv",
-        )(x)  # fmt: skip
-        if c.qk_norm:
-            names = "q_norm", "k_norm"
-            scales = (Scale(c.head_dim, self.dtype, name=name)() for name in names)
-        return rotate_heads(
-            qkv, cos, sin, *scales, eps=c.norm_eps, dtype=self.dtype, impl=self.impl
-        )
 
 
 class Embedding(nn.Module):
@@ -218,28 +112,41 @@ class Transformer(nn.Module):
         attend: Attend,
         caches: tuple[Cache, ...],
         feature_layers: tuple[int, ...] = (),
+        num_prompt: int = 0,
     ) -> tuple[Stream, tuple[Cache, ...], Features | None]:
         """Normed hidden states of tokens at positions.
 
         caches: one pytree a layer, passed through attend and returned in order. The
-        third value holds the streams behind `feature_layers`, side by side.
+        third value holds the streams behind `feature_layers`, side by side. num_prompt:
+        how many of the tokens, the last ones, are of prompt chunks.
         """
-        # The barrier keeps layers from evaluating the angles again, each for itself.
-        tables = jax.lax.optimization_barrier(rope_tables(positions, self.config))
-        x, y = self.embed(tokens), None
+        split = len(tokens) - num_prompt if self.exact else len(tokens)
+        groups = [self._group(tokens[:split], positions[:split], is_prompt=False)]
+        if split < len(tokens):
+            tail = tokens[split:], positions[split:]
+            groups.append(self._group(*tail, is_prompt=True))
         new_caches, streams = [], []
         for layer, cache in zip(self.layer, caches, strict=True):
-            x, y, cache = layer(x, y, *tables, attend, cache)
+            groups, cache = layer(groups, attend, cache)
             new_caches.append(cache)
-            streams.append((x, y))
+            streams.append(groups)
         features = [
-            streams[i][0] + sum_of_parts(streams[i][1], self.dtype)
+            joined([g.x + sum_of_parts(g.y, self.dtype) for g in streams[i]])
             for i in feature_layers
         ]
         features = jnp.concatenate(features, -1) if features else None
-        scale, eps = self.final_norm(), self.config.norm_eps
-        _, hidden = add_norm(x, y, scale, eps=eps, impl=self.impl)
+        norm = functools.partial(add_norm, eps=self.config.norm_eps, impl=self.impl)
+        scale = self.final_norm()
+        hidden = joined([norm(group.x, group.y, scale)[1] for group in groups])
         return hidden, tuple(new_caches), features
+
+    @nn.nowrap
+    def _group(
+        self, tokens: PerToken, positions: PerToken, *, is_prompt: bool
+    ) -> RowGroup:
+        # The barrier keeps layers from evaluating the angles again, each for itself.
+        tables = jax.lax.optimization_barrier(rope_tables(positions, self.config))
+        return RowGroup(self.embed(tokens), None, *tables, is_prompt=is_prompt)
 
     def logits(self, hidden: StreamRows) -> Logits:
         """Next-token logits of normed hidden states."""
@@ -265,15 +172,18 @@ def forward(
     *,
     impl: str | None = None,
     exact: bool = False,
+    num_prompt: int = 0,
 ) -> tuple[Stream, tuple[Cache, ...]]:
     """Normed hidden states and new caches; computes in the params' dtype.
 
     tokens, positions: of any mix of requests; ids must lie in [0, V).
     impl: of the kernels, one of `pallas_kernels.IMPLS`; None: that of the platform.
     exact: the bits of a row do not depend on the other rows (see `products`).
+    num_prompt: how many of the tokens, the last ones, are of prompt chunks.
     """
     args = config, params, tokens, positions, attend, caches
-    return forward_with_features(*args, impl=impl, exact=exact)[:2]
+    how = dict(impl=impl, exact=exact, num_prompt=num_prompt)
+    return forward_with_features(*args, **how)[:2]
 
 
 def forward_with_features(
@@ -287,12 +197,14 @@ def forward_with_features(
     *,
     impl: str | None = None,
     exact: bool = False,
+    num_prompt: int = 0,
 ) -> tuple[Stream, tuple[Cache, ...], Features | None]:
     """As `forward`, and the streams behind `feature_layers` side by side, or None."""
     module = Transformer(config, dtype=params_dtype(params), impl=impl, exact=exact)
     return module.apply(
-        {"params": params}, tokens, positions, attend, caches, feature_layers
-    )
+        {"params": params}, tokens, positions, attend, caches, feature_layers,
+        num_prompt,
+    )  # fmt: skip
 
 
 def logits(
