@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from experiments import context_files, experiment, kv_rows, models
 from experiments import contexts as contexts_lib
-from experiments import experiment, kv_rows, models
 from experiments.experiment import Experiment
 from experiments.options import Options, option
 from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, score
@@ -67,14 +68,22 @@ class ExactnessConfig(Options):
     numerics: str = option("exact", "Of the engine.", choices=NUMERICS)
     num_requests: int = option(32, "Requests of each temperature.", at_least=1)
     temperatures: tuple[float, ...] = option((0.0, 0.65, 1.0), "Temperatures.")
+    file_lengths: tuple[int, ...] = option(
+        (), "Chats over files of so many tokens, in turn; none: short chats.", of=int,
+        at_least=1,
+    )  # fmt: skip
     prompt_lengths: tuple[int, ...] = option(
-        (), "Prompts of so many random tokens, in turn; none: chats.", of=int,
+        (), "Prompts of so many random tokens, in turn, instead.", of=int,
         at_least=1,
     )  # fmt: skip
     max_tokens: int = option(2000, "New tokens per request.", at_least=1)
     num_slots: int = option(32, "Requests decoded at the same time.", at_least=2)
     page_size: int = option(64, "Tokens per KV page.", at_least=1)
     prefill_chunk: int = option(256, "Prompt tokens prefilled per step.", at_least=1)
+    compile_threads: int = option(
+        1, "Engines compiled at the same time, before all rows; each has a pool.",
+        at_least=1, is_recorded=False,
+    )  # fmt: skip
 
 
 def compare(results, plain):
@@ -119,7 +128,15 @@ class Exactness(Experiment):
         """PreparedPrompts, temperature by temperature."""
         config = self.config
         heats = [t for t in config.temperatures for _ in range(config.num_requests)]
-        if lengths := config.prompt_lengths:
+        if config.file_lengths:
+            found = context_files.file_prompts(
+                self.model.require_tokenizer(),
+                lengths=config.file_lengths,
+                count=-(-len(heats) // len(config.file_lengths)),
+                seed=0,
+            )
+            prompts = [list(prompt.ids) for prompt in found][: len(heats)]
+        elif lengths := config.prompt_lengths:
             rng, vocab = np.random.default_rng(0), self.model.config.vocab_size
             prompts = [
                 rng.integers(0, vocab, lengths[i % len(lengths)]).tolist()
@@ -193,6 +210,23 @@ class Exactness(Experiment):
         settings = _SETTINGS[-2:] if self.is_smoke else _SETTINGS
         names = *(name for name, _, _ in settings), _KV_ROWS, _SCORE
         return [{"setting": name} for name in names]
+
+    def measure_all(self, rows):
+        """As ever, but all engines are compiled first."""
+        if self.config.compile_threads > 1:
+            wanted = {row["setting"] for row in rows}
+            settings = [s for name, *s in _SETTINGS if name in wanted]
+            with ThreadPoolExecutor(self.config.compile_threads) as pool:
+                plain = [dict(num_draft_tokens=0), {}]
+                list(pool.map(self._compile, [plain, *settings]))
+        yield from super().measure_all(rows)
+
+    def _compile(self, setting):
+        speculation, options = setting
+        ours = "shuffled", "resumed"
+        options = {k: v for k, v in options.items() if k not in ours}
+        with self.engine(speculation, **options) as engine:
+            engine.warm_up()
 
     def measure(self, row):
         """How much of the texts of a setting is plain decoding's."""
