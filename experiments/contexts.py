@@ -369,7 +369,9 @@ def main(values):
         sizes.resolve(model, *options)
     if behind or not of_files:
         engine = Engine(model, speculation=options[0], engine=options[1])
-    about = {"options": values.recorded(), "versions": context_files.versions()}
+    made_by = values.recorded()
+    del made_by["output"], made_by["continuations"]  # paths change no token
+    about = {"options": made_by, "versions": context_files.versions()}
     if of_files:
         about["prompts"] = [prompt.described() for prompt in made]
     else:

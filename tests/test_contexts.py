@@ -165,6 +165,7 @@ def test_contexts_over_files_are_written_and_continued(tmp_path, tiny_reader, ca
     assert written["sha256"] == contexts.hash_of(found)
     assert written["versions"].keys() == {"python", "numpy", "jax", "flax"}
     assert written["options"]["lengths"] == [1000]
+    assert str(tmp_path) not in (tmp_path / "c.json").read_text()
     assert [prompt["tokens"] for prompt in written["prompts"]] == [*map(len, found)]
     law = dict(max_tokens=41, seed=0)
     texts = contexts.load_continuations(plain, found, tiny_reader, **law)
