@@ -196,15 +196,15 @@ def test_masses_and_index_lists_of_several_layers_are_not_copied():
 
 
 def test_exact_prompt_rows_have_products_of_their_own():
-    """One more launch for each product and norm, no more bytes than fast steps need."""
+    """More launches, one reading of gate and up, no more bytes than fast steps need."""
     pytest.importorskip("jax_cuda13_plugin")
     compiled, pool_bytes = compile_step(
         "h100", 7, exact=True, prefill=(2, 512), num_pages=1000
     )
     assert compiled.alias_bytes >= _LAYERS * pool_bytes
     paths = [path for _, path in launches_of(compiled) if "/layer_1/" in path]
-    counts = {"(matmul_gpu)": 4, "/dot_general": 4, "(add_norm_gpu)": 4}
-    counts |= {"(rotate_heads_gpu)": 2, "(write_rows_gpu)": 1, "concatenate": 2}
+    counts = {"(matmul_gpu)": 4, "/dot_general": 3, "(add_norm_gpu)": 4}
+    counts |= {"(rotate_heads_gpu)": 2, "(write_rows_gpu)": 1, "concatenate": 3}
     for name, count in counts.items():
         assert sum(name in path for path in paths) == count, name
     assert len(paths) <= 22

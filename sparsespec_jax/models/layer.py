@@ -47,6 +47,14 @@ def joined(parts: Sequence) -> Any:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
+def _split(rows, groups):
+    """Rows of all groups as those of each."""
+    if len(groups) == 1:
+        return [rows]
+    ends = np.cumsum([len(group.x) for group in groups])
+    return jnp.split(rows, ends[:-1].tolist())
+
+
 class Scale(nn.Module):
     """The learnt factor [size] of a norm."""
 
@@ -96,9 +104,7 @@ class Layer(nn.Module):
         q, rows = (joined(parts) for parts in zip(*heads, strict=True))
         mixed, cache = attend(self.index, q, rows, cache)
         mixed = mixed.astype(self.dtype).reshape(q.shape[0], -1)
-        ends = np.cumsum([len(group.x) for group in groups])[:-1].tolist()
-        added = self._block(groups, jnp.split(mixed, ends) if ends else [mixed])
-        return added, cache
+        return self._block(groups, _split(mixed, groups)), cache
 
     def _first_norm(self, groups):
         """The groups with their addends taken in, and their norms."""
@@ -142,12 +148,13 @@ class Layer(nn.Module):
         ]
         scale = Scale(c.hidden_size, self.dtype, name="mlp_norm")()
         groups, normed = self._normed(groups, scale)
-        added = []
-        for group, x in zip(groups, normed, strict=True):
-            inner = gate_up(x, is_prompt=group.is_prompt)
-            gated = nn.silu(inner[:, 0]) * inner[:, 1]
-            added.append(group._replace(y=down(gated, is_prompt=group.is_prompt)))
-        return added
+        # Nothing cuts it, for few rows or for many: one reading of the weight for all.
+        inner = gate_up(joined(normed), is_prompt=groups[-1].is_prompt)
+        gated = _split(nn.silu(inner[:, 0]) * inner[:, 1], groups)
+        return [
+            group._replace(y=down(x, is_prompt=group.is_prompt))
+            for group, x in zip(groups, gated, strict=True)
+        ]
 
     @nn.nowrap
     def _if_summed(self, cuts):

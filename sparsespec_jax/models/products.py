@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pallas_kernels.common import is_for_gpu
 from pallas_kernels.matmul import matmul
 from sparsespec_jax.array_types import Array, Floats, TokenInputs
 
@@ -39,6 +40,8 @@ _LONGEST = 22  # elements of a part per tile
 _PART_UNIT = 64  # elements
 _SHORT = 128  # elements that nobody cuts
 _PROMPT_UNIT = 64  # of the kernel for prompt rows
+# Fast products of as many rows take it too (experiments/results/matmul_h200.json).
+_MANY_ROWS = 1024
 _FEWEST_ROWS = 8  # one row is no matrix product, and summed in another order
 
 
@@ -142,7 +145,7 @@ class Projection(nn.Module):
     def __call__(self, x: TokenInputs, *, is_prompt: bool = False) -> Floats:
         """Return the projected x, in out_dtype; or float32 parts [P, T, *features].
 
-        is_prompt: of an exact product, that x are rows of prompt chunks.
+        is_prompt: of an exact product, that rows of prompt chunks are among x.
         """
         init = nn.initializers.lecun_normal()
         shape, size_out = (x.shape[-1], *self.features), math.prod(self.features)
@@ -151,7 +154,9 @@ class Projection(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, self.features, self.dtype)
-        if self.exact and is_prompt:
+        is_many = self.dtype == jnp.bfloat16 and is_for_gpu(self.impl)
+        is_many &= len(x) >= _MANY_ROWS and not (shape[0] | size_out) % _PROMPT_UNIT
+        if is_prompt if self.exact else is_many:
             y = matmul(x, kernel.reshape(-1, size_out), impl=self.impl)
             y = y.reshape(x.shape[0], *self.features)
             return y if bias is None else y + bias
