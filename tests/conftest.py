@@ -162,6 +162,15 @@ def users_environment():
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
+@pytest.fixture(scope="session")
+def parent():
+    """Forks scripts that need no import of their own, see tests/forked.py."""
+    from tests.forked import Parent
+
+    with Parent() as parent:
+        yield parent
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Forget compiled programs before they take all memory maps of the process.

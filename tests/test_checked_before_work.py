@@ -1,8 +1,6 @@
 """What options, files and a model rule out is said in one line before any work."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -190,13 +188,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_said_before_the_work(folder, default_model, name):
+def test_it_is_said_before_the_work(parent, folder, default_model, name):
     del default_model  # it is on disk then
     options = [json.dumps(options) for options, _ in CASES[name]]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, name, f"output={folder / 'out'}", *options],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    output = f"output={folder / 'out'}"
+    done = parent.run(DRIVER, name, output, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     for (options, message), found in zip(CASES[name], said, strict=True):

@@ -1,44 +1,21 @@
 """Scripts that end in the midst of things: Python's own exit status, and silence.
 
-Each is a process of its own, forked by one that has imported the package and nothing
-else: no backend, no thread of it. Steps are slow here (a vocabulary of 1,000,000), so
-that one is under way at every end.
+Steps are slow here (a vocabulary of 1,000,000), so that one is under way at every end.
 """
 
-import json
 import signal
-import subprocess
-import sys
 
 import pytest
+from forked import Parent
 
-# Runs a script per line of its input, in a child; writes each one's exit status.
-PARENT = """
-import json, os, signal, sys, threading, warnings
+PREAMBLE = """
+import os, signal, sys, threading
 import jax, jax.numpy as jnp
 import sparsespec_jax as ss
 import dataclasses
 from experiments import models
 from sparsespec_jax.models.transformer import init_params
 
-for line in sys.stdin:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy has threads, and heeds forks
-        child = os.fork()
-    if not child:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-
-code, *paths = json.loads(line)
-for number, path in enumerate(paths, start=1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-del line, child
-exec(compile(code, "script", "exec"))
-"""
-
-PREAMBLE = """
 few = dataclasses.replace(models.TINY, vocab_size=1000, num_layers=1)
 params = init_params(few, seed=0)
 params["embed"]["weight"] = jnp.tile(params["embed"]["weight"], (1000, 1))
@@ -161,25 +138,17 @@ def parent(tmp_path_factory, users_environment):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    command = [sys.executable, "-c", PARENT]
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        yield process
-        process.stdin.close()
-    assert process.returncode == 0
+    with Parent(environment) as parent:
+        yield parent
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_exit_is_pythons_own(parent, tmp_path, name):
+def test_the_exit_is_pythons_own(parent, name):
     end, lag, status, last = (*SCRIPTS[name], 0, "")[:4]
-    out, error = tmp_path / "out", tmp_path / "error"
-    code = PREAMBLE.replace("{lag}", str(lag)) + end
-    print(json.dumps([code, str(out), str(error)]), file=parent.stdin, flush=True)
-    ended = int(parent.stdout.readline())
-    said = error.read_text()
-    assert ended == status, said
-    assert out.read_text() == ""
-    lines = said.strip().splitlines()
+    ended = parent.run(PREAMBLE.replace("{lag}", str(lag)) + end)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout == ""
+    lines = ended.stderr.strip().splitlines()
     if last:
         assert lines[0].startswith("Traceback")
         assert any(line.startswith(last) for line in lines[-2:])  # and perhaps a note

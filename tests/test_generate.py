@@ -88,7 +88,7 @@ def command(*arguments):
     return [sys.executable, "-m", "experiments.generate", *arguments]
 
 
-def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
+def test_bad_input_ends_in_one_line_before_any_work(parent, tmp_path):
     done = tmp_path / "done"
     with open_run(done, GenerateConfig()) as directory:
         directory.append({"index": 0})
@@ -101,24 +101,19 @@ def test_bad_input_ends_in_one_line_before_any_work(tmp_path):
         ("--resume",): "--resume needs the --output of the run",
         ("stray",): "unexpected argument 'stray'",
     }
-    processes = {
-        flags: subprocess.Popen(
-            command(*flags), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for flags in cases
-    }
-    for flags, process in processes.items():
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 2, (flags, error)
-        assert out == ""
+    for flags, message in cases.items():
+        ended = parent.run_module("experiments.generate", *flags)
+        error = ended.stderr
+        assert ended.returncode == 2, (flags, error)
+        assert ended.stdout == ""
         assert error.startswith("error: ") and error.count("\n") == 1, error
-        assert cases[flags] in error
+        assert message in error
 
 
-def test_a_pool_beyond_the_memory_leaves_no_run_behind(default_model, tmp_path):
+def test_a_pool_beyond_the_memory_leaves_no_run_behind(parent, default_model, tmp_path):
     del default_model  # it is on disk then
     flags = ("--num_slots=1000000", f"--output={tmp_path / 'run'}")
-    done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=120)
+    done = parent.run_module("experiments.generate", *flags)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert "lower num_slots" in done.stderr and done.stderr.count("\n") == 1
 

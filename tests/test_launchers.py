@@ -3,9 +3,6 @@
 What their own checks say is in test_checked_before_work.py.
 """
 
-import subprocess
-import sys
-
 import pytest
 
 
@@ -26,17 +23,12 @@ import pytest
         ("report", 1, "Unknown command line flag 'smoke'"),
     ],
 )
-def test_a_wrong_option_is_named_at_once(command, status, message, tmp_path):
+def test_a_wrong_option_is_named_at_once(parent, command, status, message, tmp_path):
     name, *options = command.split()
     options.append(f"--output={tmp_path / 'out'}")
     if name == "report":
         options.append("--smoke")
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *options],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = parent.run_module(f"experiments.{name}", *options)
     assert done.returncode == status
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
