@@ -26,6 +26,7 @@ from sparsespec_jax.models.products import (
     HEADS_CUTS,
     OUT_CUTS,
     Projection,
+    exact_parts,
 )
 
 Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
@@ -148,9 +149,19 @@ class Layer(nn.Module):
         ]
         scale = Scale(c.hidden_size, self.dtype, name="mlp_norm")()
         groups, normed = self._normed(groups, scale)
-        # Nothing cuts it, for few rows or for many: one reading of the weight for all.
-        inner = gate_up(joined(normed), is_prompt=groups[-1].is_prompt)
-        gated = _split(nn.silu(inner[:, 0]) * inner[:, 1], groups)
+        if is_whole := exact_parts(c.hidden_size, 2 * c.intermediate_size) == 1:
+            # Nobody cuts it, for few rows or many: the weight is read once for all.
+            normed = [joined(normed)]
+        kinds = [group.is_prompt for group in groups]
+        inner = [
+            gate_up(x, is_prompt=is_prompt)
+            for x, is_prompt in zip(
+                normed, kinds[-1:] if is_whole else kinds, strict=True
+            )
+        ]
+        gated = [nn.silu(y[:, 0]) * y[:, 1] for y in inner]
+        if is_whole:
+            gated = _split(*gated, groups)
         return [
             group._replace(y=down(x, is_prompt=group.is_prompt))
             for group, x in zip(groups, gated, strict=True)
