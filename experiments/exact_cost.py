@@ -41,7 +41,7 @@ class ExactCostConfig(Options):
     max_requests: int = option(0, "Requests of a load at most; 0: all.", at_least=0)
     max_tokens: int = option(0, "New tokens of a load at most; 0: all.", at_least=0)
     prompt_length: int = option(0, "Of every prompt; 0: the load's.", at_least=0)
-    model: str = option("", "Another model of random weights; none: the load's.")
+    model: str = option("")  # none: the load's
     dtype: str = option("bfloat16", "Type.", choices=models.DTYPES)
     numerics: tuple[str, ...] = option(NUMERICS, "Compared.", choices=NUMERICS)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -80,10 +79,6 @@ class ExactnessConfig(Options):
     num_slots: int = option(32, "Requests decoded at the same time.", at_least=2)
     page_size: int = option(64, "Tokens per KV page.", at_least=1)
     prefill_chunk: int = option(256, "Prompt tokens prefilled per step.", at_least=1)
-    compile_threads: int = option(
-        1, "Engines compiled at the same time, before all rows; each has a pool.",
-        at_least=1, is_recorded=False,
-    )  # fmt: skip
 
 
 def compare(results, plain):
@@ -210,23 +205,6 @@ class Exactness(Experiment):
         settings = _SETTINGS[-2:] if self.is_smoke else _SETTINGS
         names = *(name for name, _, _ in settings), _KV_ROWS, _SCORE
         return [{"setting": name} for name in names]
-
-    def measure_all(self, rows):
-        """As ever, but all engines are compiled first."""
-        if self.config.compile_threads > 1:
-            wanted = {row["setting"] for row in rows}
-            settings = [s for name, *s in _SETTINGS if name in wanted]
-            with ThreadPoolExecutor(self.config.compile_threads) as pool:
-                plain = [dict(num_draft_tokens=0), {}]
-                list(pool.map(self._compile, [plain, *settings]))
-        yield from super().measure_all(rows)
-
-    def _compile(self, setting):
-        speculation, options = setting
-        ours = "shuffled", "resumed"
-        options = {k: v for k, v in options.items() if k not in ours}
-        with self.engine(speculation, **options) as engine:
-            engine.warm_up()
 
     def measure(self, row):
         """How much of the texts of a setting is plain decoding's."""
