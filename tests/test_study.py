@@ -4,8 +4,6 @@ import ast
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -492,12 +490,13 @@ def test_ranges_are_checked():
         contexts_lib.parse_ranges(["10-5"])
 
 
-def run_module(name, *arguments):
-    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def run_module(parent):
+    """Runs a launcher as the shell does."""
+    return lambda name, *options: parent.run_module(f"experiments.{name}", *options)
 
 
-def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
+def test_study_figures_and_page_from_the_shell(tmp_path, own_policy, run_module):
     run = tmp_path / "run"
     done = run_module(
         "study", "--study=ablations", f"--output={run}", "--smoke",
@@ -534,7 +533,7 @@ def test_study_figures_and_page_from_the_shell(tmp_path, own_policy):
         assert "oldest" not in text and "figure." not in text
 
 
-def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
+def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy, run_module):
     save_checkpoint(make_tiny_model(), tmp_path / "tiny")
     contexts, out = tmp_path / "contexts.json", tmp_path / "out"
     contexts.write_text(json.dumps(contexts_lib.smoke_contexts()))
@@ -553,7 +552,7 @@ def test_acceptance_measures_a_policy_from_a_file(tmp_path, own_policy):
     assert row["steps_per_cycle"] == 2 and 0 <= row["guess_hit_rate"] <= 1
 
 
-def test_bad_input_ends_before_any_work(tmp_path):
+def test_bad_input_ends_before_any_work(tmp_path, run_module):
     out = f"--output={tmp_path / 'x'}"
     for arguments, (status, message) in {
         ("--study=lader", out): (2, "study must be one of"),
