@@ -1,6 +1,7 @@
 """GGUF files: the index, and tensors read piece by piece, against the gguf package."""
 
 import gc
+import time
 import weakref
 
 import gguf
@@ -132,11 +133,17 @@ def test_what_was_read_is_dropped(tiny_config, dtype):
     sizes = layer_shapes(tiny_config) | outer_shapes(tiny_config)
     alive, most = [], 0
 
+    def living():
+        return [at for ref, at in alive if ref() is not None]
+
     def read(name, layer):
         nonlocal most
-        gc.collect()
-        living = {at for ref, at in alive if ref() is not None and at is not None}
-        most = max(most, len(living - {layer}))
+        for patience in (0.0, 0.02, 0.1):  # until a thread of the device lets go
+            time.sleep(patience)
+            gc.collect(0)  # JAX drops then what its threads let go
+            if not (others := set(living()) - {None, layer}):
+                break
+        most = max(most, len(others))
         array = np.ones(sizes[name], np.float16)  # no type of parameters: never aliased
         alive.append((weakref.ref(array), layer))
         return array, name
@@ -145,5 +152,5 @@ def test_what_was_read_is_dropped(tiny_config, dtype):
     assert most == 0
     shapes = param_shapes(tiny_config, dtype)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, shapes)
-    gc.collect()
-    assert all(ref() is None for ref, _ in alive[:-1])
+    gc.collect(0)
+    assert len(living()) <= 1  # the last one read
