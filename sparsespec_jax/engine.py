@@ -7,6 +7,7 @@ from collections import deque
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
+from sparsespec_jax.device.attention_probe import check_attention
 from sparsespec_jax.device.row_probe import check_rows
 from sparsespec_jax.device.state import committed
 from sparsespec_jax.device.step import step_compiler_options
@@ -78,10 +79,9 @@ class Engine(contextlib.AbstractContextManager):
         if resolved.exact:
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
             options = step_compiler_options(self.impl, exact=True)
-            check_rows(
-                model.config, self.params, shapes, impl=self.impl,
-                compiler_options=options,
-            )  # fmt: skip
+            how = dict(impl=self.impl, compiler_options=options)
+            check_rows(model.config, self.params, shapes, **how)
+            check_attention(model.config, shapes, **how)
         self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
         self._scheduler = Scheduler(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.paged_attention import LaneGroup
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sampling, sizes
-from sparsespec_jax.device import row_probe
+from sparsespec_jax.device import attention_probe, row_probe
 from sparsespec_jax.device.lanes import token_rows
 from sparsespec_jax.host.feeding import Feeding
 from sparsespec_jax.models import products
@@ -263,3 +264,59 @@ def test_a_cut_that_depends_on_the_number_of_rows_is_named(
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="cannot be kept: queries .*numerics='fast'"):
         Engine(gpu_model, engine=engine)
+
+
+# -- attention -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Attention of pieces of 64 keys, quick to interpret."""
+    everywhere = {"verify": LaneGroup(1, 3, 64), "prefill": LaneGroup(1, 66, 64)}
+    for name, value in dict(PIECE=64, _VISIBLE=133, _EVERYWHERE=everywhere).items():
+        monkeypatch.setattr(attention_probe, name, value)
+
+
+def look_at_attention(gpu_model, k=2, impl="gpu_interpret"):
+    shape = make_shape(slots=3, k=k, pages=40, page_size=64, chunk=66)
+    options = dict(impl=impl, compiler_options={})
+    attention_probe.check_attention(gpu_model.config, [shape], **options)
+
+
+def test_attention_that_stands_alone_passes(gpu_model, short_pieces):
+    look_at_attention(gpu_model)
+
+
+@pytest.mark.parametrize("part", ["verify", "prefill"])
+@pytest.mark.parametrize("cause", ["a neighbour", "rows of its own lane", "the step"])
+def test_attention_that_depends_on_others_is_named(
+    gpu_model, short_pieces, monkeypatch, part, cause
+):
+    """One bit of the compared row, if the cause is there."""
+    place = {"verify": 1, "prefill": 2}[part]  # the lanes of the step before
+
+    def compiled(groups, impl, options):
+        starts = np.cumsum([0, *(g.num_lanes * g.num_queries for g in groups)])
+        lanes = np.cumsum([0, *(g.num_lanes for g in groups)])
+
+        def run(queries, pool, pages, lengths, counts):
+            out = np.ones(queries.shape, np.float32)
+            if len(groups) < 3:
+                return out  # of what every engine tries, or a step without chunks
+            lane = lanes[place]
+            others = np.delete(counts, [lanes[1], lanes[2]])
+            is_there = {
+                "a neighbour": others.any(),
+                "rows of its own lane": counts[lane] > 1,
+                "the step": True,
+            }[cause]
+            out.view(np.int32)[starts[place], 1, 5] ^= int(is_there)
+            return out
+
+        return run
+
+    monkeypatch.setattr(attention_probe, "_compiled", compiled)
+    name = attention_probe.PARTS[part]
+    beside = {"a neighbour": "among others", "the step": "alone"}.get(cause, "")
+    with pytest.raises(RuntimeError, match=f"kept: {name} has other bits {beside}"):
+        look_at_attention(gpu_model)

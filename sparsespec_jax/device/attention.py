@@ -18,6 +18,7 @@ from sparsespec_jax.device.filling import Attended, make_filler
 from sparsespec_jax.device.lanes import StepLanes, take, token_rows
 from sparsespec_jax.device.row_places import concatenate, row_places, tail_places
 from sparsespec_jax.device.state import LayerCache
+from sparsespec_jax.plan.shape import StepShape
 
 
 def make_attend(context: StepContext, lanes: StepLanes) -> tuple[Callable, Callable]:
@@ -39,7 +40,9 @@ class _Attention:
     def __init__(self, context, lanes, filler):
         self.context, self.shape = context, context.shape
         self.lanes, self.filler = lanes, filler
-        self.groups = _lane_groups(context, lanes)
+        piece = PIECE if context.exact else None
+        chunks = lanes.prefill.slots.size
+        self.groups = lane_groups(self.shape, piece=piece, num_chunks=chunks)
         self.tables, self.q_lengths = _tables_and_rows(lanes, self.shape)
         self.has_fixed_counts = lanes.draft_counts is not None
         self.mass_rows = context.policy.mass_rows(context.options.mass_rows)
@@ -95,14 +98,14 @@ class _Attention:
             )
 
 
-def _lane_groups(context, lanes):
+def lane_groups(
+    shape: StepShape, *, piece: int | None, num_chunks: int
+) -> dict:  # of LaneGroup
     """LaneGroups by the name of their lanes, in lane order; empty ones left out."""
-    shape, piece = context.shape, PIECE if context.exact else None
-    prompts = lanes.prefill.slots.size
     groups = {
         "draft": LaneGroup(shape.draft_lanes, shape.draft_queries),
         "verify": LaneGroup(shape.verify_lanes, shape.num_queries, piece),
-        "prefill": LaneGroup(prompts, shape.prefill_chunk, piece),
+        "prefill": LaneGroup(num_chunks, shape.prefill_chunk, piece),
     }
     return {name: group for name, group in groups.items() if group.num_lanes}
 
