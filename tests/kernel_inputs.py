@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels.add_norm.cases import NormCase
 from pallas_kernels.gather_kv.cases import GatherCase
+from pallas_kernels.matmul.cases import MatmulCase
 from pallas_kernels.paged_attention import AttentionOutput, paged_attention
 from pallas_kernels.paged_attention.cases import AttentionCase
 from pallas_kernels.rotate_heads.cases import RotateCase
@@ -74,6 +75,13 @@ class NormInputs(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     scale: np.ndarray
+
+
+class MatmulInputs(NamedTuple):
+    """Array arguments of `matmul`, numpy."""
+
+    x: np.ndarray
+    weight: np.ndarray
 
 
 class GatherInputs(NamedTuple):
@@ -482,3 +490,18 @@ def assert_norms_agree(actual, expected) -> None:
     tolerance = NORM_TOLERANCE[got.dtype.name]
     got, wanted = got.astype(np.float32), wanted.astype(np.float32)
     np.testing.assert_allclose(got, wanted, rtol=tolerance)
+
+
+# --------------------------------------------------------------------- matmul
+
+
+def whole_numbers(num_rows, num_inputs, num_columns, seed=0):
+    """Rows and a weight whose product bfloat16 holds but for one rounding."""
+    rng = np.random.default_rng(seed)
+    shapes = (num_rows, num_inputs), (num_inputs, num_columns)
+    return tuple(rng.integers(-3, 4, shape).astype(jnp.bfloat16) for shape in shapes)
+
+
+def matmul_inputs(case: MatmulCase, seed: int = 0) -> MatmulInputs:
+    """Returns small whole numbers: every order gives the same sum."""
+    return MatmulInputs(*whole_numbers(case.num_tokens, *case.weight, seed))

@@ -1,11 +1,13 @@
 """What options, files and a model rule out is said in one line before any work."""
 
+import dataclasses
 import json
 
 import pytest
 
 from experiments import models
 from sparsespec_jax import save_checkpoint
+from sparsespec_jax.loading.tokenizer import tokenizer_from_vocabulary
 
 # Runs a command's checks once per list of options; what it says of each, as JSON.
 DRIVER = """
@@ -36,11 +38,25 @@ print(json.dumps(said))
 """
 
 
+def _letters():
+    """A token a character, as many as a tiny model has."""
+    return tokenizer_from_vocabulary(
+        [*map(chr, range(33, 127)), "\u0120", "\u010a", "<end>"],
+        [],
+        token_types=[1] * 96 + [3],
+        pre_tokenizer="gpt-2",
+        eos_ids=(96,),
+        chat_template="{{ messages[0].content }}<end>",
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model without a tokenizer, and files of contexts that do not suit it."""
+    """Tiny models without and with a tokenizer, and files that do not suit them."""
     folder = tmp_path_factory.mktemp("unfit")
-    save_checkpoint(models.tiny_model(), folder / "tiny")
+    model = models.tiny_model()
+    save_checkpoint(model, folder / "tiny")
+    save_checkpoint(dataclasses.replace(model, tokenizer=_letters()), folder / "told")
     contexts = {
         "short": [[1, 2, 3]],
         "good": [[i % 97 for i in range(90)], [5] * 70],
@@ -154,8 +170,8 @@ CASES = {
         ([MODEL], "'tiny' has no tokenizer"),
         ([MODEL, "--temperatures=warm"], "could not convert string to float: 'warm'"),
         ([MODEL, "--lags="], "--lags is empty"),
-        (["--lags=7"], "lag must be an integer in [0, 2], got 7"),
-        (["--max_tokens=9000"], "was made for 8192"),
+        (["--model=told", "--lags=7"], "lag must be an integer in [0, 2], got 7"),
+        (["--model=told", "--max_tokens=4000"], "was made for 4096"),
     ],
     "throughput": [
         ([*LOAD], "a trace needs a GPU, this process has none: give --trace_steps=0"),
@@ -188,8 +204,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_said_before_the_work(parent, folder, default_model, name):
-    del default_model  # it is on disk then
+def test_it_is_said_before_the_work(parent, folder, name):
     options = [json.dumps(options) for options, _ in CASES[name]]
     output = f"output={folder / 'out'}"
     done = parent.run(DRIVER, name, output, *options, cwd=folder)

@@ -40,13 +40,6 @@ CONFIGS = dict(
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def whole_numbers(num_rows, num_inputs, num_columns, seed=0):
-    """Rows and a weight whose product bfloat16 holds but for one rounding."""
-    rng = np.random.default_rng(seed)
-    shapes = (num_rows, num_inputs), (num_inputs, num_columns)
-    return tuple(rng.integers(-3, 4, shape).astype(jnp.bfloat16) for shape in shapes)
-
-
 def product(x, weight):
     """The product, exact and rounded once."""
     exact = x.astype(np.float32) @ weight.astype(np.float32)
@@ -77,7 +70,7 @@ def test_sums_are_float32_and_rounded_once(impl):
 
 @ki.each_case(SMALL)
 def test_product_on_a_gpu_is_the_reference(case):
-    x, weight = whole_numbers(case.num_tokens, *case.weight)
+    x, weight = ki.matmul_inputs(case)
     expected = matmul(x, weight, impl="reference")
     ki.assert_same_bits(expected, product(x, weight))
     ki.assert_same_bits(interpreted(x, weight), expected)
@@ -85,14 +78,14 @@ def test_product_on_a_gpu_is_the_reference(case):
 
 @configs
 def test_every_way_to_cut_gives_the_product(config):
-    x, weight = whole_numbers(300, 384, 576)
+    x, weight = ki.whole_numbers(300, 384, 576)
     got = interpreted(x, weight, config=config)
     ki.assert_same_bits(got, product(x, weight))
 
 
 def ordered_numbers(num_rows, num_inputs, num_columns):
     """A large number, ones that it swallows, and its negative, in this order."""
-    x, weight = whole_numbers(num_rows, num_inputs, num_columns)
+    x, weight = ki.whole_numbers(num_rows, num_inputs, num_columns)
     rng = np.random.default_rng(1)
     x = rng.normal(size=x.shape).astype(jnp.bfloat16)
     x[:, 3] = 2.0**26
@@ -125,7 +118,7 @@ def test_bits_of_a_row_follow_from_the_row():
 
 
 def test_a_row_of_nan_is_the_only_one():
-    x, weight = whole_numbers(300, 128, 192)
+    x, weight = ki.whole_numbers(300, 128, 192)
     x[[5, 70, 127, 299]] = np.nan
     got = np.asarray(interpreted(x, weight, config=FEW()), np.float32)
     is_nan = np.isnan(got)
@@ -207,7 +200,7 @@ def next_rows(x, weight):
 
 @pytest.mark.parametrize("fault", [skip_a_step, swap_tiles, next_rows])
 def test_product_on_a_gpu_shows_faults(fault):
-    x, weight = whole_numbers(136, 192, 512)
+    x, weight = ki.whole_numbers(136, 192, 512)
     got = interpreted(*fault(x, weight), config=FEW())
     with pytest.raises(AssertionError):
         ki.assert_same_bits(got, product(x, weight))
@@ -215,7 +208,7 @@ def test_product_on_a_gpu_shows_faults(fault):
 
 @pytest.mark.usefixtures("no_type_checks")
 def test_product_rejects_what_does_not_fit():
-    x, weight = whole_numbers(2, 64, 64)
+    x, weight = ki.whole_numbers(2, 64, 64)
     for args, word in (
         ((x[0], weight), "x has shape"),
         ((x[:0], weight), "no axis may be empty"),
@@ -230,7 +223,7 @@ def test_product_rejects_what_does_not_fit():
 def test_product_on_a_gpu_refuses_other_sizes():
     for sizes, word in (((2, 96, 64), "96 inputs"), ((2, 64, 96), "96 outputs")):
         with pytest.raises(NotImplementedError, match=word):
-            matmul(*whole_numbers(*sizes), impl="gpu_interpret")
+            matmul(*ki.whole_numbers(*sizes), impl="gpu_interpret")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +256,7 @@ def test_the_benchmark_times_and_compares(monkeypatch):
 @pytest.mark.gpu
 @ki.each_case([by_name(MATMUL_CASES, "matmul_odd_rows"), *SMALL])
 def test_product_on_the_device(case):
-    x, weight = whole_numbers(case.num_tokens, *case.weight)
+    x, weight = ki.matmul_inputs(case)
     ki.assert_same_bits(matmul(x, weight, impl="gpu"), product(x, weight))
 
 

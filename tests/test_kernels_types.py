@@ -16,6 +16,8 @@ from pallas_kernels.cases import tagged
 from pallas_kernels.common import load_implementation
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv.cases import GATHER_CASES
+from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul.cases import MATMUL_CASES
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.cases import ATTENTION_CASES
 from pallas_kernels.rotate_heads import rotate_heads
@@ -32,6 +34,7 @@ OPERATIONS = {
     write_rows: (WRITE_CASES, ki.write_inputs),
     rotate_heads: (ROTATE_CASES, ki.rotate_inputs),
     add_norm: (NORM_CASES, ki.norm_inputs),
+    matmul: (MATMUL_CASES, ki.matmul_inputs),
 }
 operations = pytest.mark.parametrize(
     "operation", OPERATIONS, ids=lambda operation: operation.__name__
