@@ -433,4 +433,5 @@ class Engine(contextlib.AbstractContextManager):
             weight_bytes=sizes.weight_bytes(self.model),
             kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
+            numerics=self.config.numerics,
         )

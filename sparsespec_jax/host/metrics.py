@@ -227,6 +227,7 @@ class DecodeStats:
     weight_bytes: int  # weights that one step reads
     kv_usage: dict | None = None  # of the KV cache, as Engine.kv_usage at the end
     forced_acceptance: float | None = None  # mean asked for; then the text is lossy
+    numerics: str = "fast"  # of the engine
 
     @property
     def total(self) -> RequestMetrics:
@@ -285,6 +286,7 @@ class DecodeStats:
             "kv_read_ratio",
         )
         scalars = (
+            "numerics",
             "num_slots",
             "num_steps",
             "wall_time_s",
