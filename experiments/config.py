@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 from experiments.models import DTYPES
 from experiments.options import Options, option
-from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
+from sparsespec_jax.config import (
+    NUMERICS,
+    EngineConfig,
+    SamplingParams,
+    SpeculationConfig,
+)
 from sparsespec_jax.policies.select import resolve_policy
 
 
@@ -66,6 +71,7 @@ class GenerateConfig(Options):
     prefill_chunk: int = option(64, "Prompt tokens prefilled per step.")
     lag: int = option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
     impl: str = option("", "Kernels: reference, tpu or gpu; empty: the platform's.")
+    numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
     journal_seconds: float = option(
         1.0,
         "Time between two syncs of what requests have emitted.",
@@ -119,6 +125,7 @@ class GenerateConfig(Options):
             lag=self.lag,
             max_length=max_length,
             impl=self.impl or None,
+            numerics=self.numerics,
         )
 
     @property

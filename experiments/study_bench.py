@@ -17,6 +17,7 @@ from experiments.experiment import Experiment
 from experiments.options import Options, option
 from experiments.study_config import as_json, as_row, split
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sizes
+from sparsespec_jax.config import NUMERICS
 from sparsespec_jax.plan.shape import pages_for
 from sparsespec_jax.policies.base import SelectionOptions
 from sparsespec_jax.policies.select import POLICIES, load_policy
@@ -44,6 +45,7 @@ class Setting(Options):
     page_size: int = option(16, "Tokens per KV page.", at_least=1)
     seed: int = option(0, "Seed of the continuations.", at_least=0)
     impl: str | None = option(None, "Kernels; default: the platform's.")
+    numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
     policy_file: str | None = option(
         None, "FILE.py:NAME of a Policy of your own.", is_recorded=False
     )
@@ -256,6 +258,7 @@ class Bench:
             prefill_lanes=self.setting.prefill_lanes,
             kv_policy="reserve",
             impl=self.setting.impl,
+            numerics=self.setting.numerics,
         )
         impl = sizes.resolve_impl(config.impl)
         shape = sizes.make_shape(speculation, config, self._longest, impl)
