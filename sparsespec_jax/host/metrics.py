@@ -215,7 +215,7 @@ class RequestMetrics:
         return cls(**fields)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DecodeStats:
     """Totals of a run of the engine over its finished requests."""
 
@@ -275,6 +275,19 @@ class DecodeStats:
             overhead_ratio=ratio(2 * total.kv_tokens_read.gather, verify),
             num_slots=self.num_slots,
             balance_tokens=balance_tokens,
+        )
+
+    def __repr__(self):
+        total = self.total
+        drafts = ""
+        if total.max_draft_tokens:
+            drafts = (
+                f", {total.mean_accepted_draft_tokens:.2f} of "
+                f"{total.max_draft_tokens} drafts accepted"
+            )
+        return (
+            f"{total.num_requests} requests, {total.num_output_tokens} tokens in "
+            f"{self.wall_time_s:.2f} s ({self.tokens_per_s:.1f} tokens/s){drafts}"
         )
 
     def to_dict(self) -> dict:

@@ -5,13 +5,28 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sparsespec_jax.host.cost_model import ratio
 from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
 from sparsespec_jax.host.text import OutputText
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
+_PLAIN_FIELDS = (
+    "request_id", "prompt_index", "sample_index", "finish_reason", "stop_reason",
+)  # fmt: skip
+_LISTS = "prompt_token_ids", "token_ids", "logprobs"
+_COLUMNS = (  # of the metrics
+    "num_prompt_tokens", "num_output_tokens", "mean_acceptance_length",
+    "mean_accepted_draft_tokens", "kv_read_ratio", "time_to_first_token_s",
+    "total_time_s",
+)  # fmt: skip
+_SHOWN = 3  # results in the repr of many
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+def _shortened(text, most=60):
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class DecodeResult:
     """One finished sample.
 
@@ -29,7 +44,7 @@ class DecodeResult:
     stop_reason: int | str | None  # the stop token id or stop string
     metrics: RequestMetrics
     params_versions: tuple[tuple[int, int], ...]  # (version, tokens it gave), in order
-    output_text: OutputText = dataclasses.field(repr=False, compare=False)
+    output_text: OutputText | None = dataclasses.field(compare=False)
 
     @functools.cached_property
     def text(self) -> str | None:
@@ -38,8 +53,39 @@ class DecodeResult:
         Ends before a stop string or a stop token; None without a tokenizer. The same
         whether the output was streamed or not.
         """
+        if self.output_text is None:  # it came without one, out of a pickle
+            return None
         is_stopped = isinstance(self.stop_reason, int)
         return self.output_text.finish(self.token_ids[: -1 if is_stopped else None])
+
+    def to_dict(self) -> dict:
+        """All of it as JSON types, the text first."""
+        values = {"text": self.text}
+        values |= {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
+        versions = [list(item) for item in self.params_versions]
+        metrics = self.metrics.to_dict()
+        return values | lists | {"params_versions": versions, "metrics": metrics}
+
+    def to_row(self) -> dict:
+        """What a table has of it: one value a column, JSON types."""
+        values = {"text": self.text}
+        values |= {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        metrics = self.metrics.to_dict()
+        values |= {name: metrics[name] for name in _COLUMNS}
+        return values | {"mean_logprob": ratio(sum(self.logprobs), len(self.logprobs))}
+
+    def __repr__(self):
+        shown = self.token_ids[:8] if self.text is None else self.text
+        return (
+            f"DecodeResult({_shortened(repr(shown))}, {len(self.token_ids)} tokens, "
+            f"finish_reason={self.finish_reason!r}, prompt_index={self.prompt_index}, "
+            f"sample_index={self.sample_index})"
+        )
+
+    def __getstate__(self):
+        """Everything but the tokenizer: the text is decoded now."""
+        return vars(self) | {"text": self.text, "output_text": None}
 
 
 class DecodeResults(Sequence):
@@ -55,8 +101,21 @@ class DecodeResults(Sequence):
     def __getitem__(self, index):
         return self._results[index]
 
+    def to_dict(self) -> dict:
+        """All results and the totals as JSON types."""
+        return {
+            "results": [result.to_dict() for result in self],
+            "stats": self.stats.to_dict(),
+        }
+
+    def to_rows(self) -> list[dict]:
+        """A row a sample, as `pandas.DataFrame` takes them."""
+        return [result.to_row() for result in self]
+
     def __repr__(self):
-        return f"DecodeResults({len(self)} results)"
+        first = "".join(f"\n  {result!r}" for result in self[:_SHOWN])
+        more = f"\n  and {len(self) - _SHOWN} more" if len(self) > _SHOWN else ""
+        return f"DecodeResults: {self.stats!r}{first}{more}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparsespec_jax.loading.pinned_models import PINNED
 from sparsespec_jax.loading.tokenizer import Tokenizer, tokenizer_from_directory
 from sparsespec_jax.models.config import ModelConfig, config_from_json, config_to_json
-from sparsespec_jax.models.transformer import Params, param_shapes
+from sparsespec_jax.models.transformer import Params, param_shapes, params_dtype
 
 DEFAULT_SPEC = "smollm2"
 
@@ -41,6 +41,16 @@ class Model:
     tokenizer: Tokenizer | None  # None: token ids only, tokenizer_problem says why
     name: str
     tokenizer_problem: str = "none was given"
+
+    def __repr__(self):
+        leaves = jax.tree.leaves(self.params)
+        count = sum(leaf.size for leaf in leaves)
+        kind = params_dtype(self.params)
+        tokenizer = "no tokenizer" if self.tokenizer is None else "tokenizer"
+        return (
+            f"Model({self.name!r}, {self.config.num_layers} layers, "
+            f"{count / 1e6:.1f} M parameters, {kind}, {tokenizer})"
+        )
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
