@@ -35,7 +35,9 @@ from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.select_tokens.cases import SELECT_CASES
 
 # Cases that add little to the others and take the longest.
-SLOW = {"prefill_first", "step_d64", "verify_g5", "verify_long"}
+SLOW = {"prefill_first", "verify_g5", "verify_long"}
+# Attention cases with a lane for every planted fault.
+FAULTY = {"page_edges", "verify_edges", "step_d64"}
 
 # The matrix unit reads 16-bit keys and values, so float32 cases run as bfloat16.
 ATTENTION = tuple(
@@ -57,11 +59,20 @@ def case_params(cases, with_races):
     return pytest.mark.parametrize("case, interpret", params)
 
 
-def assert_faults_are_seen(run, check, inputs, expected, faults, lane):
-    """Asserts that every fault in a lane alone changes the checked result."""
-    for fault in faults:
-        with pytest.raises(AssertionError):
-            check(run(fault(inputs, lane)), expected)
+def plant(faults, inputs, lanes):
+    """Returns inputs with one fault in each of these lanes, the others untouched."""
+    for fault, lane in zip(faults, lanes, strict=True):
+        inputs = fault(inputs, lane)
+    return inputs
+
+
+def differs(check, actual, expected):
+    """Returns whether the check refuses `actual`."""
+    try:
+        check(actual, expected)
+    except AssertionError:
+        return True
+    return False
 
 
 # ------------------------------------------------------------------ attention
@@ -89,21 +100,21 @@ def assert_attention_close(actual, expected):
 
 
 @case_params(ATTENTION, with_races=("page_edges", "verify_ragged", "step_bf16"))
-def test_attention_equals_the_reference(case, interpret):
+def test_attention_equals_the_reference_and_shows_faults(case, interpret):
     run, check, inputs, expected = attention_setup(case, interpret)
     actual = run(inputs)
     check(actual, expected)
     if interpret is RACES:
         jax.tree.map(ki.assert_same_bits, actual, run(inputs))
-
-
-@pytest.mark.parametrize("name", ["page_edges", "verify_edges", "step_d64"])
-def test_attention_shows_faults(name):
-    case = by_name(ATTENTION, name)
-    run, check, inputs, expected = attention_setup(case, PLAIN)
-    check(run(inputs), expected)
-    lane = np.flatnonzero(inputs.kv_lengths.max(1))[-1]
-    assert_faults_are_seen(run, check, inputs, expected, ki.ATTENTION_FAULTS, lane)
+    if case.name in FAULTY:
+        lanes = np.flatnonzero(inputs.kv_lengths.max(1))
+        faulty = run(plant(ki.ATTENTION_FAULTS, inputs, lanes))
+        for lane, (token, num_queries) in enumerate(ki.lane_rows(case)):
+            rows = slice(token, token + num_queries)
+            got, wanted = (
+                ki.AttentionOutput(x.out[rows], None) for x in (faulty, expected)
+            )
+            assert differs(check, got, wanted) == (lane in lanes), lane
 
 
 # A prompt chunk of 40 queries and 4 heads is 160 rows: three tiles of 64 rows.
@@ -189,7 +200,7 @@ def test_packed_probabilities_come_back(bits):
 
 @pytest.mark.parametrize("rows", ["all", "edges"])
 def test_attention_of_a_long_prompt_chunk(rows):
-    case = dataclasses.replace(WIDE, mass_group=1, mass_rows=rows)
+    case = dataclasses.replace(WIDE, mass_group=1, mass_rows=rows, num_heads=1)
     run, check, inputs, expected = attention_setup(case, PLAIN)
     check(run(inputs), expected)
 
@@ -240,11 +251,17 @@ def test_selection_equals_the_reference_and_shows_faults(case, interpret):
     run, inputs, expected = select_setup(case, interpret)
     ki.assert_same_selection(run(inputs), expected)
     if interpret is RACES:
-        check = ki.assert_same_selection
         # The sum over the heads does not change when two are swapped.
         unseen = {ki.swap_score_heads} if case.per_layer else set()
         faults = [fault for fault in ki.SELECT_FAULTS if fault not in unseen]
-        assert_faults_are_seen(run, check, inputs, expected, faults, 0)
+        # The first lane as often as there are lanes, each with a fault of its own.
+        same = jax.tree.map(lambda x: np.repeat(x[:1], len(x), axis=0), inputs)
+        faulty = run(plant(faults, same, range(len(faults))))
+        wanted = jax.tree.map(lambda x: x[:1], expected)
+        for lane in range(len(case.lengths)):
+            got = jax.tree.map(lambda x, lane=lane: x[lane : lane + 1], faulty)
+            seen = differs(ki.assert_same_selection, got, wanted)
+            assert seen == (lane < len(faults)), lane
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 4), (1, 8, 4), (1, 4, 8)], ids=str)
@@ -310,8 +327,11 @@ def test_gather_equals_the_reference_and_shows_faults(case, interpret):
 
     run = compile_interpreted(kernel, inputs)
     ki.assert_same_bits(run(inputs), expected)
-    faults = ki.GATHER_FAULTS
-    assert_faults_are_seen(run, ki.assert_same_bits, inputs, expected, faults, 0)
+    for faults in (ki.GATHER_FAULTS[:2], ki.GATHER_FAULTS[2:]):
+        faulty = run(plant(faults, inputs, range(2)))
+        for pages in inputs.target_table[:2]:
+            pages = pages[(0 <= pages) & (pages < len(expected))]
+            assert differs(ki.assert_same_bits, faulty[pages], expected[pages])
 
 
 def test_gather_drops_rows_for_no_page():
