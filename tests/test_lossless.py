@@ -44,11 +44,14 @@ def test_plain_decoding_equals_the_oracle(tiny_model, prompts, plain):
 # Options of speculation and of the engine by turns, so that each is compiled once.
 CASES = {
     "one draft, lag 0": (dict(num_draft_tokens=1), dict(lag=0)),
-    "eight drafts, lag 2": (dict(num_draft_tokens=8), dict(lag=2)),
+    "eight drafts, ten slots, lag 2": (
+        dict(num_draft_tokens=8),
+        dict(num_slots=10, lag=2),
+    ),
     "no budget, one slot": (dict(min_budget=0, budget_ratio=1e-6), dict(num_slots=1)),
-    "small budget, nine slots": (
+    "small budget, nine slots, tight pool": (
         dict(min_budget=1, budget_ratio=0.01),
-        dict(num_slots=9),
+        dict(num_slots=9, num_pages=60),
     ),
     "whole context, pages of one": (dict(budget_ratio=1.0), dict(page_size=1)),
     "edges, large pages": (dict(mass_rows="edges"), dict(page_size=64)),
@@ -62,8 +65,6 @@ CASES = {
         dict(policy="full", budget_ratio=1.0),
         dict(max_length=1000),
     ),
-    "random": (dict(policy="random"), dict()),
-    "tight pool": (dict(), dict(num_pages=40)),
 }
 
 
@@ -126,7 +127,8 @@ def test_filters_change_the_law_but_not_losslessness(tiny_model, prompts):
 
 
 def test_a_dense_draft_is_always_accepted(tiny_model, prompts):
-    got = run(tiny_model, prompts, policy="full", budget_ratio=1.0)
+    speculation, engine = CASES["full, long tables"]
+    got = run(tiny_model, prompts, engine=engine, **speculation)
     histogram = got.stats.total.accepted_histogram
     assert histogram[:-1] == [0, 0, 0] and histogram[-1] > 20
 
@@ -134,7 +136,7 @@ def test_a_dense_draft_is_always_accepted(tiny_model, prompts):
 def test_greedy_ratio_test_is_plain_greedy(tiny_model, prompts):
     laws = [dataclasses.replace(law, temperature=0) for law in LAWS]
     base = run(tiny_model, prompts, laws, num_draft_tokens=0)
-    got = run(tiny_model, prompts, laws, acceptor="ratio_test", draft_top_m=4)
+    got = run(tiny_model, prompts, laws, acceptor="ratio_test", draft_top_m=8)
     assert tokens_of(got) == tokens_of(base)
 
 
@@ -214,12 +216,11 @@ def test_a_missed_draft_changes_no_token(tiny_model):
     laws = [SamplingParams(temperature=t, seed=i, max_tokens=60)
             for i, t in enumerate([0, 0.65, 1, 0.3, 0.8] * 2)]  # fmt: skip
     config = dataclasses.replace(ENGINE, num_slots=10)
-    plain = run(tiny_model, prompts, laws, engine=dict(num_slots=10),
-                num_draft_tokens=0)  # fmt: skip
+    plain = run(tiny_model, prompts, laws, num_draft_tokens=0)
     engine = Engine(
         tiny_model,
         speculation=dataclasses.replace(SPECULATION, num_draft_tokens=8),
-        engine=dataclasses.replace(config, max_length=80),
+        engine=dataclasses.replace(config, max_length=256),  # as `run` has it
     )
     ids = [engine.add_request(*pair) for pair in zip(prompts, laws, strict=True)]
     arrays, results, num_missed = engine._scheduler.arrays, {}, 0
@@ -236,7 +237,7 @@ def test_a_corrupted_cache_is_noticed(tiny_model, prompts, plain):
     """Power: committing KV that a draft step wrote would change tokens."""
     engine = Engine(
         tiny_model, speculation=SPECULATION, engine=dataclasses.replace(ENGINE, lag=0,
-        max_length=80)
+        max_length=256)  # as `run` has it
     )  # fmt: skip
     for prompt, law in zip(prompts, LAWS, strict=True):
         engine.add_request(prompt, law)
