@@ -57,9 +57,11 @@ def test_lookup_equals_the_loops(tokens, low):
 
 CASES = {
     "ngram": (dict(), dict()),
-    "lag 0": (dict(num_draft_tokens=1), dict(lag=0)),
+    "lag 0, small chunks": (
+        dict(num_draft_tokens=1),
+        dict(lag=0, prefill_chunk=2, num_slots=5),
+    ),
     "lag 2": (dict(num_draft_tokens=8), dict(lag=2, page_size=1)),
-    "small chunks": (dict(), dict(prefill_chunk=2, num_slots=5)),
 }
 
 
