@@ -51,7 +51,7 @@ CASES = {
     "no budget, one slot": (dict(min_budget=0, budget_ratio=1e-6), dict(num_slots=1)),
     "small budget, nine slots, tight pool": (
         dict(min_budget=1, budget_ratio=0.01),
-        dict(num_slots=9, num_pages=60),
+        dict(num_slots=9, num_pages=40),
     ),
     "whole context, pages of one": (dict(budget_ratio=1.0), dict(page_size=1)),
     "edges, large pages": (dict(mass_rows="edges"), dict(page_size=64)),
