@@ -1,6 +1,7 @@
 """The cascade: drafts of sparse self-speculation in fewer steps, and no other token."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import pytest
 from scipy import stats
 
 from experiments.models import TINY
-from sparsespec_jax import Engine, Model, SamplingParams, SpeculationConfig
+from sparsespec_jax import (
+    Engine,
+    Model,
+    SamplingParams,
+    SpeculationConfig,
+    device_steps,
+)
 from sparsespec_jax.device import acceptance, cascade
 from sparsespec_jax.device.step import make_step
 from sparsespec_jax.models import transformer as model_lib
@@ -32,6 +39,8 @@ from tests.test_draft_token_choices import decode_switching
 from tests.test_proposers import Constant, copier
 from tests.test_sampling import law
 
+MAX_LENGTH = 256  # as `run` rounds: engines of equal sizes compile once
+
 
 @pytest.fixture(scope="module")
 def prompts(tiny_model):
@@ -45,6 +54,12 @@ def plain(tiny_model, prompts):
     return tokens_of(run(tiny_model, prompts, num_draft_tokens=0))
 
 
+# Nothing that is guessed can be a token.
+IMPOSSIBLE = dict(
+    proposer=Cascade(Constant(1 << 20)), num_draft_tokens=5, draft_steps=3,
+    num_guesses=3,
+)  # fmt: skip
+
 CASES = {
     "defaults": (dict(), dict()),
     "lag 0, recomputed": (dict(), dict(lag=0, num_pages=32, kv_policy="recompute")),
@@ -52,20 +67,22 @@ CASES = {
     "one step": (dict(draft_steps=1, num_guesses=1), dict(num_slots=1)),
     "more rows than drafts": (dict(draft_steps=3, num_guesses=2), dict(lag=2)),
     "eight drafts": (dict(num_draft_tokens=8, num_guesses=7), dict(page_size=8)),
-    "pages of one": (dict(num_draft_tokens=5), dict(page_size=1, lag=2)),
+    "pages of one, tight pool": (
+        dict(num_draft_tokens=5),
+        dict(page_size=1, num_pages=160, lag=2),
+    ),
     "no budget": (dict(min_budget=0, budget_ratio=1e-6), dict(page_size=64)),
     "counts by head": (dict(policy="top_p", budget_ratio=0.5), dict()),
     "a policy that remembers": (dict(policy="snapkv"), dict()),
     "nine slots": (dict(), dict(num_slots=9, prefill_lanes=2, prefill_chunk=64)),
-    "tight pool": (dict(num_draft_tokens=5), dict(num_pages=40, lag=2)),
     "constant guesses": (dict(proposer=Cascade(Constant(3))), dict()),
-    "impossible guesses": (dict(proposer=Cascade(Constant(1 << 20))), dict()),
+    "impossible guesses": (IMPOSSIBLE, dict()),
 }
 
 
 # The others are options of other features too, or lie between these.
 QUICK = {
-    "defaults", "lag 2", "pages of one", "counts by head", "tight pool",
+    "defaults", "lag 2", "pages of one, tight pool", "counts by head",
     "impossible guesses",
 }  # fmt: skip
 
@@ -112,16 +129,15 @@ def test_samples_of_one_prompt_and_filters(tiny_model, prompts):
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
     speculation = dataclasses.replace(
-        SPECULATION, num_draft_tokens=4, draft_token_choices=(0, 1, 2, 4),
-        proposer="cascade", draft_steps=2,
-    )  # fmt: skip
-    config = dataclasses.replace(ENGINE, lag=lag, max_length=100)
+        SPECULATION, draft_token_choices=(0, 1, 3), proposer="cascade"
+    )
+    config = dataclasses.replace(ENGINE, lag=lag, max_length=MAX_LENGTH)
     engine = Engine(tiny_model, speculation=speculation, engine=config)
     engine.warm_up()
     compiled = engine_helpers.num_compilations(engine)
     rng = np.random.default_rng(lag)
     switches = (
-        int(rng.choice([0, 1, 2, 4])) if rng.random() < 0.2 else None
+        int(rng.choice([0, 1, 3])) if rng.random() < 0.2 else None
         for _ in range(1000)
     )  # fmt: skip
     got = decode_switching(engine, prompts, LAWS, switches)
@@ -133,19 +149,21 @@ def test_another_k_between_any_two_steps(tiny_model, prompts, plain, lag):
 # -- the drafts themselves ----------------------------------------------------
 
 
+LOCKSTEP = dict(
+    proposer="cascade", num_draft_tokens=4, draft_steps=4, num_guesses=2
+)  # fmt: skip
+
+
 def in_lockstep(model, prompts, **options):
     """States before every step of sparse self-speculation and of a cascade.
 
     With as many draft steps as drafts both follow the same plans.
     """
-    wanted = dict(num_draft_tokens=4, **options)
     speculations = [
-        dataclasses.replace(SPECULATION, **wanted),
-        dataclasses.replace(
-            SPECULATION, proposer="cascade", draft_steps=4, num_guesses=2, **wanted
-        ),
+        dataclasses.replace(SPECULATION, num_draft_tokens=4, **options),
+        dataclasses.replace(SPECULATION, **LOCKSTEP, **options),
     ]
-    config = dataclasses.replace(ENGINE, max_length=100, lag=0)
+    config = dataclasses.replace(ENGINE, max_length=MAX_LENGTH, lag=0)
     engines = [
         Engine(model, speculation=speculation, engine=config)
         for speculation in speculations
@@ -209,11 +227,14 @@ FAULTS = {
 
 
 @pytest.fixture
-def fresh_steps():
-    """Steps are traced anew, with what a test has put in place."""
-    make_step.cache_clear()
-    yield
-    make_step.cache_clear()
+def fresh_steps(monkeypatch):
+    """Steps of a cascade are traced anew, with what a test has put in place."""
+
+    def make(config, shape, **options):
+        make = make_step.__wrapped__ if shape.num_guesses else make_step
+        return make(config, shape, **options)
+
+    monkeypatch.setattr(device_steps, "make_step", functools.cache(make))
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -274,11 +295,7 @@ def test_a_text_that_repeats_itself_takes_half_the_steps(tiny_model):
 
 def test_counts_of_wrong_guesses_by_hand(tiny_model, prompts):
     """No guess is right: a draft a step, and every step checks what has room."""
-    got = run(
-        tiny_model, prompts[-1:], LAWS[-1:],
-        proposer=Cascade(Constant(1 << 20)),
-        num_draft_tokens=5, draft_steps=3, num_guesses=3,
-    )  # fmt: skip
+    got = run(tiny_model, prompts[-1:], LAWS[-1:], **IMPOSSIBLE)
     total = got.stats.total
     cycles = total.num_verify_steps
     assert total.num_draft_steps == total.num_draft_tokens == 3 * cycles
@@ -396,7 +413,7 @@ def test_greedy_ratio_test_is_plain_greedy(tiny_model, prompts):
     base = run(tiny_model, prompts, laws, num_draft_tokens=0)
     got = run(
         tiny_model, prompts, laws,
-        proposer="cascade", acceptor="ratio_test", draft_top_m=4, num_draft_tokens=5,
+        acceptor="ratio_test", draft_top_m=8, **LOCKSTEP,
     )  # fmt: skip
     assert tokens_of(got) == tokens_of(base)
 
