@@ -1,6 +1,7 @@
 """Every policy: valid selections by hand-made numbers, and never another token."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -23,7 +24,7 @@ from sparsespec_jax.policies.keys import (
 )
 from sparsespec_jax.policies.mass import mass_policy
 from sparsespec_jax.policies.select import POLICIES, load_policy, resolve_policy
-from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
+from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts
 from tests.test_step_aot import compile_step
 
 LANES, HEADS, KEYS, ROWS, SIZE = 3, 2, 40, 4, 8
@@ -276,13 +277,19 @@ def continued(model, **speculation):
 
 
 @pytest.fixture(scope="module")
+def by_policy(tiny_model):
+    """`continued` of each policy with the same options, run once."""
+    return functools.cache(lambda name: continued(tiny_model, policy=name))
+
+
+@pytest.fixture(scope="module")
 def short_plain(tiny_model):
     return continued(tiny_model, num_draft_tokens=0)[0]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_policy_changes_a_token(tiny_model, short_plain, name):
-    tokens, metrics = continued(tiny_model, policy=name)
+def test_no_policy_changes_a_token(by_policy, short_plain, name):
+    tokens, metrics = by_policy(name)
     assert tokens == short_plain
     assert sum(m.num_verify_steps for m in metrics) > 20
 
@@ -294,10 +301,10 @@ def test_a_per_step_policy_with_the_whole_budget_is_a_dense_draft(tiny_model, na
     assert histogram[:-1] == [0, 0, 0] and histogram[-1] > 20
 
 
-def test_the_oracle_accepts_more_than_its_round_form(tiny_model):
+def test_the_oracle_accepts_more_than_its_round_form(by_policy):
     accepted = {}
     for name in ("oracle", "pillar", "recents"):
-        _, metrics = continued(tiny_model, policy=name, min_budget=6, budget_ratio=1e-3)
+        _, metrics = by_policy(name)
         accepted[name] = sum(m.num_accepted_draft_tokens for m in metrics)
     assert accepted["oracle"] > accepted["pillar"] > accepted["recents"]
 
@@ -309,7 +316,7 @@ def test_a_per_step_policy_compiles_beside_the_gpu_kernels():
     assert "mosaic_gpu" in compiled.compiled.as_text()
 
 
-def test_state_starts_anew_with_each_request(tiny_model, prompts, plain):
+def test_state_starts_anew_with_each_request(tiny_model, short_plain):
     """More requests than slots: a slot's second request must not inherit."""
     seen = []
 
@@ -322,16 +329,16 @@ def test_state_starts_anew_with_each_request(tiny_model, prompts, plain):
         return indices, counts, view.state + 1
 
     policy = Policy("spy", ("mass",), spy, state_shape=lambda heads, keys: (2,))
-    got = run(tiny_model, prompts, policy=policy, engine=dict(num_slots=1))
-    assert tokens_of(got) == plain
+    assert continued(tiny_model, policy=policy)[0] == short_plain
+    assert len(short_plain) > ENGINE.num_slots
     jax.effects_barrier()
     firsts = [state for first, state in seen if first.any()]
-    assert len(firsts) == len(prompts) * tiny_model.config.num_layers
+    assert len(firsts) == len(short_plain) * tiny_model.config.num_layers
     assert all((state == 0).all() for state in firsts)
     assert max(state.max() for _, state in seen) > 5
 
 
-def test_anchor_layers_share_the_set_below(tiny_model, prompts, plain):
+def test_anchor_layers_share_the_set_below(tiny_model, short_plain):
     layers = []
 
     def spy(view, options):
@@ -340,15 +347,17 @@ def test_anchor_layers_share_the_set_below(tiny_model, prompts, plain):
 
     for fixed in (False, True):
         policy = Policy("spy", ("mass",), spy, anchor_every=2, fixed_counts=fixed)
-        assert tokens_of(run(tiny_model, prompts, policy=policy)) == plain
+        assert continued(tiny_model, policy=policy)[0] == short_plain
     assert set(layers) == {0}
 
 
-@pytest.mark.parametrize("anchor_every", [1, 2])
-def test_layers_selected_at_once_select_what_each_would(anchor_every, monkeypatch):
-    """Five layers in groups of two: the same tokens after the same drafts."""
+@pytest.mark.parametrize("anchor_every, num_layers", [(1, 3), (2, 5)])
+def test_layers_selected_at_once_select_what_each_would(
+    anchor_every, num_layers, monkeypatch
+):
+    """Three that select, in groups of two: the same tokens after the same drafts."""
     monkeypatch.setattr(filling, "_LAYERS_AT_ONCE", 2)
-    config = dataclasses.replace(TINY, num_layers=5)
+    config = dataclasses.replace(TINY, num_layers=num_layers)
     model = dataclasses.replace(
         tiny_model_of(), config=config, params=init_params(config, seed=0)
     )
@@ -404,12 +413,12 @@ def test_mass_switches_are_checked(switches, message):
         mass_policy("p", **switches)
 
 
-def test_a_forgotten_state_is_named(tiny_model, prompts):
+def test_a_forgotten_state_is_named(tiny_model):
     policy = Policy(
         "short", (), POLICIES["window"].select, state_shape=lambda heads, keys: (1,)
     )
     with pytest.raises(ValueError, match="'short' returned 2 values, expected 3"):
-        run(tiny_model, prompts, policy=policy)
+        continued(tiny_model, policy=policy)
 
 
 def test_what_a_policy_remembers_is_counted(tiny_model):
@@ -443,13 +452,13 @@ def test_the_document_lists_every_policy():
     assert sorted(named) == sorted(POLICIES)
 
 
-def test_policies_of_the_document_run_from_a_file(tmp_path, tiny_model, prompts, plain):
+def test_policies_of_the_document_run_from_a_file(tmp_path, tiny_model, short_plain):
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
     path = tmp_path / "mine.py"
     path.write_text("\n".join(blocks[1:]))
     for name in ("RECENT_MASS", "SMOOTHED"):
         policy = load_policy(f"{path}:{name}")
-        assert tokens_of(run(tiny_model, prompts, policy=policy)) == plain
+        assert continued(tiny_model, policy=policy)[0] == short_plain
     for location, message in {
         f"{path}:NONE": "must define NONE as a Policy, got None",
         "nowhere.py:P": "given as FILE.py:NAME, got 'nowhere.py:P'",
