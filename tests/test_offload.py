@@ -43,30 +43,35 @@ def load(tiny_model):
     return prompts, laws
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_model, load):
+def plain_run(model, prompts, laws):
     """What a pool large enough for everything gives."""
     config = dict(dataclasses.asdict(CONFIG), kv_policy="reserve")
-    return tokens_of(run(tiny_model, *load, engine=config, num_draft_tokens=0))
+    return run(model, prompts, laws, engine=config, num_draft_tokens=0)
 
 
-def small_pool(model, load):
-    """Pages that are 15 % of what all requests can need together."""
-    probe = Engine(model, speculation=SPECULATION, engine=CONFIG)
+@pytest.fixture(scope="module")
+def plain(tiny_model, load):
+    return tokens_of(plain_run(tiny_model, *load))
+
+
+@pytest.fixture(scope="module")
+def make_engine(tiny_model, load):
+    """Makes engines whose pages are 15 % of what all requests can need together."""
+    probe = Engine(tiny_model, speculation=SPECULATION, engine=CONFIG)
     needed = [
         probe._scheduler.kv.pages_needed(
-            make_request(prepare(model, prompt, law), SPECULATION, 0)
+            make_request(prepare(tiny_model, prompt, law), SPECULATION, 0)
         )
         for prompt, law in zip(*load, strict=True)
     ]
     pages = int(0.15 * sum(needed))
     assert max(needed) <= pages
-    return pages
 
+    def make(*, speculation=SPECULATION, **options):
+        config = dataclasses.replace(CONFIG, num_pages=pages, **options)
+        return Engine(tiny_model, speculation=speculation, engine=config)
 
-def make_engine(model, load, *, speculation=SPECULATION, **options):
-    config = dataclasses.replace(CONFIG, num_pages=small_pool(model, load), **options)
-    return Engine(model, speculation=speculation, engine=config)
+    return make
 
 
 def decode(engine, load, *, share=0.0, seed=0):
@@ -84,8 +89,8 @@ def decode(engine, load, *, share=0.0, seed=0):
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_a_pool_of_15_percent_changes_no_token(tiny_model, load, plain, lag):
-    engine = make_engine(tiny_model, load, lag=lag)
+def test_a_pool_of_15_percent_changes_no_token(make_engine, load, plain, lag):
+    engine = make_engine(lag=lag)
     assert tokens_of(decode(engine, load)) == plain
     usage = engine.kv_usage
     assert usage["restored_pages"] == usage["spilled_pages"] > 50
@@ -100,11 +105,11 @@ def test_a_pool_of_15_percent_changes_no_token(tiny_model, load, plain, lag):
     seed=st.integers(0, 1000),
 )
 def test_preemption_at_any_step_changes_no_token(
-    tiny_model, load, plain, lag, share, host_pages, seed
+    make_engine, load, plain, lag, share, host_pages, seed
 ):
     """At every step too; with host memory for all, for some and for none."""
     few = [items[:20] for items in load]
-    engine = make_engine(tiny_model, load, lag=lag, host_pages=host_pages)
+    engine = make_engine(lag=lag, host_pages=host_pages)
     assert tokens_of(decode(engine, few, share=share, seed=seed)) == plain[:20]
     usage = engine.kv_usage
     assert usage["preemptions"] > 5
@@ -112,16 +117,16 @@ def test_preemption_at_any_step_changes_no_token(
 
 
 @pytest.mark.parametrize("policy", ["recompute", "reserve"])
-def test_other_policies_change_no_token(tiny_model, load, plain, policy):
-    engine = make_engine(tiny_model, load, kv_policy=policy)
+def test_other_policies_change_no_token(make_engine, load, plain, policy):
+    engine = make_engine(kv_policy=policy)
     assert tokens_of(decode(engine, load)) == plain
     usage = engine.kv_usage
     assert usage["spilled_pages"] == 0
     assert (usage["recomputed_tokens"] > 0) == (policy == "recompute")
 
 
-def test_the_oracle_is_told_the_lengths_and_never_preempts(tiny_model, load, plain):
-    engine = make_engine(tiny_model, load, kv_policy="oracle")
+def test_the_oracle_is_told_the_lengths_and_never_preempts(make_engine, load, plain):
+    engine = make_engine(kv_policy="oracle")
     # The limit is far off, the stop token comes where plain decoding has it.
     ids = [
         engine.add_request(prompt, law, expected_tokens=len(tokens))
@@ -135,14 +140,14 @@ def test_the_oracle_is_told_the_lengths_and_never_preempts(tiny_model, load, pla
 
 
 def test_pressure_with_the_ratio_test_keeps_greedy_text_and_lengths(
-    tiny_model, load, plain
+    make_engine, load, plain
 ):
     """What is promised: the law, and so the very text where the law is one token.
 
     Where a cycle begins depends on preemptions, and with it what a draft is.
     """
     speculation = dataclasses.replace(SPECULATION, acceptor="ratio_test", draft_top_m=8)
-    engine = make_engine(tiny_model, load, speculation=speculation)
+    engine = make_engine(speculation=speculation)
     got = tokens_of(decode(engine, load, share=0.3))
     assert engine.kv_usage["spilled_pages"] > 0
     assert [len(t) for t in got] == [len(t) for t in plain]
@@ -150,11 +155,11 @@ def test_pressure_with_the_ratio_test_keeps_greedy_text_and_lengths(
     assert greedy and all(got[i] == plain[i] for i in greedy)
 
 
-def test_samples_share_pages_and_still_differ(tiny_model, load):
+def test_samples_share_pages_and_still_differ(tiny_model, make_engine, load):
     prompt = load[0][0] + list(range(30))
     law = SamplingParams(temperature=1, seed=5, n=4, max_tokens=12)
-    base = run(tiny_model, [prompt], law, num_draft_tokens=0)
-    engine = make_engine(tiny_model, load)
+    base = plain_run(tiny_model, [prompt], law)
+    engine = make_engine()
     ids = engine.add_request(prompt, law)
     results = {}
     while engine.has_work:
@@ -164,19 +169,17 @@ def test_samples_share_pages_and_still_differ(tiny_model, load):
     assert engine.kv_usage["shared_pages"] >= 3 * 5
 
 
-def test_preemption_compiles_nothing(tiny_model, load):
-    engine = make_engine(tiny_model, load, prefill_chunk=7)  # compiled by no other test
+def test_after_warm_up_preemption_compiles_nothing(make_engine, load):
+    engine = make_engine(prefill_chunk=7, host_chunk_pages=3)  # no other test
     engine.warm_up()
     compiled = engine_helpers.num_compilations(engine)
     assert compiled == 2
-    from sparsespec_jax.device import offload
-
-    copies = offload._gather._cache_size(), offload._scatter._cache_size()
+    functions = offload._touched, offload._gather, offload._scatter
+    sizes = [f._cache_size() for f in functions]
     decode(engine, [items[:12] for items in load], share=0.5)
     assert engine.kv_usage["restored_pages"] > 0
     assert engine_helpers.num_compilations(engine) == compiled
-    found = offload._gather._cache_size(), offload._scatter._cache_size()
-    assert found == copies
+    assert sizes == [f._cache_size() for f in functions]
 
 
 def test_pages_come_back_as_they_went(tiny_model):
@@ -220,8 +223,8 @@ def test_flags_that_take_host_memory_from_the_device_are_refused():
         check_flags("gpu", f"--xla_dump_to=x {flag}")
 
 
-def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypatch):
-    engine, sent = make_engine(tiny_model, load), []
+def test_a_plan_arrives_before_the_pages_of_its_step(make_engine, load, monkeypatch):
+    engine, sent = make_engine(), []
     put, step = jax.device_put, engine.device_steps.step_function
     touched = offload._touched
 
@@ -250,29 +253,19 @@ def test_a_plan_arrives_before_the_pages_of_its_step(tiny_model, load, monkeypat
     assert ("plan touched", "pages") in pairs
 
 
-def test_after_warm_up_nothing_compiles_for_pages(tiny_model, load):
-    engine = make_engine(tiny_model, load)
-    engine.warm_up()
-    functions = (offload._touched, offload._gather, offload._scatter)
-    sizes = [f._cache_size() for f in functions]
-    decode(engine, load)
-    assert engine.kv_usage["restored_pages"] > 0
-    assert sizes == [f._cache_size() for f in functions]
-
-
-def test_a_lost_page_would_be_noticed(tiny_model, load, plain, monkeypatch):
+def test_a_lost_page_would_be_noticed(make_engine, load, plain, monkeypatch):
     monkeypatch.setattr(
         "sparsespec_jax.device.offload._scatter", lambda pools, *_: pools
     )
-    engine = make_engine(tiny_model, load)
+    engine = make_engine()
     assert tokens_of(decode(engine, load)) != plain
 
 
-def test_weights_may_change_between_steps(tiny_model, load):
-    engine = make_engine(tiny_model, load)
+def test_weights_may_change_between_steps(tiny_model, make_engine, load):
+    engine = make_engine()
     prompts, _ = load
     law = SamplingParams(temperature=1, max_tokens=30, seed=1)
-    base = run(tiny_model, prompts[:1], law)[0].token_ids
+    base = decode(make_engine(), (prompts[:1], [law]))[0].token_ids
     engine.add_request(prompts[0], law)
     results = []
     for _ in range(12):
