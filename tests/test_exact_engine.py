@@ -8,7 +8,7 @@ from sparsespec_jax import engine as engine_lib
 from sparsespec_jax.host.intake import prepare
 
 PROMPTS = [
-    np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in ((0, 5), (1, 70))
+    np.random.default_rng(i).integers(0, 97, n).tolist() for i, n in ((0, 1), (1, 70))
 ]
 
 
@@ -40,20 +40,20 @@ def test_texts_scores_and_kv_rows_have_the_bits_of_plain_decoding(
 ):
     for look in "check_rows", "check_attention":  # see test_exactness.py
         monkeypatch.setattr(engine_lib, look, lambda *args, **how: None)
-    law = SamplingParams(temperature=0.8, max_tokens=7, ignore_eos=True)
+    law = SamplingParams(temperature=0.8, max_tokens=6, ignore_eos=True)
     prepared = [prepare(gpu_model, prompt, law) for prompt in PROMPTS]
     engines = (
         make_engine(gpu_model, num_draft_tokens=0),
-        make_engine(gpu_model, num_draft_tokens=3),
+        make_engine(gpu_model, num_draft_tokens=2),
     )
     with engines[0] as plain, engines[1] as speculative:
         for engine in engines:
             for index, prompt in enumerate(prepared):
                 engine.submit(prompt, prompt_index=index)
-            run(engine, num_tokens=8)
+            run(engine, num_tokens=4)
         found = kv_rows.compare(plain, speculative)
         assert found["kv_texts"] == 2
-        assert found["identical_kv_rows"] == found["kv_rows"] > 75
+        assert found["identical_kv_rows"] == found["kv_rows"] > 70
         wanted = run(plain)
         assert bits(run(speculative)) == bits(wanted)
         for index, result in enumerate(wanted):

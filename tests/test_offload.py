@@ -97,7 +97,7 @@ def test_a_pool_of_15_percent_changes_no_token(make_engine, load, plain, lag):
     assert usage["recomputed_tokens"] == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lag=st.integers(0, 2),
     share=st.sampled_from([0.1, 0.5, 1.0]),

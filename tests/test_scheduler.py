@@ -46,7 +46,7 @@ def check_all_ended(scheduler, requests):
     assert scheduler.kv.num_available == scheduler.shape.num_pages
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     spare=st.integers(0, 40),
     policy=st.sampled_from(["offload", "recompute", "reserve", "oracle"]),

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.usefixtures("optimized_programs")
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3
 _CHUNKS_CLOCKED = dict(prefill=(2, 512), wrap=step_clock.with_clock, num_pages=1000)
+# The step whose pool and weights fill a GPU.
+_FILLING, _FULL = ("h100", 7, "self"), dict(num_pages=50_000)
 _NO_LAUNCH = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
 _INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z\-]+)\(.*op_name=\"(.*?)\""
@@ -119,10 +121,11 @@ def launches_of(compiled):
 def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launches):
     pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
     num_layers = _LAYERS if most_launches else 2  # a middle layer's are counted
+    how = _FULL if (target, num_draft_tokens, proposer) == _FILLING else {}
     compiled, pool_bytes = compile_step(
-        target, num_draft_tokens, proposer=proposer, num_layers=num_layers
+        target, num_draft_tokens, proposer=proposer, num_layers=num_layers, **how
     )
-    assert compiled.temp_bytes < pool_bytes / 8
+    assert compiled.temp_bytes < min(pool_bytes / 8, 20e6)
     assert compiled.alias_bytes >= num_layers * pool_bytes
     if most_launches is None:
         return
@@ -158,8 +161,12 @@ def test_a_step_reads_the_clock_before_and_behind_all_else():
 
 
 def test_a_pool_that_fills_the_gpu_adds_no_launches():
+    """Those of a layer are counted in `test_a_step_compiles_in_place`."""
     pytest.importorskip("jax_cuda13_plugin")
-    compiled, pool_bytes = compile_step("h100", 7, num_pages=50_000)
+    target, k, proposer = _FILLING
+    compiled, pool_bytes = compile_step(
+        target, k, proposer=proposer, num_layers=_LAYERS, **_FULL
+    )
     assert 70e9 < _LAYERS * pool_bytes < 85e9
     text = compiled.compiled.as_text()
     assert not re.search(r"^ +(?:ROOT )?%?\S*remat\S* = ", text, re.MULTILINE)
@@ -176,7 +183,10 @@ def test_masses_on_a_gpu_need_no_padding(max_length):
 
 def test_masses_and_index_lists_of_several_layers_are_not_copied():
     pytest.importorskip("jax_cuda13_plugin")
-    compiled, _ = compile_step("h100", 7, proposer="self", num_layers=_LAYERS)
+    target, k, proposer = _FILLING
+    compiled, _ = compile_step(
+        target, k, proposer=proposer, num_layers=_LAYERS, **_FULL
+    )
     entry = compiled.compiled.as_text().partition("\nENTRY ")[2]
     lists = 2 * 8 * 192  # verify lanes, KV heads, rows of the smallest budget
     launches = []
