@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import default_impl
+from pallas_kernels.paged_attention import check_served
 from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import pool_bytes_per_page
 from sparsespec_jax.loading.load import Model
@@ -61,6 +62,7 @@ def resolve(model, speculation, config):
     kv_dtype = params_dtype(model.params)
     if config.numerics == "exact":
         check_exact(model.config, shape, kv_dtype, impl)
+    check_kernels(model.config, shape, kv_dtype, impl)
     per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
     page_bytes = shape.page_size * per_token
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
@@ -139,6 +141,20 @@ def rounded_length(tokens, most):
     """The next of 256, 384, 512, 768, 1024 and so on, at most `most` tokens."""
     size = max(256, 1 << (tokens - 1).bit_length())
     return min(most, size if tokens > size * 3 // 4 or size == 256 else size * 3 // 4)
+
+
+def check_kernels(model_config, shape, dtype, impl):
+    """ValueError, naming the value, if the attention kernel cannot serve a model."""
+    try:
+        check_served(
+            dtype=dtype,
+            head_size=model_config.head_dim,
+            group_size=model_config.group_size,
+            page_size=shape.page_size,
+            impl=impl,
+        )
+    except NotImplementedError as error:
+        raise ValueError(f"model and engine do not fit {impl!r}: {error}") from error
 
 
 def check_exact(model_config, shape, dtype, impl):

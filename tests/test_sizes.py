@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -73,3 +74,27 @@ def test_positions_beyond_int32_are_refused():
     shape = sizes.make_shape(SpeculationConfig(), config, 2**31 - 9, "reference")
     with pytest.raises(ValueError, match="tokens of a request, .*lower max_length or"):
         sizes.check_counts(shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "wanted"),
+    [
+        (dict(head_dim=96), {}, "the head size is 96: the GPU kernel serves 64"),
+        (dict(num_heads=66, num_kv_heads=1), {}, "66 query heads per KV head"),
+        ({}, dict(page_size=20), "page_size is 20: the GPU kernel serves 8"),
+        (dict(dtype="float32"), {}, "float32: the GPU kernel computes bfloat16"),
+    ],
+)
+def test_what_no_kernel_serves_is_refused_before_the_first_step(
+    gpu_model, change, options, wanted
+):
+    change = dict(change)
+    dtype = change.pop("dtype", "bfloat16")
+    params = jax.tree.map(lambda x: x.astype(dtype), gpu_model.params)
+    config = dataclasses.replace(gpu_model.config, **change)
+    model = dataclasses.replace(gpu_model, config=config, params=params)
+    engine = EngineConfig(impl="gpu_interpret", max_length=64, **options)
+    with pytest.raises(ValueError, match=f"do not fit 'gpu_interpret': .*{wanted}"):
+        sizes.resolve(model, SpeculationConfig(min_budget=4), engine)
+    engine = dataclasses.replace(engine, impl="reference")
+    assert sizes.resolve(model, SpeculationConfig(min_budget=4), engine).shape

@@ -4,7 +4,8 @@ from pallas_kernels.paged_attention.api import (
     PIECE,
     AttentionOutput,
     LaneGroup,
+    check_served,
     paged_attention,
 )
 
-__all__ = ["PIECE", "AttentionOutput", "LaneGroup", "paged_attention"]
+__all__ = ["PIECE", "AttentionOutput", "LaneGroup", "check_served", "paged_attention"]

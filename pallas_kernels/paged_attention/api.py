@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.array_types import (
     KvPages,
@@ -20,6 +21,7 @@ from pallas_kernels.common import (
     check_pool,
     check_shape,
     default_impl,
+    is_for_gpu,
     load_implementation,
 )
 
@@ -42,6 +44,19 @@ class AttentionOutput(NamedTuple):
     out: Queries
     # Of the lanes of mass_group, or the buffer that has a place for it; None without
     mass: Mass | MassBuffer | None
+
+
+def check_served(
+    *, dtype: DTypeLike, head_size: int, group_size: int, page_size: int, impl: str
+) -> None:
+    """NotImplementedError if an implementation cannot serve a model, before any call.
+
+    What it says names the value. Implementations that serve every size say nothing.
+    """
+    if is_for_gpu(impl):
+        from pallas_kernels.paged_attention.gpu import check_supported
+
+        check_supported(dtype, head_size, group_size, page_size)
 
 
 def paged_attention(

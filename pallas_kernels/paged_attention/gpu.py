@@ -88,7 +88,7 @@ def paged_attention_gpu(
     """
     _, num_heads, page_size, row_size = kv_pages.shape
     group_size, head_size = q.shape[1] // num_heads, row_size // 2
-    _check_supported(q.dtype, head_size, group_size, page_size)
+    check_supported(q.dtype, head_size, group_size, page_size)
     interpreter = interpreter_of(interpret)
     if config is None:
         config = TUNED[head_size]
@@ -222,7 +222,8 @@ def _check_pieces(groups, prefill: PrefillConfig) -> None:
         )
 
 
-def _check_supported(dtype, head_size: int, group_size: int, page_size: int) -> None:
+def check_supported(dtype, head_size: int, group_size: int, page_size: int) -> None:
+    """NotImplementedError, naming the value, if the kernel cannot serve these."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise NotImplementedError(
             f"q and kv_pages are {jnp.dtype(dtype).name}: the GPU kernel computes "
