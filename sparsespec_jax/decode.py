@@ -124,11 +124,10 @@ def score(model, prompts, outputs, *, sampling=None, engine=None):
     """
     engine = engine or EngineConfig()
     check_types(model, _SCORING, engine)
-    prompts, outputs = list(prompts), list(outputs)
-    if len(prompts) != len(outputs) or not prompts:
+    prompts, outputs = _listed(prompts), list(outputs)
+    if len(prompts) != len(outputs):
         raise ValueError(
-            f"{len(outputs)} outputs for {len(prompts)} prompts: give one for each, "
-            "and at least one"
+            f"{len(outputs)} outputs for {len(prompts)} prompts: give one for each"
         )
     known = [_token_ids(model, number, ids) for number, ids in enumerate(outputs)]
     laws = [
@@ -191,14 +190,7 @@ def _prepare(model, prompts, sampling, speculation, engine):
     speculation = speculation or SpeculationConfig()
     engine = engine or EngineConfig()
     check_types(model, speculation, engine)
-    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
-        raise ValueError(
-            "prompts must be a list of prompts, each text, chat messages or token ids, "
-            f"got {type(prompts).__name__}; wrap a single one in []"
-        )
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty; give at least one prompt")
+    prompts = _listed(prompts)
     sampling = _one_per_prompt(sampling, len(prompts))
     prepared = prepare_all(model, prompts, sampling)
     if engine.max_length is None:
@@ -214,6 +206,19 @@ def _prepare(model, prompts, sampling, speculation, engine):
         runner.submit(prompt, prompt_index=index)
     runner.warm_up()
     return runner
+
+
+def _listed(prompts):
+    """The prompts as a list; ValueError if they are none, or there is none."""
+    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
+        raise ValueError(
+            "prompts must be a list of prompts, each text, chat messages or token ids, "
+            f"got {type(prompts).__name__}; wrap a single one in []"
+        )
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one prompt")
+    return prompts
 
 
 def _one_per_prompt(sampling, count):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.models import TINY
 from pallas_kernels.paged_attention import LaneGroup
 from sparsespec_jax import Engine, EngineConfig, SpeculationConfig, sampling, sizes
 from sparsespec_jax.device import attention_probe, row_probe
@@ -16,6 +17,7 @@ from sparsespec_jax.host.feeding import Feeding
 from sparsespec_jax.models import products
 from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.models.products import HEADS_CUTS, Projection, exact_parts
+from sparsespec_jax.models.transformer import causal_attend, forward, init_params
 from tests.fake_device import make_request, make_shape
 
 QWEN = PRESETS["qwen3-8b"]
@@ -110,6 +112,18 @@ def test_row_sums_have_one_order(size):
     np.testing.assert_array_equal(got, [halves(row) for row in values])
     loose = sampling.row_sums(jnp.asarray(values), exact=False)
     np.testing.assert_allclose(got, loose, rtol=1e-5, atol=1e-5)
+
+
+def test_fast_models_need_no_exact_form():
+    """1,000 is no multiple of 64: exact products are refused, fast ones are not."""
+    config = dataclasses.replace(TINY, hidden_size=1000, num_layers=1)
+    with pytest.raises(ValueError, match="has no exact form"):
+        products.check_products(config)
+    tokens = jnp.arange(3)
+    hidden, _ = forward(
+        config, init_params(config, seed=0), tokens, tokens, causal_attend, (None,)
+    )
+    assert hidden.shape == (3, 1000)
 
 
 def test_exact_laws_are_the_laws():
@@ -277,14 +291,33 @@ def short_pieces(monkeypatch):
         monkeypatch.setattr(attention_probe, name, value)
 
 
-def look_at_attention(gpu_model, k=2, impl="gpu_interpret"):
-    shape = make_shape(slots=3, k=k, pages=40, page_size=64, chunk=66)
-    options = dict(impl=impl, compiler_options={})
+def look_at_attention(gpu_model, chunk=66):
+    shape = make_shape(slots=3, k=2, pages=40, page_size=64, chunk=chunk)
+    options = dict(impl="gpu_interpret", compiler_options={})
     attention_probe.check_attention(gpu_model.config, [shape], **options)
 
 
 def test_attention_that_stands_alone_passes(gpu_model, short_pieces):
     look_at_attention(gpu_model)
+
+
+def test_chunks_may_be_longer_than_what_a_compared_row_sees(
+    gpu_model, short_pieces, monkeypatch
+):
+    seen = []
+
+    def compiled(groups, impl, options):
+        def run(queries, pool, pages, lengths, counts):
+            seen.append((lengths, counts, pages.shape[1] * pool.shape[2]))
+            return np.ones(queries.shape, np.float32)
+
+        return run
+
+    monkeypatch.setattr(attention_probe, "_compiled", compiled)
+    look_at_attention(gpu_model, chunk=200)
+    assert max(counts.max() for _, counts, _ in seen) == 200
+    for lengths, counts, room in seen:
+        assert (lengths >= counts).all() and lengths.max() <= room
 
 
 @pytest.mark.parametrize("part", ["verify", "prefill"])

@@ -137,7 +137,8 @@ def test_a_text_as_long_as_the_model_allows(tiny_model):
     ("prompts", "outputs", "wanted"),
     [
         ([[1]], [], "0 outputs for 1 prompts"),
-        ([], [], "0 outputs for 0 prompts"),
+        ([], [], "prompts is empty"),
+        ("ab", [[1], [2]], "prompts must be a list of prompts.*got str"),
         ([[1]], ["text"], "output 0 is text.*give token ids"),
         ([[1], [2]], [[1], []], "output 1: .*no tokens"),
         ([[1]], [[97]], "output 0: token id 97 is outside"),

@@ -79,7 +79,7 @@ class _Attend:
             return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
         heads, size = config.num_kv_heads, config.head_dim
-        self.query = normal(config.num_kv_heads * config.group_size, size)
+        self.query = normal(heads * config.group_size, size)
         self.pool = normal(self.num_pages, heads, self.page_size, 2 * size)
         self.impl, self.options = impl, tuple(compiler_options.items())
 
@@ -93,7 +93,7 @@ class _Attend:
         rng = np.random.default_rng(1)
         counts = np.array([rng.integers(1, g.num_queries + 1) for g in lanes])
         counts *= others
-        lengths = rng.integers(counts, _VISIBLE, endpoint=True) * (counts > 0)
+        lengths = (counts + rng.integers(0, _VISIBLE, len(lanes))) * (counts > 0)
         places, first_row, first_lane = {}, 0, 0
         for name, group in groups.items():
             if name in PARTS:

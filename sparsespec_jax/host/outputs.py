@@ -171,8 +171,10 @@ class Outputs:
         """Emissions of no token, of requests whose last tokens are scored."""
         ended = []
         for lane, request in enumerate(planned.requests):
+            if not request.is_scored:
+                continue
             output = self._unfinished.get(request.request_id)
-            if output is None or not request.is_scored:
+            if output is None:
                 continue
             known = outcome.known_logprobs(lane, int(planned.num_rows[lane]))
             first = int(planned.seed_starts[lane]) + 1 - request.num_prompt

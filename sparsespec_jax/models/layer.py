@@ -149,22 +149,25 @@ class Layer(nn.Module):
         ]
         scale = Scale(c.hidden_size, self.dtype, name="mlp_norm")()
         groups, normed = self._normed(groups, scale)
-        if is_whole := exact_parts(c.hidden_size, 2 * c.intermediate_size) == 1:
-            # Nobody cuts it, for few rows or many: the weight is read once for all.
-            normed = [joined(normed)]
-        kinds = [group.is_prompt for group in groups]
-        inner = [
-            gate_up(x, is_prompt=is_prompt)
-            for x, is_prompt in zip(
-                normed, kinds[-1:] if is_whole else kinds, strict=True
-            )
-        ]
-        gated = [nn.silu(y[:, 0]) * y[:, 1] for y in inner]
-        if is_whole:
-            gated = _split(*gated, groups)
+        gated = self._gated(gate_up, groups, normed)
         return [
             group._replace(y=down(x, is_prompt=group.is_prompt))
             for group, x in zip(groups, gated, strict=True)
+        ]
+
+    def _gated(self, gate_up, groups, normed):
+        """What the MLP takes down, of each group."""
+
+        def gate(x, is_prompt):
+            inner = gate_up(x, is_prompt=is_prompt)
+            return nn.silu(inner[:, 0]) * inner[:, 1]
+
+        size = self.config.hidden_size, 2 * self.config.intermediate_size
+        if len(groups) > 1 and exact_parts(*size) == 1:
+            # Nobody cuts it, for few rows or many: the weight is read once for all.
+            return _split(gate(joined(normed), is_prompt=True), groups)
+        return [
+            gate(x, group.is_prompt) for group, x in zip(groups, normed, strict=True)
         ]
 
     @nn.nowrap

@@ -40,7 +40,7 @@ _LONGEST = 22  # elements of a part per tile
 _PART_UNIT = 64  # elements
 _SHORT = 128  # elements that nobody cuts
 _PROMPT_UNIT = 64  # of the kernel for prompt rows
-# Fast products of as many rows take it too (experiments/results/matmul_h200.json).
+# Fast products of as many rows take it too (experiments/LOG.md, 2026-11-30).
 _MANY_ROWS = 1024
 _FEWEST_ROWS = 8  # one row is no matrix product, and summed in another order
 
