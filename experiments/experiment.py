@@ -17,6 +17,8 @@ each row as it comes, and summary.json with `rows_wanted` and `rows_found`. `--r
 measures the rows that are missing. Only when none is, are the figures described: a
 part of a table says nothing of a claim. A row that fails stops no other
 (failures.jsonl, and the exit status). `experiments.reader.load` reads every run.
+Several processes share a run by `--part 1/3 --output A`, `--part 2/3 --output B`, ...;
+the one that comes last, or `--resume`, takes over what the others found: `--take B,C`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ import time
 import traceback
 
 from experiments import launch, options, record, signals
+
+_ALL_ROWS = options.RunOptions()
 
 
 class Experiment:
@@ -67,6 +71,10 @@ class Experiment:
     def measure(self, row: dict) -> dict:
         """What is found for a row."""
         raise NotImplementedError
+
+    def group(self, row: dict) -> str:
+        """Rows of one group stay together in one `--part`."""
+        return json.dumps(row)
 
     def check(self, directory) -> None:
         """ValueError if a run directory holds what this run cannot have written."""
@@ -131,7 +139,7 @@ def _main(kind, how):
         small = kind.SMOKE if how.smoke else {}
         experiment, directory = prepare(kind, options.parse(kind.Config, small), how)
     with directory:
-        wrong = measure(experiment, directory, commit=how.commit)
+        wrong = measure(experiment, directory, how)
     if wrong:
         sys.exit(wrong)
 
@@ -147,27 +155,39 @@ def prepare(kind, config, how):
     output = how.output or time.strftime(f"runs/{kind.name}-%Y%m%d-%H%M%S")
     if pathlib.Path(output).suffix in (".json", ".jsonl"):
         raise ValueError(f"--output names a run directory, no file; got {output!r}")
+    _index_of(how.part)
     recorded = config.recorded() | ({"smoke": True} if how.smoke else {})
     again = dict(config=recorded, resume=how.resume)
     record.check(output, inputs={"launcher": kind.name}, **again)
+    for path in how.take:
+        record.check(path, config=recorded, inputs={"launcher": kind.name}, resume=True)
     if how.resume:
         signals.resumable("add --resume to go on")
     experiment = kind(config, is_smoke=how.smoke)
-    directory = record.RunDirectory(output, inputs=experiment.inputs(), **again)
+    inputs = experiment.inputs()
+    directory = record.RunDirectory(output, inputs=inputs, **again)
     experiment.check(directory)
+    for path in how.take:
+        with record.RunDirectory(
+            path, config=recorded, inputs=inputs, resume=True
+        ) as other:
+            directory.take(other, missing_of(directory.records, experiment.rows()))
     where = "" if how.output else f" --output {output}"
     signals.resumable(f"add --resume{where} to go on")
     return experiment, directory
 
 
-def measure(experiment, directory, *, commit=None) -> str:
-    """Measure the rows that `directory` lacks; why the command must fail, or ""."""
+def measure(experiment, directory, how=_ALL_ROWS) -> str:
+    """Measure the rows that `directory` lacks; why the command must fail, or "".
+
+    `how` is the RunOptions.
+    """
     environment = record.describe_environment()
-    if commit:
-        environment["commit"] = commit
+    if how.commit:
+        environment["commit"] = how.commit
     directory.write_environment(environment)
     rows = experiment.rows()
-    missing = missing_of(directory.records, rows)
+    missing = missing_of(directory.records, part_of(rows, how.part, experiment.group))
     summarise = functools.partial(_write_summary, experiment, directory, rows)
     if missing:
         summarise({})
@@ -187,9 +207,28 @@ def measure(experiment, directory, *, commit=None) -> str:
     return experiment.fault(records)
 
 
+def part_of(rows, part, group):
+    """The rows of part "i/n", each `group` in one part; all rows for None.
+
+    Raises:
+        ValueError: not i/n with 1 <= i <= n.
+    """
+    index, count = _index_of(part)
+    places = {name: i for i, name in enumerate(dict.fromkeys(map(group, rows)))}
+    return [row for row in rows if places[group(row)] % count == index]
+
+
+def _index_of(part):
+    """(index from 0, number of parts)."""
+    index, _, count = (part or "1/1").partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--part is i/n with 1 <= i <= n, got {part!r}")
+    return int(index) - 1, int(count)
+
+
 def _measure(experiment, directory, missing, num_rows):
     """Measure and record these rows; how many failed."""
-    num_found, num_failed = num_rows - len(missing), 0
+    num_found, num_failed = len(directory.records), 0
     experiment.directory = directory
     for row, found in experiment.measure_all(missing):
         if not isinstance(found, Exception):

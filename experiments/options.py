@@ -97,6 +97,8 @@ class RunOptions(Writes):
     resume: bool = option(False, "Go on with the run in --output.")
     smoke: bool = option(False, "A tiny model and few rows: does it run at all?")
     commit: str | None = option(None, "Commit to record if git cannot say.")
+    part: str | None = option(None, "i/n: only the i-th of n parts of the rows.")
+    take: tuple[str, ...] = option((), "Other runs whose rows are taken over.")
 
 
 def define(*kinds) -> None:

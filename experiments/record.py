@@ -92,8 +92,7 @@ class RunDirectory(contextlib.AbstractContextManager):
 
         Says on stderr what differs from the first session and may round differently.
         """
-        suffix = f".resume{self.session}" if self.session else ""
-        write_json(self.path / f"environment{suffix}.json", environment)
+        write_json(self.path / _environment_name(self.session), environment)
         first = self.path / "environment.json"
         if self.session and first.exists():
             before, now = map(_versions, (read_json(first), environment))
@@ -113,6 +112,20 @@ class RunDirectory(contextlib.AbstractContextManager):
                 _append(self._journal_file, entries)
                 self.journal.extend(entries)
 
+    def take(self, other: RunDirectory, rows: list[dict]) -> None:
+        """Take over the records of `rows` and what they were measured on.
+
+        The sessions of the other run follow those of this one; `session` goes behind.
+        """
+        for number in range(other.session):
+            environment = read_json(other.path / _environment_name(number))
+            self.write_environment(environment)
+            for found in other.records:
+                is_wanted = any(row.items() <= found.items() for row in rows)
+                if found.get("session") == number and is_wanted:
+                    self.append(found | {"session": self.session})
+            self.session += 1
+
     def write_summary(self, summary: dict) -> None:
         """Write summary.json, the totals over all records."""
         write_json(self.path / "summary.json", summary)
@@ -126,6 +139,10 @@ class RunDirectory(contextlib.AbstractContextManager):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{self.path} is in use by another process") from None
+
+
+def _environment_name(session):
+    return f"environment.resume{session}.json" if session else "environment.json"
 
 
 def check(path, *, config: dict, inputs: dict, resume: bool) -> None:

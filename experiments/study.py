@@ -10,7 +10,8 @@ Figures: `python -m experiments.figures`; a page of all of them: `experiments.re
 
 Most of a row's time is compilation, on one core. `--part 2/8` measures the second of
 eight parts, rows of one engine staying together; run the parts at the same time, each
-in a directory of its own, and join them with `python -m experiments.join_studies`.
+in a directory of its own, and join those of study everything with `python -m
+experiments.join_studies`.
 """
 
 from __future__ import annotations
@@ -36,27 +37,6 @@ class StudyConfig(Setting):
     known: tuple[str, ...] = option(
         (), "Run directories whose rows are left out.", is_recorded=False
     )
-    part: str | None = option(
-        None, "i/n: the i-th of n parts of the rows.", is_recorded=False
-    )
-
-
-def part_of(rows, part):
-    """The rows of part "i/n", those that share an engine together; all for None.
-
-    Raises:
-      ValueError: not i/n with 1 <= i <= n.
-    """
-    if part is None:
-        return rows
-    index, _, count = part.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise ValueError(f"--part is i/n with 1 <= i <= n, got {part!r}")
-    groups = {}
-    for row in rows:
-        key = (row.mode, row.policy, without_budget(row.speculation("pillar")))
-        groups.setdefault(key, []).append(row)
-    return sum(list(groups.values())[int(index) - 1 :: int(count)], [])
 
 
 class PolicyStudy(OnContexts):
@@ -85,25 +65,26 @@ class PolicyStudy(OnContexts):
         for row in rows:
             if row.policy != replay.HINDSIGHT and not (own and row.policy == own.name):
                 resolve_policy(row.policy)
-        part_of([], config.part)
         if config.mode:
             rows = [row for row in rows if row.mode == config.mode]
         return rows
 
     def for_model(self, rows):
-        """Those of the part, without what the runs of --known hold."""
+        """Those that the runs of --known do not hold."""
         rows, impossible = super().for_model(rows)
         runs = [record.load(path)[1] for path in self.config.known]
         known = [as_row(found) for found in sum(runs, [])]
         rows = [row for row in rows if row not in known]
-        rows = part_of(rows, self.config.part)
         if self.is_smoke:  # its heads are too small for an index, and few rows are kept
             rows, impossible = smoke_rows(rows), []
         if not rows:
-            raise ValueError(
-                "--skip, --mode, --known and --part leave no row to measure"
-            )
+            raise ValueError("--skip, --mode and --known leave no row to measure")
         return rows, impossible
+
+    def group(self, row):
+        """Rows that one engine can measure."""
+        row = as_row(row)
+        return f"{row.mode} {row.policy} {without_budget(row.speculation('pillar'))}"
 
     def describe(self, records):
         """What the figure shows."""

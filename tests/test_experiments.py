@@ -22,20 +22,21 @@ NAMES = sorted(
     if re.search(r"^    experiment\.run\(\w+\)$", path.read_text(), re.MULTILINE)
 )
 # Probes of one device keep flags and files of their own.
+COMMON = ("output", "commit", "smoke", "resume", "part", "take")
 PROBES = ("aligned_probe.py", "row_bits.py")
 
 
-def begin(kind, path, *, resume=False):
-    """(experiment, open run directory) of a smoke run."""
-    how = RunOptions(output=str(path), resume=resume, smoke=True)
-    return experiment.prepare(kind, make(kind.Config, kind.SMOKE), how)
+def begin(kind, path, **options):
+    """(experiment, open run directory, RunOptions) of a smoke run."""
+    how = RunOptions(output=str(path), smoke=True, commit="c0ffee", **options)
+    return *experiment.prepare(kind, make(kind.Config, kind.SMOKE), how), how
 
 
-def run_to_end(kind, path, *, resume=False):
+def run_to_end(kind, path, **options):
     """What the command would end with."""
-    made, directory = begin(kind, path, resume=resume)
+    made, directory, how = begin(kind, path, **options)
     with directory:
-        return experiment.measure(made, directory, commit="c0ffee")
+        return experiment.measure(made, directory, how)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def common_options(path):
             is_option = isinstance(value, ast.Call) and ast.unparse(value.func) == (
                 "option"
             )
-            if is_option and name in ("output", "commit", "smoke", "resume"):
+            if is_option and name in COMMON:
                 found.append(name)
             texts = is_option and [*value.args[1:], *value.keywords]
             if name == "model" and texts:
@@ -171,7 +172,7 @@ def test_flags_are_defined_in_one_file():
     declaring = {path.name: common_options(path) for path in sources()}
     declaring = {name: found for name, found in declaring.items() if found}
     assert declaring == {
-        "options.py": ["output", "output", "resume", "smoke", "commit"]
+        "options.py": ["output", "output", "resume", "smoke", "commit", "part", "take"]
     }
 
 
@@ -287,7 +288,31 @@ def prepared(path, **options):
     how = RunOptions(output=str(path), **options)
     made, directory = experiment.prepare(Sound, make(SquareConfig, values), how)
     with directory:
-        return experiment.measure(made, directory)
+        return experiment.measure(made, directory, how)
+
+
+def test_parts_are_all_rows_and_a_run_takes_them_over(tmp_path, capsys):
+    paths = [tmp_path / name for name in "abc"]
+    for i, path in enumerate(paths[:2], start=1):
+        assert run_to_end(Sound, path, part=f"{i}/3") == ""
+        assert summary_of(path)["rows_found"] == 1 and "total" not in summary_of(path)
+    found = dict(part="3/3", take=tuple(map(str, paths[:2])))
+    assert run_to_end(Sound, paths[2], **found) == ""
+    assert summary_of(paths[2])["total"] == 14
+    rows = [(r["number"], r["square"], r["session"]) for r in reader.load(paths[2])]
+    assert rows == [(1, 1, 0), (2, 4, 1), (3, 9, 2)]
+    environments = sorted(path.name for path in paths[2].glob("environment*"))
+    assert environments == [
+        "environment.json", "environment.resume1.json", "environment.resume2.json",
+    ]  # fmt: skip
+    # What is there is taken once.
+    assert run_to_end(Sound, paths[2], resume=True, take=found["take"]) == ""
+    assert len(reader.load(paths[2])) == 3
+    with pytest.raises(ValueError, match="--part is i/n with 1 <= i <= n, got '4/3'"):
+        begin(Sound, tmp_path / "d", part="4/3")
+    with pytest.raises(ValueError, match="holds a run with other flags"):
+        prepared(tmp_path / "d", numbers=(4,), take=(str(paths[0]),))
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_run_goes_on_with_what_it_had_only(tmp_path):
@@ -307,9 +332,9 @@ def test_a_run_goes_on_with_what_it_had_only(tmp_path):
 
 def test_a_killed_run_counts_what_is_there(tmp_path):
     """Its summary was written before; the reader goes by the records."""
-    made, directory = begin(Sound, tmp_path / "run")
+    made, directory, how = begin(Sound, tmp_path / "run")
     with directory:
-        experiment.measure(made, directory)
+        experiment.measure(made, directory, how)
     lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "results.jsonl").write_text("".join(lines[:2]))
     entry = evidence.read(tmp_path / "run")
