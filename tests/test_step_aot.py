@@ -11,14 +11,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import step_clock
 from pallas_kernels.aot import compile_for
+from pallas_kernels.matmul import matmul
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax.device import step as step_lib
 from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.state import new_state
+from sparsespec_jax.models import layer
 from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.models.transformer import param_shapes
 from sparsespec_jax.plan.buffer import StepPlan
@@ -220,3 +223,23 @@ def test_exact_prompt_rows_have_products_of_their_own():
     assert len(paths) <= 22
     # Parts of 1,024 prompt rows would be 64 MB.
     assert compiled.temp_bytes < 50e6
+
+
+@pytest.mark.parametrize(("alignment", "is_handed_on"), [(256, False), (1, True)])
+def test_kernels_are_handed_no_slice_that_lies_askew(
+    alignment, is_handed_on, monkeypatch
+):
+    """XLA hands on the place of a slice; a Hopper kernel refuses 13 x 1,152 bytes."""
+    pytest.importorskip("jax_cuda13_plugin")
+    monkeypatch.setattr(layer, "_ALIGNMENT", alignment)
+    groups = [
+        layer.RowGroup(np.empty((rows, 576)), None, None, None, False)
+        for rows in (13, 128)
+    ]
+
+    def product_of_the_last(rows, weight):
+        return matmul(layer._split(rows, groups)[1], weight, impl="gpu")
+
+    shapes = [jax.ShapeDtypeStruct((n, 576), jnp.bfloat16) for n in (141, 576)]
+    text = compile_for("h100", product_of_the_last, *shapes).compiled.as_text()
+    assert ("dynamic-slice-fusion" in text) == is_handed_on

@@ -1,6 +1,7 @@
 """One block of the transformer, over groups of rows."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from sparsespec_jax.models.products import (
     exact_parts,
 )
 
+_ALIGNMENT = 256  # bytes: of what a GPU kernel is given
+
 Cache = Any  # one layer's cache: any pytree, read and replaced by attend alone
 Attend = Callable[[int, Queries, RowsOfHeads, Cache], tuple[Queries, Cache]]
 
@@ -52,8 +55,15 @@ def _split(rows, groups):
     """Rows of all groups as those of each."""
     if len(groups) == 1:
         return [rows]
-    ends = np.cumsum([len(group.x) for group in groups])
-    return jnp.split(rows, ends[:-1].tolist())
+    ends = np.cumsum([len(group.x) for group in groups])[:-1].tolist()
+    row_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])
+    # XLA hands on the place of a slice without a copy; GPU kernels take aligned ones.
+    return [
+        part
+        if start * row_bytes % _ALIGNMENT == 0
+        else jax.lax.optimization_barrier(part)
+        for start, part in zip([0, *ends], jnp.split(rows, ends), strict=True)
+    ]
 
 
 class Scale(nn.Module):
