@@ -182,14 +182,14 @@ def measure(experiment, directory, how=_ALL_ROWS) -> str:
 
     `how` is the RunOptions.
     """
-    environment = record.describe_environment()
-    if how.commit:
-        environment["commit"] = how.commit
-    directory.write_environment(environment)
     rows = experiment.rows()
     missing = missing_of(directory.records, part_of(rows, how.part, experiment.group))
     summarise = functools.partial(_write_summary, experiment, directory, rows)
     if missing:
+        environment = record.describe_environment()
+        if how.commit:
+            environment["commit"] = how.commit
+        directory.write_environment(environment)
         summarise({})
     else:
         print(f"{directory.path} is finished: nothing to measure", file=sys.stderr)
