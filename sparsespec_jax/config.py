@@ -17,6 +17,7 @@ MASS_ROWS = ("all", "edges")
 SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
 NUMERICS = ("exact", "fast")
+SCHEDULES = ("mixed", "aligned")
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 MAX_INT = LARGEST  # of what travels in int32
@@ -194,6 +195,10 @@ class SpeculationConfig:
     min_budget: int = 192  # tokens read at least (b_min)
     proposer: object = "self"  # who drafts: a name of proposers.base, or an object
     policy: object = "pillar"  # a name of policies.select, or a Policy
+    # "mixed": each step drafts for some slots and verifies others. "aligned": one step
+    # is a cycle of all slots, and prompt chunks have steps of their own. A proposer
+    # that drafts at once verifies every slot in every step, whichever it is.
+    schedule: str = "mixed"
     acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023), "forced"
     forced_acceptance: float | None = None  # with "forced": mean accepted drafts; lossy
     mass_rows: str = "all"  # verify rows whose attention counts: "all" or "edges"
@@ -209,6 +214,7 @@ class SpeculationConfig:
         put_ints(self, "draft_token_choices", 0, self.num_draft_tokens)
         put_float(self, "budget_ratio", _LEAST_RATIO, 1.0)
         put_int(self, "min_budget", 0)
+        put_choice(self, "schedule", SCHEDULES)
         put_choice(self, "acceptor", ACCEPTORS)
         _require(
             (self.acceptor == "forced") == (self.forced_acceptance is not None),

@@ -226,6 +226,7 @@ def make_shape(speculation, config, max_length, impl):
         drafts_at_once=at_once,
         draft_steps=draft_steps,
         num_guesses=num_guesses,
+        is_aligned=speculation.schedule == "aligned",
         restore_pages=RESTORE_CHUNKS * config.host_chunk_pages,
     )
 

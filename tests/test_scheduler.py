@@ -28,12 +28,15 @@ LOAD = dict(
     sizes=SIZES,
     lanes=st.integers(1, 3),
     seed=st.integers(0, 1000),
+    aligned=st.booleans(),
 )
 
 
-def make_scheduler(requests, *, k, slots, lanes, spare, cascade=None, **options):
+def make_scheduler(
+    requests, *, k, slots, lanes, spare, aligned=False, cascade=None, **options
+):
     """A scheduler whose pool has `spare` pages more than the largest request needs."""
-    sizes = dict(slots=slots, k=k, lanes=lanes, **(cascade or {}))
+    sizes = dict(slots=slots, k=k, lanes=lanes, is_aligned=aligned, **(cascade or {}))
     probe = Scheduler(make_shape(pages=1000, **sizes))
     most = max(probe.kv.pages_needed(r) for r in requests)
     shape = make_shape(pages=most + spare, **sizes)
@@ -56,7 +59,7 @@ def check_all_ended(scheduler, requests):
     **LOAD,
 )
 def test_every_request_ends_under_any_load(
-    k, slots, lag, spare, sizes, lanes, seed, policy, chunks, grouped, exact
+    k, slots, lag, spare, sizes, lanes, seed, aligned, policy, chunks, grouped, exact
 ):
     """The smallest legal pool included; the device checks every row it reads."""
     requests = [
@@ -64,7 +67,7 @@ def test_every_request_ends_under_any_load(
         for i, (p, n) in enumerate(sizes)
     ]
     scheduler = make_scheduler(
-        requests, k=k, slots=slots, lanes=lanes, spare=spare,
+        requests, k=k, slots=slots, lanes=lanes, spare=spare, aligned=aligned,
         kv_policy=policy, num_host_chunks=chunks, exact=exact,
     )  # fmt: skip
     device = FakeDevice(scheduler.shape, np.random.default_rng(seed), exact=exact)
@@ -90,12 +93,12 @@ def test_every_request_ends_under_any_load(
     **LOAD,
 )
 def test_preemption_abort_and_other_k_at_any_step(
-    k, slots, lag, sizes, lanes, seed, share, policy, chunks, exact
+    k, slots, lag, sizes, lanes, seed, aligned, share, policy, chunks, exact
 ):
     rng = np.random.default_rng(seed)
     requests = [make_request(i, p, n) for i, (p, n) in enumerate(sizes)]
     scheduler = make_scheduler(
-        requests, k=k, slots=slots, lanes=lanes, spare=20,
+        requests, k=k, slots=slots, lanes=lanes, spare=20, aligned=aligned,
         kv_policy=policy, num_host_chunks=chunks, exact=exact,
     )  # fmt: skip
 
@@ -126,15 +129,15 @@ def test_preemption_abort_and_other_k_at_any_step(
     **LOAD | {"k": st.sampled_from([2, 5, 8])},
 )
 def test_a_cascade_has_the_pages_for_what_it_may_draft(
-    k, draft_steps, num_guesses, slots, lag, sizes, lanes, seed, share
+    k, draft_steps, num_guesses, slots, lag, sizes, lanes, seed, aligned, share
 ):
     """The device checks that the host plans for as many rows as there can be."""
     rng = np.random.default_rng(seed)
     requests = [make_request(i, p, n) for i, (p, n) in enumerate(sizes)]
     cascade = dict(draft_steps=min(k, draft_steps), num_guesses=min(k - 1, num_guesses))
     scheduler = make_scheduler(
-        requests, k=k, slots=slots, lanes=lanes, spare=20, cascade=cascade,
-        num_host_chunks=20,
+        requests, k=k, slots=slots, lanes=lanes, spare=20, aligned=aligned,
+        cascade=cascade, num_host_chunks=20,
     )  # fmt: skip
 
     def disturb(step):

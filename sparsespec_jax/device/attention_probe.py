@@ -58,9 +58,10 @@ def check_attention(
 def _layouts(shapes):
     """LaneGroups by name of every step of these shapes, each once."""
     layouts = [
-        lane_groups(shape, piece=PIECE, num_chunks=chunks)
+        lane_groups(part, piece=PIECE, num_chunks=chunks)
         for shape in shapes
-        for chunks in sorted({0, shape.prefill_lanes})
+        for part, chunks in shape.parts()
+        if part.part != "draft"  # drafts may be anything
     ]
     return list({str(layout): layout for layout in layouts}.values())
 

@@ -47,4 +47,8 @@ class StepContext:
     @property
     def is_drafting(self):
         """True if the model itself drafts, from the draft caches."""
-        return self.shape.draft_lanes > 0
+        return self.shape.num_draft_steps > 0 and self.shape.part != "prompt"
+
+    def of(self, part: str) -> "StepContext":
+        """The context of a part of an aligned step."""
+        return dataclasses.replace(self, shape=self.shape.of(part))

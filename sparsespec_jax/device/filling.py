@@ -44,7 +44,8 @@ class Attended(NamedTuple):
 
 def make_filler(context: StepContext, lanes: StepLanes):
     """The filler of a step for its policy."""
-    if not context.is_drafting:
+    is_draft_step = not context.shape.verify_lanes
+    if not context.is_drafting or is_draft_step and not context.policy.per_step:
         return FillNothing()
     kinds = {"together": FillTogether, "layer": FillByLayer, "step": FillPerStep}
     return kinds[context.policy.kind](context, lanes)
@@ -281,9 +282,12 @@ class FillPerStep(FillByLayer):
     ) -> tuple[Queries, LayerCache]:
         """See FillNothing; drafts attend to what the policy picks now."""
         out, cache = self._after_attention(seen.out, cache)
+        if self.shape.draft_lanes:
+            out = per_step.attend_drafts(
+                self.context, self.selection, layer_index, seen.q, out, cache.kv_pages,
+                self.lanes,
+            )  # fmt: skip
+        if not self.shape.verify_lanes:
+            return out, cache
         self.picked = per_step.nothing(self.shape)
-        out = per_step.attend_drafts(
-            self.context, self.selection, layer_index, seen.q, out, cache.kv_pages,
-            self.lanes,
-        )  # fmt: skip
         return out, self._fill(seen.rows, cache)

@@ -19,12 +19,14 @@ def keep_history(
     The pending token of a verified slot comes behind them.
     """
     rows, verify, prefill = token_rows(context.shape), lanes.verify, lanes.prefill
-    fed = [(verify.slots, verify.starts, verify.num_rows, tokens[rows.verify])]
-    if prefill.slots.size:
-        chunk = tokens[rows.prefill]
-        fed.append((prefill.slots, prefill.starts, prefill.counts, chunk))
+    chunk, fed = tokens[rows.prefill], tokens[rows.verify]
     history = state.history
-    for slots, starts, counts, ids in fed:
+    for slots, starts, counts, ids in (
+        (verify.slots, verify.starts, verify.num_rows, fed),
+        (prefill.slots, prefill.starts, prefill.counts, chunk),
+    ):
+        if not slots.size:
+            continue
         ids = ids.reshape(slots.size, -1)
         row = jnp.arange(ids.shape[1])[None]
         place = jnp.where(

@@ -37,8 +37,10 @@ def numbers_of_rows(shapes: Sequence[StepShape]) -> tuple[tuple[int, int], ...]:
     """(tokens whose logits are needed, tokens of chunks) of every step of shapes."""
     numbers = {_EVERYWHERE}
     for shape in shapes:
-        scored = token_rows(shape).verify.stop
-        numbers |= {(scored, 0), (scored, shape.prefill_lanes * shape.prefill_chunk)}
+        for part, chunks in shape.parts():
+            if part.part != "draft":  # drafts may be anything
+                scored = token_rows(part).verify.stop
+                numbers.add((scored, chunks * shape.prefill_chunk))
     return tuple(sorted(numbers))
 
 

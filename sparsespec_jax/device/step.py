@@ -2,8 +2,9 @@
 
 One step runs, for all slots at once and in a fixed shape: one draft (of a cascade, one
 or more) of every drafting slot, the verification of the slots whose cycle ends, and
-optionally prefill chunks. Acceptance, commitment and stop checks happen here, so
-nothing waits for the host.
+optionally prefill chunks. An aligned step runs a whole cycle: all drafts of all slots,
+one after the other, then all verifications; or prompt chunks alone. Acceptance,
+commitment and stop checks happen here, so nothing waits for the host.
 """
 
 import functools
@@ -37,7 +38,7 @@ from sparsespec_jax.device.proposing import keep_history, propose
 from sparsespec_jax.device.state import DecodeState
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.transformer import forward_with_features, logits
-from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, unpack
+from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, orders_of, unpack
 from sparsespec_jax.plan.outcome import SEED, StepOutcome
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.base import Policy
@@ -105,24 +106,34 @@ def run_step(
     prefill: bool,
 ) -> tuple[DecodeState, Outcome]:
     """One step over a state: (state, packed outcome)."""
-    plan = unpack(context.shape, buffer, prefill=prefill)
+    shape = context.shape
+    plan = unpack(shape, buffer, prefill=prefill)
     state = update_tables(state, plan["table_updates"])
+    if not shape.runs_cycles:
+        return _verify(context, params, state, plan)
+    if prefill:
+        return _read_prompts(context.of("prompt"), params, state, plan)
+    orders = orders_of(shape.of("draft"), plan)
+
+    def draft(_, state):
+        return _draft(context.of("draft"), params, state, orders)
+
+    state = jax.lax.fori_loop(0, shape.num_draft_steps, draft, state)
+    orders = orders_of(shape.of("verify"), plan)
+    return _verify(context.of("verify"), params, state, orders)
+
+
+def _verify(context, params, state, plan):
+    """All lanes that a plan has, mixed: (state, packed outcome)."""
     lanes = make_lanes(context, state, plan)
     guesses = cascade.guess(context, state, lanes.draft)
-    tokens, positions = feed(context, state, lanes, guesses)
-    attend, fill = make_attend(context, lanes)
-    hidden, layers, features = forward_with_features(
-        context.model, params, tokens, positions, attend, state.layers,
-        _feature_layers(context), impl=context.impl, exact=context.exact,
-        num_prompt=lanes.prefill.tokens.size,
-    )  # fmt: skip
+    state, tokens, hidden, features = _pass(context, params, state, lanes, guesses)
     rows = token_rows(context.shape)
     scored = hidden[: rows.verify.stop]
     scores = logits(context.model, params, scored, exact=context.exact)
-    state = state._replace(layers=tuple(fill(layers)))
     with jax.named_scope("sample"):
         verified, laws = _accept(context, state, lanes, scores[rows.verify])
-        if context.is_drafting:
+        if context.is_drafting and not context.shape.part:
             state = store_drafts(context, state, lanes, guesses, scores[rows.draft])
         outcome = _outcome(context, state, lanes, verified, laws, scores[rows.verify])
         state = _commit(state, lanes.verify, verified, outcome.is_done)
@@ -131,6 +142,39 @@ def run_step(
     elif context.proposer is not None and context.shape.num_draft_tokens:
         state = propose(context, state, lanes, tokens, features, params)
     return state, outcome.pack(jnp, _as_int)
+
+
+def _draft(context, params, state, plan):
+    """One draft of every slot that drafts in an aligned step: the state."""
+    lanes = make_lanes(context, state, plan)
+    guesses = cascade.guess(context, state, lanes.draft)
+    state, _, hidden, _ = _pass(context, params, state, lanes, guesses)
+    scores = logits(context.model, params, hidden)
+    with jax.named_scope("sample"):
+        return store_drafts(context, state, lanes, guesses, scores)
+
+
+def _read_prompts(context, params, state, plan):
+    """Prompt chunks alone: (state, packed outcome of no lanes)."""
+    plan = orders_of(context.shape, plan)
+    lanes = make_lanes(context, state, plan)
+    guesses = cascade.guess(context, state, lanes.draft)
+    state, tokens, _, _ = _pass(context, params, state, lanes, guesses)
+    if context.shape.num_guesses:
+        state = keep_history(context, state, lanes, tokens)
+    return state, StepOutcome.packed_of_none(jnp, context.shape)
+
+
+def _pass(context, params, state, lanes, guesses):
+    """The lanes' tokens through all layers: (state, tokens, hidden, features)."""
+    tokens, positions = feed(context, state, lanes, guesses)
+    attend, fill = make_attend(context, lanes)
+    hidden, layers, features = forward_with_features(
+        context.model, params, tokens, positions, attend, state.layers,
+        _feature_layers(context), impl=context.impl, exact=context.exact,
+        num_prompt=lanes.prefill.tokens.size,
+    )  # fmt: skip
+    return state._replace(layers=tuple(fill(layers))), tokens, hidden, features
 
 
 def _feature_layers(context):

@@ -54,9 +54,9 @@ class SlotArrays:
         drafts = self.drafted[slots] * shape.draft_queries
         return np.minimum(drafts, shape.num_draft_tokens) + 1
 
-    def is_whole(self, slots, cycle):
-        """Bool [n]: all draft steps of a cycle lie behind the verification to come."""
-        return self.is_running[slots] & (self.drafted[slots] == cycle - 1)
+    def is_whole(self, slots, num_draft_steps):
+        """Bool [n]: all draft steps of a cycle lie before the verification to come."""
+        return self.is_running[slots] & (self.drafted[slots] == num_draft_steps)
 
     def phase_tokens(self, cycle):
         """Context that each of the `cycle` phases verifies, float [cycle]."""

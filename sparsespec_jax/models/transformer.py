@@ -121,10 +121,12 @@ class Transformer(nn.Module):
         how many of the tokens, the last ones, are of prompt chunks.
         """
         split = len(tokens) - num_prompt if self.exact else len(tokens)
-        groups = [self._group(tokens[:split], positions[:split], is_prompt=False)]
-        if split < len(tokens):
-            tail = tokens[split:], positions[split:]
-            groups.append(self._group(*tail, is_prompt=True))
+        parts = (slice(split), False), (slice(split, None), True)
+        groups = [
+            self._group(tokens[rows], positions[rows], is_prompt=is_prompt)
+            for rows, is_prompt in parts
+            if len(tokens[rows])
+        ]
         new_caches, streams = [], []
         for layer, cache in zip(self.layer, caches, strict=True):
             groups, cache = layer(groups, attend, cache)

@@ -65,6 +65,23 @@ def unpack(shape, buffer, *, prefill):
     }
 
 
+def orders_of(shape, plan):
+    """What of an unpacked plan concerns a part of an aligned step, a StepShape.
+
+    A part without lanes of a kind has none of their orders; its idle draft lanes come
+    first of those that there are.
+    """
+    lanes = {"draft": shape.draft_lanes, "verify": shape.verify_lanes}
+    lanes |= {"seed": shape.verify_lanes}
+    orders = {
+        name: field[: lanes.get(name.partition("_")[0], len(field))]
+        for name, field in plan.items()
+    }
+    if shape.part == "verify":
+        orders["draft_slots"] = np.full(shape.draft_lanes, shape.num_slots, np.int32)
+    return orders
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
     """One step's orders: a packed int32 buffer and how to read it."""

@@ -56,6 +56,12 @@ class StepOutcome(NamedTuple):
             header = xp.concatenate([header, self.cascade], axis=1)
         return xp.concatenate([header, self.tokens, bits], axis=1)
 
+    @staticmethod
+    def packed_of_none(xp, shape):
+        """The packed outcome of a step of a StepShape that verifies nothing."""
+        header = _HEADER + len(CascadeCounts._fields) * (shape.num_guesses > 0)
+        return xp.zeros((0, header + 2 * shape.num_queries), xp.int32)
+
     @classmethod
     def from_packed(cls, packed, num_queries):
         """Read a packed outcome as numpy arrays."""

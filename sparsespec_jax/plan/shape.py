@@ -26,6 +26,8 @@ class StepShape:
     drafts_at_once: bool = False  # a proposer drafts in the verifying step itself
     draft_steps: int | None = None  # of a cycle, at most; None: one per draft
     num_guesses: int = 0  # tokens that a draft lane checks beside its newest one
+    is_aligned: bool = False  # all slots draft, then all verify; prompts by themselves
+    part: str = ""  # of an aligned step: "draft", "verify" or "prompt"; "": all of it
 
     @property
     def num_queries(self):
@@ -33,17 +35,40 @@ class StepShape:
         return self.num_draft_tokens + 1
 
     @functools.cached_property
-    def verify_lanes(self):
-        """Verifications per step, E = ceil(S / cycle)."""
-        return -(-self.num_slots // self.cycle)
+    def num_draft_steps(self):
+        """Draft steps of a cycle: one per draft, or fewer; 0 if they come at once."""
+        if self.drafts_at_once:
+            return 0
+        steps = self.num_draft_tokens
+        return steps if self.draft_steps is None else min(self.draft_steps, steps)
+
+    @property
+    def runs_cycles(self):
+        """True if one step is a whole cycle of every slot, or prompt chunks alone."""
+        return self.is_aligned and self.num_draft_steps > 0
+
+    def parts(self):
+        """(shape, prompt chunks) of each pass over the model that steps are made of."""
+        if not self.runs_cycles:
+            return (self, 0), (self, self.prefill_lanes)
+        chunks = {"draft": 0, "verify": 0, "prompt": self.prefill_lanes}
+        return tuple((self.of(part), count) for part, count in chunks.items())
+
+    def of(self, part):
+        """The shape of a part of an aligned step."""
+        return dataclasses.replace(self, part=part)
 
     @functools.cached_property
     def cycle(self):
         """Steps from one verification of a slot to the next: K + 1, or fewer."""
-        if self.drafts_at_once:
-            return 1
-        steps = self.num_draft_tokens
-        return 1 + (steps if self.draft_steps is None else min(self.draft_steps, steps))
+        return 1 if self.runs_cycles else 1 + self.num_draft_steps
+
+    @functools.cached_property
+    def verify_lanes(self):
+        """Verifications per step, E = ceil(S / cycle)."""
+        if self.part in ("draft", "prompt"):
+            return 0
+        return -(-self.num_slots // self.cycle)
 
     @functools.cached_property
     def draft_lanes(self):
@@ -51,11 +76,14 @@ class StepShape:
 
         More, up to the slots, where that makes the step's tokens a multiple of 8. None
         where no step drafts a token. Verifications are spread evenly; while they are
-        not, a slot too many misses a draft.
+        not, a slot too many misses a draft. In aligned steps all slots draft; some
+        idle lanes beside the verifications only make that multiple.
         """
-        if self.cycle == 1:
+        if not self.num_draft_steps or self.part == "prompt":
             return 0
-        least = self.num_slots - self.num_slots // self.cycle
+        if self.runs_cycles and self.part != "verify":
+            return self.num_slots
+        least = 0 if self.runs_cycles else self.num_slots - self.num_slots // self.cycle
         verified = self.verify_lanes * self.num_queries
         for lanes in range(least, min(least + _TOKENS, self.num_slots + 1)):
             if (lanes * self.draft_queries + verified) % _TOKENS == 0:

@@ -122,24 +122,29 @@ def made_up_cycle(engine, k, length):
     """Put `length` made-up tokens into every slot; returns the plans of a cycle.
 
     They go to `run_plan` in turn, as often as wanted: steps of `k` drafts, in
-    each of which another part of the slots verifies.
+    each of which another part of the slots verifies; or one step, if it is a cycle.
     """
     shape = engine.shape.with_draft_tokens(k)
     engine.device_steps.replace_state(**_state_fields(engine, length))
-    return [_plan(engine, shape, phase) for phase in range(shape.num_queries)]
+    phases = 1 if shape.runs_cycles else shape.num_queries
+    return [_plan(engine, shape, phase) for phase in range(phases)]
 
 
 def _time(engine, k, length) -> float:
-    """Median seconds of a step of k drafts with `length` tokens in every slot."""
+    """Median seconds of a step of k drafts with `length` tokens in every slot.
+
+    Of an aligned step, which is a cycle: of 1 / (k + 1) of it.
+    """
     plans = made_up_cycle(engine, k, length)
-    steps = plans * -(-_STEPS // len(plans))
+    steps = plans * -(-_STEPS // (k + 1))
     times = []
     for _ in range(_ROUNDS):
         start = time.perf_counter()
         for plan in steps:
             outcome = run_plan(engine, plan)
         outcome.block_until_ready()
-        times.append((time.perf_counter() - start) / len(steps))
+        cycles = len(steps) / len(plans)
+        times.append((time.perf_counter() - start) / cycles / (k + 1))
     return float(np.median(times[1:]))  # the first fills the draft caches
 
 
@@ -178,8 +183,10 @@ def _plan(engine, shape, phase):
         law, 0, engine.max_length + 1, (), engine.speculation
     )
     slots = np.arange(shape.num_slots)
-    verifying = slots[slots % shape.num_queries == phase]
+    now = slots % shape.num_queries == phase
+    drafting, verifying = slots[~now][: shape.draft_lanes], slots[now]
+    if shape.runs_cycles:
+        drafting = verifying = slots
     views["verify_slots"][: len(verifying)] = verifying
-    drafting = slots[slots % shape.num_queries != phase][: shape.draft_lanes]
     views["draft_slots"][: len(drafting)] = drafting
     return plan
