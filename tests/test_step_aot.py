@@ -51,6 +51,7 @@ def compile_step(
     wrap=lambda step: step,
     num_layers=_LAYERS,
     exact=False,
+    schedule="mixed",
     **engine,
 ):
     """The step of a small model for `target`, and the bytes of one layer's pool.
@@ -63,7 +64,10 @@ def compile_step(
         PRESETS["qwen3-1.7b"], num_layers=num_layers, vocab_size=1024
     )
     speculation = SpeculationConfig(
-        num_draft_tokens=num_draft_tokens, policy=policy, proposer=proposer
+        num_draft_tokens=num_draft_tokens,
+        policy=policy,
+        proposer=proposer,
+        schedule=schedule,
     )
     config = EngineConfig(num_slots=16, page_size=128, max_length=2000, **engine)
     if prefill:
@@ -243,3 +247,18 @@ def test_kernels_are_handed_no_slice_that_lies_askew(
     shapes = [jax.ShapeDtypeStruct((n, 576), jnp.bfloat16) for n in (141, 576)]
     text = compile_for("h100", product_of_the_last, *shapes).compiled.as_text()
     assert ("dynamic-slice-fusion" in text) == is_handed_on
+
+
+@pytest.mark.parametrize(
+    ("target", "k"), [("h100", 7), pytest.param("v5e", 8, marks=pytest.mark.slow)]
+)
+def test_a_cycle_compiles_in_place(target, k):
+    """Drafts run in a loop: a pool that is no place of it would be copied by each."""
+    pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
+    compiled, pool_bytes = compile_step(
+        target, k, schedule="aligned", num_layers=1, num_pages=10_000
+    )
+    assert compiled.temp_bytes < pool_bytes / 8
+    assert compiled.alias_bytes >= pool_bytes
+    loops = re.findall(r" while\(", compiled.compiled.as_text())
+    assert len(loops) >= 1
