@@ -27,6 +27,7 @@ from pallas_kernels.gpu_layouts import WGMMA, WGMMA_ROWS, interpreter_of
 from pallas_kernels.int8_matmul.tiling import (
     BLOCK,
     BLOCK_SHAPE,
+    COPY_REGISTERS,
     ROW_UNIT,
     Tiling,
     choose_tiling,
@@ -144,7 +145,7 @@ class _Spec:
 
 def _launch(spec: _Spec, x, values, scale):
     """Returns parts [P, T, out] of the product."""
-    groups = spec.tiling.groups
+    groups, registers = spec.tiling.groups, spec.tiling.registers
 
     def entry(x, values, scale, out, shared, x_s, full, free, wide_s):
         values_s, out_s = shared
@@ -154,10 +155,14 @@ def _launch(spec: _Spec, x, values, scale):
 
         @pl.when(index == groups)
         def _copy():
+            if registers:
+                plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             _copy_steps(steps, x, values, first_tile)
 
         @pl.when(index < groups)
         def _multiply():
+            if registers:
+                plgpu.set_max_registers(registers, action="increase")
             wide = wide_s.at[index] if spec.interpreter else None
             _Multiplier(spec, steps, index, wide).run(
                 first_tile + index, scale, out, out_s.at[index]
@@ -276,34 +281,51 @@ class _Multiplier:
 
     def multiply(self):
         """Returns sums over the inputs, float32 [64, T]."""
-        spec = self.spec
+        count, turn = self.spec.num_steps, self.spec.tiling.turn
+        last = count % turn or turn
 
         def run(sums):
-            # While a step is multiplied the next one is loaded.
-            def one(step, packed):
-                return self.step(sums, step, packed, lambda: self.load(step + 1))
+            def one(number, packed):
+                return self.make_turn(sums, number * turn, turn, packed)
 
-            last = lax.fori_loop(0, spec.num_steps - 1, one, self.load(jnp.int32(0)))
-            self.step(sums, jnp.int32(spec.num_steps - 1), last)
+            turns = (count - last) // turn
+            packed = lax.fori_loop(0, turns, one, self.load(jnp.int32(0)))
+            self.make_turn(sums, jnp.int32(count - last), last, packed, is_last=True)
             return sums[...]
 
-        return pl.run_scoped(run, plgpu.ACC((_OUTPUTS, spec.num_rows), jnp.float32))
+        return pl.run_scoped(
+            run, plgpu.ACC((_OUTPUTS, self.spec.num_rows), jnp.float32)
+        )
+
+    def make_turn(self, sums, first, count, packed, *, is_last=False):
+        """Adds the products of some steps; returns the weights of the step behind.
+
+        While a step is multiplied the next one is loaded, and widened too if it is of
+        the same turn: what a loop carries in the registers of a product would make
+        every product wait (ptxas, C7513).
+        """
+        for step in range(count):
+            slot = self.steps.slot(first + step)
+            weights = self.widen(packed)
+            plgpu.wgmma(sums, weights, self.steps.x_s.at[slot].T)
+            if step:
+                plgpu.wgmma_wait(1)
+                self.release(first + step - 1)
+            if not is_last or step + 1 < count:
+                packed = self.load(first + step + 1)
+        plgpu.wgmma_wait(0)
+        self.release(first + count - 1)
+        return packed
+
+    def release(self, step):
+        """Says that this warpgroup is done with a step."""
+        plgpu.barrier_arrive(self.steps.free.at[self.steps.slot(step)])
 
     def load(self, step):
         """Waits for a step and returns its packed weights."""
         slot = self.steps.slot(step)
         plgpu.barrier_wait(self.steps.full.at[slot])
         return plgpu.load(self.steps.values_s.at[self.index, slot], layout=_PACKED)
-
-    def step(self, sums, step, packed, then=lambda: None):
-        """Adds the product of a step; returns what `then` does meanwhile."""
-        slot = self.steps.slot(step)
-        weights = self.widen(packed)
-        plgpu.wgmma(sums, weights, self.steps.x_s.at[slot].T)
-        following = then()
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(self.steps.free.at[slot])
-        return following
 
     def widen(self, packed):
         """Returns packed weights as bfloat16, where the matrix unit takes them."""

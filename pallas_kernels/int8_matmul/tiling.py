@@ -9,6 +9,8 @@ MOST_ROWS = 256  # columns of a product of the matrix unit
 _SHARED_BYTES = 222 << 10  # of a multiprocessor that CTAs may take
 _MOST_STAGES, _LEAST_STAGES = 8, 2
 _MULTIPROCESSORS = 132  # of an H100 and an H200
+_REGISTERS, _REGISTER_UNIT = 512, 8  # of a multiprocessor by threads of a warpgroup
+COPY_REGISTERS = 40  # of a thread that copies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +24,24 @@ class Tiling:
     groups: int = 1  # warpgroups of a CTA that multiply, 64 outputs each
     parts: int = 1  # cuts of the inputs
     ctas: int = 1  # of a multiprocessor, which share its memory
+    turn: int = 1  # steps whose weights are widened while others are multiplied
 
     def __post_init__(self):
-        for name, most in (("groups", 4), ("parts", 64), ("ctas", 4)):
+        for name, most in (("groups", 4), ("parts", 64), ("ctas", 4), ("turn", 8)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{self}: {name} lies in 1..{most}")
+
+    @property
+    def registers(self) -> int | None:
+        """Registers of a thread that multiplies, if it takes those of copying ones.
+
+        Two sets of widened weights want more than an equal share.
+        """
+        if self.turn == 1 or self.groups == 1 or self.ctas > 1:
+            return None
+        each = _REGISTERS // (self.groups + 1) // _REGISTER_UNIT * _REGISTER_UNIT
+        left = each * (self.groups + 1) - COPY_REGISTERS
+        return left // self.groups // _REGISTER_UNIT * _REGISTER_UNIT
 
     def stages(self, num_rows: int) -> int:
         """Returns how many steps of weights and rows are in flight."""
