@@ -3,9 +3,9 @@
 Tokens are the columns of the matrix unit, which takes weights as its left operand from
 registers, where they are widened to bfloat16. A warpgroup has 64 outputs; what it
 multiplies at once, 64 outputs by 128 inputs, lies together in memory, in the order in
-which its threads take it (`pack_gpu`). One more warpgroup of each CTA copies weights and
-rows into shared memory, some steps ahead. Inputs may be cut over CTAs, whose sums are
-left to the kernel behind. Copies past the last input give zeros.
+which its threads take it (`pack_gpu`). One more warpgroup of each CTA copies weights
+and rows into shared memory, some steps ahead. Inputs may be cut over CTAs, whose sums
+are left to the kernel behind. Copies past the last input give zeros.
 """
 
 import dataclasses
@@ -277,7 +277,12 @@ class _Multiplier:
             outputs = pl.ds(start, _OUTPUTS)
             factor = plgpu.load(scale.at[outputs], layout=WGMMA_ROWS, optimized=False)
             scaled = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
-            self.store(scaled.astype(spec.dtype), out.at[lax.axis_index("part")], outputs, out_s)
+            self.store(
+                scaled.astype(spec.dtype),
+                out.at[lax.axis_index("part")],
+                outputs,
+                out_s,
+            )
 
     def multiply(self):
         """Returns sums over the inputs, float32 [64, T]."""

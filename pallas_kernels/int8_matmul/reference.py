@@ -18,17 +18,12 @@ def int8_matmul_reference(
 
     The order of a sum is the library's own, and may follow from T.
     """
-    cut_x, cut_values = (
-        a.reshape(len(a), parts or 1, -1) for a in (x, values.astype(x.dtype))
-    )
-    sums = lax.dot_general(
-        cut_x,
-        cut_values,
-        (((2,), (2,)), ((1,), (1,))),
-        preferred_element_type=jnp.float32,
-    )
-    wide = sums * scale
-    return wide[0].astype(x.dtype) if parts is None else wide
+    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+    values = values.astype(x.dtype)
+    if parts is None:
+        return (dot(x, values, (((1,), (1,)), ((), ()))) * scale).astype(x.dtype)
+    cut = (a.reshape(len(a), parts, -1) for a in (x, values))
+    return dot(*cut, (((2,), (2,)), ((1,), (1,)))) * scale
 
 
 def pack_reference(weight: Int8Weight) -> PackedWeight:

@@ -54,9 +54,9 @@ class Tiling:
         return -(-size_out // (self.groups * BLOCK[0]))
 
     def fill(self, size_out: int) -> float:
-        """Returns the share of the multiprocessors' time that CTAs fill."""
-        ctas, places = self.tiles(size_out) * self.parts, self.ctas * _MULTIPROCESSORS
-        return ctas / (-(-ctas // places) * places)
+        """Returns how evenly multiprocessors share CTAs: 1 if all have as many."""
+        ctas = self.tiles(size_out) * self.parts
+        return ctas / (-(-ctas // _MULTIPROCESSORS) * _MULTIPROCESSORS)
 
     def why_not(self, num_rows: int, size_in: int, size_out: int) -> str | None:
         """Returns what keeps the kernel from being cut like this, or None."""
@@ -117,7 +117,7 @@ _MEASURED = {
 _FEW_ROWS = 32
 _FOR_FEW = ((1, 3), (1, 2), (2, 2), (2, 1), (3, 1), (4, 1), (1, 1))
 _FOR_MANY = ((3, 1), (2, 1), (1, 2), (4, 1), (1, 1))
-_PARTS = (1, 2, 3, 4, 6, 8)
+PARTS = (1, 2, 3, 4, 5, 6, 7, 8)
 _LEAST_STEPS = 4  # of a part, if there are several
 _PART_COST, _PLACE_COST = 0.02, 0.03  # what they take off the share that is filled
 
@@ -134,16 +134,15 @@ def choose_tiling(
         if num_rows <= most and parts in (None, tiling.parts):
             return tiling
     order = _FOR_FEW if num_rows <= _FEW_ROWS else _FOR_MANY
+    counts = [n for n in PARTS if is_worth_cutting(n, num_rows, size_in)]
     best, score, reason = None, 0.0, None
-    for count in _PARTS if parts is None else (parts,):
-        if parts is None and count > 1 and size_in < count * _LEAST_STEPS * BLOCK[1]:
-            continue
+    for count in counts if parts is None else (parts,):
         for place, (groups, ctas) in enumerate(order):
             tiling = Tiling(groups=groups, parts=count, ctas=ctas)
             why = tiling.why_not(num_rows, size_in, size_out)
             reason = reason or why
             cost = _PART_COST * (count - 1) + _PLACE_COST * place
-            worth = 1 + tiling.fill(size_out) - cost
+            worth = tiling.fill(size_out) * (1 - min(cost, 0.9))
             if why is None and worth > score:
                 best, score = tiling, worth
     if best is None:
@@ -151,6 +150,12 @@ def choose_tiling(
             f"{reason} in the GPU kernel; impl='reference' serves every size"
         )
     return best
+
+
+def is_worth_cutting(parts: int, num_rows: int, size_in: int) -> bool:
+    """Returns whether parts have several steps, and no more bytes than the weight."""
+    has_steps = size_in >= parts * _LEAST_STEPS * BLOCK[1]
+    return parts == 1 or (has_steps and 4 * parts * num_rows <= size_in)
 
 
 def choose_parts(num_rows: int, size_in: int, size_out: int) -> int:

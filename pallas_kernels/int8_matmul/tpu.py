@@ -88,8 +88,9 @@ def _inputs_of_block(size, parts):
         return _LANES * max(n for n in range(1, most + 1) if whole % n == 0)
     if parts > 1 or size > _MOST_ODD_INPUTS:
         raise NotImplementedError(
-            f"a part has {size} inputs: the TPU kernel takes multiples of {_LANES}, or "
-            f"{_MOST_ODD_INPUTS} at most in one part; impl='reference' serves every size"
+            f"a part has {size} inputs: the TPU kernel takes multiples of {_LANES}, "
+            f"or {_MOST_ODD_INPUTS} at most in one part; impl='reference' serves every "
+            "size"
         )
     return size
 
