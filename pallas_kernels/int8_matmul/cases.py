@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cases import LARGE, SMALL, TIMED, Case, num_bytes
+from pallas_kernels.cases import H100, LARGE, SMALL, TIMED, TPU, Case, num_bytes
 from pallas_kernels.matmul.cases import LAYERS
 
 
@@ -62,13 +62,13 @@ _PARTS = {
     "smollm2_135m": dict(down=4),
 }
 ROWS = 1, 8, 24, 64, 72, 128, 136
-# Compiled for every platform too; the others are timed only.
+# Compiled for these platforms too; the others are timed only.
 _COMPILED = {
-    "int8_qwen3_8b_gate_up_64",
-    "int8_qwen3_8b_down_128",
-    "int8_qwen2_5_1_5b_down_72",
-    "int8_smollm2_135m_heads_1",
-    "int8_smollm2_135m_down_136",
+    "int8_qwen3_8b_gate_up_64": LARGE,
+    "int8_qwen3_8b_down_128": H100,
+    "int8_qwen2_5_1_5b_down_72": TPU,
+    "int8_smollm2_135m_heads_1": LARGE,
+    "int8_smollm2_135m_gate_up_136": H100,
 }
 
 
@@ -79,7 +79,7 @@ def _of_layers():
         for product, weight in products.items():
             for rows in ROWS:
                 name = f"int8_{model}_{product}_{rows}"
-                tags = LARGE if name in _COMPILED else TIMED
+                tags = _COMPILED.get(name, TIMED)
                 parts = _PARTS[model].get(product)
                 cases.append(_case(name, rows, *weight, parts=parts, tags=tags))
     return tuple(cases)
