@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from experiments import int8_product
+from pallas_kernels import int8_matmul
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.common import rms_norm
 from pallas_kernels.rotate_heads import rotate_heads
@@ -248,7 +249,7 @@ def _selects_nothing(policy):
 def quantise(config, params, *, is_packed=False) -> dict:
     """8-bit forms of all products of a model, by layer and by name of PRODUCTS.
 
-    is_packed: for the kernel, see `int8_product.pack`.
+    is_packed: for the GPU kernel, see `int8_matmul.pack`.
 
     Raises:
       ValueError: the model has biases.
@@ -258,8 +259,8 @@ def quantise(config, params, *, is_packed=False) -> dict:
 
     @jax.jit
     def one(kernel):
-        weight = int8_product.quantise(kernel)
-        return int8_product.pack(weight) if is_packed else weight
+        weight = int8_matmul.quantise(kernel)
+        return int8_matmul.pack(weight, impl="gpu") if is_packed else weight
 
     made = {}
     for index in range(config.num_layers):
@@ -283,9 +284,8 @@ def int8_forward(
     """
     dtype, c = model.params_dtype(params), config
 
-    def product(x, weights, name, dtype=dtype, size_out=None):
-        way = products[name]
-        return int8_product.multiply(x, weights[name], way, dtype, size_out)
+    def product(x, weights, name, dtype=dtype):
+        return int8_product.multiply(x, weights[name], products[name], dtype)
 
     norm = functools.partial(add_norm, eps=c.norm_eps, impl=impl)
     cos, sin = jax.lax.optimization_barrier(rope_tables(positions, c))
@@ -311,5 +311,4 @@ def int8_forward(
         inner = product(normed, weights, "gate_up").reshape(len(x), 2, -1)
         y = product(nn.silu(inner[:, 0]) * inner[:, 1], weights, "down")
     _, hidden = norm(x, y, params["final_norm"]["scale"])
-    scores = product(hidden, quantised, "lm_head", jnp.float32, c.vocab_size)
-    return scores, tuple(new_caches)
+    return product(hidden, quantised, "lm_head", jnp.float32), tuple(new_caches)

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.gpu import hopper_mixed_type_matmul_mgpu as shipped
 
-from experiments.int8_product import Int8Weight, Tiling, Xla, multiply, pack
+from experiments.int8_product import Xla, multiply
 from pallas_kernels import timing
+from pallas_kernels.int8_matmul import Int8Weight
+from pallas_kernels.int8_matmul.gpu import pack_gpu
+from pallas_kernels.int8_matmul.tiling import Tiling, choose_tiling
 
 _BYTES = 300e6  # of all weights of a program: several times an L2
 _REPEATS, _SECONDS = 5, 0.04
@@ -61,10 +64,10 @@ def product_sizes(config) -> dict[str, tuple[int, int]]:
 def chosen(num_tokens: int, config, rows=()) -> dict:
     """How each product is made in 8 bits for so many tokens; on a CPU by XLA.
 
-    rows: of `sweep`, the best of which for the nearest number of tokens comes first.
+    rows: of `sweep`, the best of which for the nearest number of tokens is taken.
 
     Raises:
-      ValueError: no tiling fits.
+      NotImplementedError: no tiling fits.
     """
     if jax.default_backend() != "gpu":
         return dict.fromkeys(product_sizes(config), Xla())
@@ -74,11 +77,10 @@ def chosen(num_tokens: int, config, rows=()) -> dict:
         known = [row for row in known if row["kind"] == "kernel"]
         known.sort(key=lambda row: (abs(row["rows"] - num_tokens), row["us"]))
         ways = {str(way): way for way in _CANDIDATES[name]}
-        ways = [ways[row["way"]] for row in known] + list(ways.values())
-        fits = [way for way in ways if way.serves(num_tokens, *sizes)]
-        if not fits:
-            raise ValueError(f"no tiling serves {num_tokens} tokens of {name}")
-        made[name] = fits[0]
+        fits = [ways[row["way"]] for row in known]
+        fits = [way for way in fits if way.why_not(num_tokens, *sizes) is None]
+        parts = 1 if name in ("gate_up", "lm_head") else None
+        made[name] = fits[0] if fits else choose_tiling(num_tokens, *sizes, parts)
     return made
 
 
@@ -121,7 +123,7 @@ def sweep(config, num_tokens: int, read_rate: float, kinds=KINDS):
         size = size_in * size_out
         x = jax.random.normal(jax.random.key(0), (num_tokens, size_in), jnp.bfloat16)
         ints = _arrays(size_in, size_out, min(24, max(2, int(_BYTES / size))))
-        packed = [jax.jit(pack)(weight) for weight in ints]
+        packed = [jax.jit(pack_gpu)(weight) for weight in ints]
         expected = multiply(x, ints[0], Xla(), jnp.float32)
         row = dict(product=name, rows=num_tokens, size_in=size_in, size_out=size_out)
         for kind, way, function in _int8_ways(name, num_tokens, size_in, size_out):
@@ -157,9 +159,8 @@ def _int8_ways(name, num_tokens, size_in, size_out):
     ways = [("xla", Xla(parts=n)) for n in _XLA_PARTS.get(name, (1,))]
     ways += [("kernel", tiling) for tiling in _CANDIDATES[name]]
     for kind, way in ways:
-        item = jnp.dtype(dtype).itemsize if way.parts == 1 else 4
-        if way.serves(num_tokens, size_in, size_out, item):
-            yield kind, way, lambda x, w, way=way: multiply(x, w, way, dtype, size_out)
+        if way.why_not(num_tokens, size_in, size_out) is None:
+            yield kind, way, lambda x, w, way=way: multiply(x, w, way, dtype)
     for config in _shipped_configs(num_tokens, size_out):
         yield "shipped", config, lambda x, w, config=config: _shipped(x, w, config)
 

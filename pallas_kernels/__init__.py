@@ -12,6 +12,7 @@ Each operation is a package with the same modules: `api` (public function),
     from pallas_kernels.rotate_heads import rotate_heads
     from pallas_kernels.add_norm import add_norm
     from pallas_kernels.matmul import matmul
+    from pallas_kernels.int8_matmul import int8_matmul, pack, quantise
 """
 
 from pallas_kernels.common import IMPLS, default_impl

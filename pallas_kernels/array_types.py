@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 try:
-    from jaxtyping import AbstractDtype, Float32, Int32
+    from jaxtyping import AbstractDtype, Float32, Int8, Int32
 except ImportError:  # an extra of the tests
 
     class AbstractDtype:
@@ -30,7 +30,7 @@ except ImportError:  # an extra of the tests
             """Returns the type of the array."""
             return array_and_shape[0]
 
-    Float32 = Int32 = AbstractDtype
+    Float32 = Int8 = Int32 = AbstractDtype
 
 Array = jax.Array | np.ndarray  # a call puts numpy's on the device
 
@@ -83,3 +83,11 @@ StreamScale = KvFloat[Array, "M"]
 ManyRows = KvFloat[Array, "T inputs"]
 Weight = KvFloat[Array, "inputs outputs"]
 ProductRows = KvFloat[Array, "T outputs"]
+
+# A product of few rows with a weight in 8 bits: as it is, or in blocks of 64 outputs by
+# 128 inputs; and what a value of each output counts.
+FewRows = KvFloat[Array, "T inputs"]
+Int8Values = Int8[Array, "outputs inputs"]
+Int8Blocks = Int8[Array, "row_blocks column_blocks 32 256"]
+OutputScale = Float32[Array, "outputs"]
+ProductParts = KvFloat[Array, "*parts T outputs"]

@@ -22,6 +22,7 @@ from pallas_kernels import timing
 from pallas_kernels.add_norm import bench as norm
 from pallas_kernels.common import default_impl
 from pallas_kernels.gather_kv import bench as gather
+from pallas_kernels.int8_matmul import bench as int8_product
 from pallas_kernels.matmul import bench as product
 from pallas_kernels.paged_attention import bench as attention
 from pallas_kernels.paged_attention import bench_pieces as pieces
@@ -32,7 +33,9 @@ from pallas_kernels.write_rows import bench as write
 _LAYERS = 32  # of one program, as models have; half as many selections
 
 # Each has the `CASES` that it times, and `bench`, which times one of them.
-OPERATIONS = (attention, pieces, selection, gather, write, rotate, norm, product)
+OPERATIONS = (
+    attention, pieces, selection, gather, write, rotate, norm, product, int8_product
+)  # fmt: skip
 CASES = {
     case.name: (operation, case) for operation in OPERATIONS for case in operation.CASES
 }

@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels.add_norm.cases import NormCase
 from pallas_kernels.gather_kv.cases import GatherCase
+from pallas_kernels.int8_matmul.cases import Int8Case
 from pallas_kernels.matmul.cases import MatmulCase
 from pallas_kernels.paged_attention import AttentionOutput, paged_attention
 from pallas_kernels.paged_attention.cases import AttentionCase
@@ -82,6 +83,14 @@ class MatmulInputs(NamedTuple):
 
     x: np.ndarray
     weight: np.ndarray
+
+
+class Int8Inputs(NamedTuple):
+    """Array arguments of `int8_matmul`, numpy; the weight is [out, in]."""
+
+    x: np.ndarray
+    values: np.ndarray
+    scale: np.ndarray
 
 
 class GatherInputs(NamedTuple):
@@ -505,3 +514,17 @@ def whole_numbers(num_rows, num_inputs, num_columns, seed=0):
 def matmul_inputs(case: MatmulCase, seed: int = 0) -> MatmulInputs:
     """Returns small whole numbers: every order gives the same sum."""
     return MatmulInputs(*whole_numbers(case.num_tokens, *case.weight, seed))
+
+
+# ----------------------------------------------------------------- 8-bit matmul
+
+
+def int8_inputs(case: Int8Case, seed: int = 0) -> Int8Inputs:
+    """Returns whole numbers, of which every order gives the same sum, and scales."""
+    rng = np.random.default_rng(seed)
+    (num_rows, size_in), values, scale = (s.shape for s in case.shapes)
+    return Int8Inputs(
+        rng.integers(-3, 4, (num_rows, size_in)).astype(jnp.bfloat16),
+        rng.integers(-127, 128, values).astype(np.int8),
+        rng.uniform(0.5, 2.0, scale).astype(np.float32),
+    )

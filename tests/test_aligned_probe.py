@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import aligned_steps, int8_product, models, row_bits
+from pallas_kernels import int8_matmul
 from pallas_kernels.aot import compile_for
+from pallas_kernels.int8_matmul.tiling import Tiling
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.state import new_state
@@ -146,36 +148,16 @@ def test_8_bit_products_of_a_model_are_those_of_its_rounded_weights(tiny_model):
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_blocks_lie_as_threads_take_them():
-    rows, columns = np.meshgrid(np.arange(128), np.arange(256), indexing="ij")
-    values = {"rows": jnp.int8(rows % 128), "columns": jnp.int8(columns % 128)}
-    packed = {
-        name: np.asarray(
-            int8_product.pack(int8_product.Int8Weight(x, jnp.ones(128))).values[1, 1]
-        ).reshape(4, 128, 16)  # of a thread, 16 values at a time
-        for name, x in values.items()
-    }
-    for number, thread in ((0, 0), (1, 5), (2, 38), (3, 127)):
-        warp, row, column = thread // 32, thread % 32 // 4, thread % 4
-        mine = packed["rows"][number, thread]
-        assert set(mine.tolist()) == {64 + 16 * warp + 8 * (number % 2) + row}
-        first = 64 * (number // 2) + 2 * column
-        expected = [first + 16 * g + i for g in range(4) for i in (0, 1, 8, 9)]
-        assert packed["columns"][number, thread].tolist() == expected
-
-
-def test_a_packed_weight_is_padded_and_goes_to_the_kernel_alone():
-    weight = int8_product.Int8Weight(jnp.ones((1000, 128), jnp.int8), jnp.ones(1000))
-    packed = int8_product.pack(weight)
-    assert packed.values.shape == (24, 1, 32, 256) and packed.scale.shape == (1536,)
-    assert int(packed.values.sum()) == 1000 * 128
+def test_a_packed_weight_goes_to_the_kernel_alone():
+    weight = int8_matmul.Int8Weight(jnp.ones((64, 128), jnp.int8), jnp.ones(64))
+    packed = int8_matmul.pack(weight, impl="gpu")
     with pytest.raises(ValueError, match="does not take a PackedWeight"):
         int8_product.multiply(jnp.ones((8, 128)), packed, int8_product.Xla(), "float32")
 
 
 def test_parts_of_an_8_bit_product_sum_to_it():
     x = jax.random.normal(jax.random.key(0), (8, 96))
-    weight = int8_product.quantise(jax.random.normal(jax.random.key(1), (96, 24)))
+    weight = int8_matmul.quantise(jax.random.normal(jax.random.key(1), (96, 24)))
     whole = int8_product.multiply(x, weight, int8_product.Xla(), jnp.float32)
     parts = int8_product.multiply(x, weight, int8_product.Xla(parts=3), jnp.float32)
     assert parts.shape == (3, 8, 24)
@@ -203,9 +185,7 @@ def test_a_step_of_8_bit_drafts_compiles_in_place_for_a_gpu():
     quantised = jax.eval_shape(
         functools.partial(aligned_steps.quantise, config, is_packed=True), params
     )
-    products = dict.fromkeys(
-        aligned_steps.PRODUCTS, int8_product.Tiling(groups=2, parts=1)
-    )
+    products = dict.fromkeys(aligned_steps.PRODUCTS, Tiling(groups=2))
     step = aligned_steps.draft_shape(shape)
     program = aligned_steps._program(
         step,
@@ -228,7 +208,7 @@ def test_a_step_of_8_bit_drafts_compiles_in_place_for_a_gpu():
     assert compiled.temp_bytes < pool_bytes / 4
     assert compiled.alias_bytes >= 2 * pool_bytes
     text = compiled.compiled.as_text()
-    assert len(re.findall(r" custom-call\(.*jit\(_by_kernel\)", text)) == 2 * 4 + 1
+    assert len(re.findall(r" custom-call\(.*jit\(int8_matmul_gpu\)", text)) == 2 * 4 + 1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ from pallas_kernels.aot import compile_for
 from pallas_kernels.cases import by_name, int32, num_bytes, tagged
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.gather_kv.cases import GATHER_CASES
+from pallas_kernels.int8_matmul import Int8Weight, int8_matmul, pack
+from pallas_kernels.int8_matmul.cases import INT8_CASES
+from pallas_kernels.int8_matmul.gpu import int8_matmul_gpu
+from pallas_kernels.int8_matmul.tiling import COPY_REGISTERS, Tiling, choose_tiling
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul.cases import MATMUL_CASES
 from pallas_kernels.paged_attention import paged_attention
@@ -213,6 +217,37 @@ def test_product_compiles(compile_h100, case):
     bound = 2 * (case.num_tokens + 8) * sum(case.weight) if is_padded else 0
     assert result.temp_bytes <= bound
     assert (" pad(" in result.compiled.as_text()) == is_padded
+
+
+def packed_shapes(case):
+    """Returns the arrays of an 8-bit product as the GPU kernel takes them."""
+    x, *weight = case.shapes
+    return x, *jax.eval_shape(functools.partial(pack, impl="gpu"), Int8Weight(*weight))
+
+
+@h100_cases(INT8_CASES)
+def test_8_bit_product_compiles(compile_h100, case):
+    multiply = functools.partial(int8_matmul, **case.options, impl="gpu")
+    result, kernels = compile_h100(multiply, packed_shapes(case))
+    tiling = choose_tiling(case.num_tokens, *case.weight, case.parts or 1)
+    kernel = kernels["int8_matmul"]
+    assert_fits(kernel, warpgroups=tiling.groups + 1, blocks=tiling.ctas)
+    # Rows of a number that 8 does not divide are padded, and the result is cut.
+    is_padded = case.num_tokens % 8 != 0
+    bound = 2 * (case.num_tokens + 8) * sum(case.weight) if is_padded else 0
+    assert result.temp_bytes <= bound
+
+
+def test_8_bit_product_compiles_with_steps_widened_ahead(compile_h100):
+    """Its warpgroups ask for no more registers than a CTA has, or it would hang."""
+    case = by_name(INT8_CASES, "int8_qwen3_8b_out_64")
+    tiling = Tiling(groups=2, parts=4, turn=2)
+    multiply = functools.partial(int8_matmul_gpu, parts=4, tiling=tiling)
+    _, kernels = compile_h100(multiply, packed_shapes(case))
+    kernel = kernels["int8_matmul"]
+    assert_fits(kernel, warpgroups=3)
+    wanted = tiling.groups * tiling.registers + COPY_REGISTERS
+    assert wanted <= (tiling.groups + 1) * kernel["registers"]
 
 
 def test_the_rate_of_copies_is_that_of_the_device():

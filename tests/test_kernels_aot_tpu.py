@@ -16,6 +16,8 @@ from pallas_kernels.aot import TPU_TARGETS, compile_for
 from pallas_kernels.cases import by_name, int32, num_bytes, tagged
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv.cases import GATHER_CASES
+from pallas_kernels.int8_matmul import int8_matmul
+from pallas_kernels.int8_matmul.cases import INT8_CASES
 from pallas_kernels.paged_attention import paged_attention, tpu_sizes
 from pallas_kernels.paged_attention import tpu as attention_tpu
 from pallas_kernels.paged_attention.cases import ATTENTION_CASES, AttentionCase
@@ -117,6 +119,14 @@ def test_gather_compiles_in_place(case, target):
     assert compiled.temp_bytes <= bound
     if "tpu" in case.tags:
         assert bound < num_bytes(pool) / 8
+
+
+@ki.each_case(tagged(INT8_CASES, "tpu"))
+def test_8_bit_product_compiles(case):
+    fn = functools.partial(int8_matmul, **case.options, impl="tpu")
+    compiled = compile_for(TPU_TARGETS[0], fn, *case.shapes)
+    # Rows are padded to whole tiles; no weight is widened in front of the kernel.
+    assert compiled.temp_bytes < num_bytes(case.shapes[1]) / 8
 
 
 @all_targets

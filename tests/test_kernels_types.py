@@ -16,6 +16,8 @@ from pallas_kernels.cases import tagged
 from pallas_kernels.common import load_implementation
 from pallas_kernels.gather_kv import gather_kv
 from pallas_kernels.gather_kv.cases import GATHER_CASES
+from pallas_kernels.int8_matmul import int8_matmul
+from pallas_kernels.int8_matmul.cases import INT8_CASES
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul.cases import MATMUL_CASES
 from pallas_kernels.paged_attention import paged_attention
@@ -35,6 +37,7 @@ OPERATIONS = {
     rotate_heads: (ROTATE_CASES, ki.rotate_inputs),
     add_norm: (NORM_CASES, ki.norm_inputs),
     matmul: (MATMUL_CASES, ki.matmul_inputs),
+    int8_matmul: (INT8_CASES, ki.int8_inputs),
 }
 operations = pytest.mark.parametrize(
     "operation", OPERATIONS, ids=lambda operation: operation.__name__

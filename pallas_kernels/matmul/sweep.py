@@ -192,9 +192,9 @@ def measure(weight: Weight, num_rows: int, programs: dict, first) -> tuple[dict,
     return row, first
 
 
-def environment(commit: str) -> dict:
-    """Returns where and with what this runs."""
-    command = ["python -m pallas_kernels.matmul.sweep", *map(shlex.quote, sys.argv[1:])]
+def environment(commit: str, module: str) -> dict:
+    """Returns where and with what a module runs."""
+    command = [f"python -m {module}", *map(shlex.quote, sys.argv[1:])]
     return dict(
         time_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=" ".join(command),
@@ -213,7 +213,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints one line for each weight and number of rows, and writes the report."""
     start, most = time.monotonic(), max(options.rows)
     report = dict(
-        environment=environment(options.commit),
+        environment=environment(options.commit, "pallas_kernels.matmul.sweep"),
         flags=vars(options),
         method=" ".join(__doc__.split("\n\n")[2].split()),
         configs={name: str(config) for name, config in _CONFIGS.items()},
