@@ -18,6 +18,7 @@ SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
 NUMERICS = ("exact", "fast")
 SCHEDULES = ("mixed", "aligned")
+DRAFT_WEIGHTS = (None, "int8")
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
 MAX_INT = LARGEST  # of what travels in int32
@@ -199,6 +200,9 @@ class SpeculationConfig:
     # is a cycle of all slots, and prompt chunks have steps of their own. A proposer
     # that drafts at once verifies every slot in every step, whichever it is.
     schedule: str = "mixed"
+    # "int8": drafts by weights in 8 bits, one scale for each output, made of the
+    # model's and kept beside them. Needs aligned steps: a mixed one reads all anyway.
+    draft_weights: str | None = None
     acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023), "forced"
     forced_acceptance: float | None = None  # with "forced": mean accepted drafts; lossy
     mass_rows: str = "all"  # verify rows whose attention counts: "all" or "edges"
@@ -215,6 +219,7 @@ class SpeculationConfig:
         put_float(self, "budget_ratio", _LEAST_RATIO, 1.0)
         put_int(self, "min_budget", 0)
         put_choice(self, "schedule", SCHEDULES)
+        self._check_draft_weights()
         put_choice(self, "acceptor", ACCEPTORS)
         _require(
             (self.acceptor == "forced") == (self.forced_acceptance is not None),
@@ -229,6 +234,21 @@ class SpeculationConfig:
         put_int(self, "num_sinks", 0)
         put_int(self, "draft_top_m", 1)
         self._check_cascade()
+
+    def _check_draft_weights(self):
+        if self.draft_weights is None:
+            return
+        put_choice(self, "draft_weights", DRAFT_WEIGHTS[1:])
+        _require(
+            self.schedule == "aligned",
+            f"draft_weights={self.draft_weights!r} need schedule='aligned': a mixed "
+            "step verifies too, and reads the full weights anyway",
+        )
+        _require(
+            self.proposer == "self" or self.is_cascade,
+            f"draft_weights={self.draft_weights!r} are for drafts of the model itself, "
+            f"proposer={self.proposer!r} makes its own: use proposer='self'",
+        )
 
     def _check_cascade(self):
         sizes = {"draft_steps": self.draft_steps, "num_guesses": self.num_guesses}

@@ -15,6 +15,7 @@ from sparsespec_jax.device.offload import HostPages, sent_first
 from sparsespec_jax.device.state import committed, new_state
 from sparsespec_jax.device.step import make_step
 from sparsespec_jax.host.dispatcher import Dispatcher
+from sparsespec_jax.models.draft_weights import with_draft_weights
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.tuning import compile_cache
 
@@ -57,12 +58,18 @@ class DeviceSteps:
         self._is_over = False  # the process ends
         _open.add(self)
 
+    def params_of(self, params):
+        """Parameters of the model as steps take them, those of drafts beside them."""
+        config, kind = self._model_config, self._options.draft_weights
+        made = with_draft_weights(config, params, kind=kind, impl=self._sizes.impl)
+        return committed(made)
+
     def submit(self, params, filters, plan, moves=()):
         """A future of the packed outcome of a step behind page moves.
 
-        `params` are the weights, `filters` whether laws with top-k, top-p or min-p may
-        be among the requests. Without a plan (None) there are only moves, and no
-        outcome.
+        `params` are what `params_of` gave, `filters` says whether laws with top-k,
+        top-p or min-p may be among the requests. Without a plan (None) there are only
+        moves, and no outcome.
 
         Raises:
           RuntimeError: closed.

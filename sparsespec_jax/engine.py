@@ -9,7 +9,6 @@ from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device.attention_probe import check_attention
 from sparsespec_jax.device.row_probe import check_rows
-from sparsespec_jax.device.state import committed
 from sparsespec_jax.device.step import step_compiler_options
 from sparsespec_jax.device_steps import DeviceSteps
 from sparsespec_jax.host.commit import commit
@@ -26,6 +25,7 @@ from sparsespec_jax.host.interrupts import Whole
 from sparsespec_jax.host.metrics import DecodeStats
 from sparsespec_jax.host.outputs import Outputs
 from sparsespec_jax.host.scheduler import Scheduler
+from sparsespec_jax.models.draft_weights import without_draft_weights
 from sparsespec_jax.models.same_params import check_same_params
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.plan.outcome import StepOutcome
@@ -69,7 +69,6 @@ class Engine(contextlib.AbstractContextManager):
         self.config = engine or EngineConfig()
         sizes.check_types(model, self.speculation, self.config)
         self.model = model
-        self.params = committed(model.params)
         self.params_version = 0
         resolved = sizes.resolve(model, self.speculation, self.config)
         self.impl, self.max_length = resolved.impl, resolved.max_length
@@ -80,9 +79,10 @@ class Engine(contextlib.AbstractContextManager):
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
             options = step_compiler_options(self.impl, exact=True)
             how = dict(impl=self.impl, compiler_options=options)
-            check_rows(model.config, self.params, shapes, **how)
+            check_rows(model.config, model.params, shapes, **how)
             check_attention(model.config, shapes, **how)
         self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
+        self.params = self.device_steps.params_of(model.params)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
         self._scheduler = Scheduler(
             self.shape,
@@ -369,8 +369,8 @@ class Engine(contextlib.AbstractContextManager):
           ValueError: names, shapes or types differ from those in use.
         """
         self._require_open()
-        check_same_params(self.params, params)
-        self.params = committed(params)
+        check_same_params(without_draft_weights(self.params), params)
+        self.params = self.device_steps.params_of(params)
         self.params_version += 1
 
     def progress(self, known):

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import default_impl
-from pallas_kernels.paged_attention import check_served
+from pallas_kernels.paged_attention import check_served as check_attention
 from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import pool_bytes_per_page
 from sparsespec_jax.loading.load import Model
+from sparsespec_jax.models.draft_weights import check_served, num_bytes
 from sparsespec_jax.models.products import check_products
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import plan_fields
@@ -67,7 +68,11 @@ def resolve(model, speculation, config):
     page_bytes = shape.page_size * per_token
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
     staged = shape.restore_pages if num_chunks else 0
-    check_memory(model.config, shape, kv_dtype, policy, staged)
+    drafts = 0
+    if speculation.draft_weights:
+        check_served(model.config, shape.num_draft_rows, kv_dtype, impl)
+        drafts = num_bytes(model.config, model.params, impl=impl)
+    check_memory(model.config, shape, kv_dtype, policy, staged, drafts)
     return EngineSizes(
         impl=impl,
         policy=policy,
@@ -146,7 +151,7 @@ def rounded_length(tokens, most):
 def check_kernels(model_config, shape, dtype, impl):
     """ValueError, naming the value, if the attention kernel cannot serve a model."""
     try:
-        check_served(
+        check_attention(
             dtype=dtype,
             head_size=model_config.head_dim,
             group_size=model_config.group_size,
@@ -308,15 +313,16 @@ def check_counts(shape):
             )
 
 
-def check_memory(model_config, shape, kv_dtype, policy, num_staged):
+def check_memory(model_config, shape, kv_dtype, policy, num_staged, draft_bytes=0):
     """ValueError, with the pages that would fit, if the pool exceeds free memory.
 
     What the policy remembers comes first: it is allocated beside the pool, as are
-    `num_staged` pages on their way from and to host memory.
+    `num_staged` pages on their way from and to host memory, and `draft_bytes` of
+    weights for drafts.
     """
     per_page = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
     remembered = policy_bytes(model_config, shape, policy)
-    free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered
+    free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered - draft_bytes
     # Rows of a pool are numbered in int32.
     most = MAX_INT // (shape.page_size * model_config.num_kv_heads)
     fit = max(0, min(free // per_page - num_staged, most))
@@ -325,6 +331,7 @@ def check_memory(model_config, shape, kv_dtype, policy, num_staged):
             f"{shape.num_pages} KV pages of {per_page} bytes need "
             f"{shape.num_pages * per_page / 2**30:.1f} GiB, at most {fit} pages fit"
             + (f" beside {remembered} bytes of policy state" if remembered else "")
+            + (f" beside {draft_bytes} bytes of draft weights" if draft_bytes else "")
             + ": lower num_slots, max_length or page_size, or set num_pages"
         )
 

@@ -195,6 +195,7 @@ def test_few_files_reach_the_kernels():
         "device/attention.py",
         "device/attention_probe.py",
         "device/filling.py",
+        "models/draft_weights.py",
         "models/layer.py",
         "models/products.py",
         "models/transformer.py",
@@ -288,7 +289,7 @@ def test_readme_flags_exist():
 def test_readme_figures_are_those_of_their_files():
     results = ROOT / "experiments" / "results"
     text = (ROOT / "README.md").read_text()
-    section = text.split("## Three figures")[1].split("\n## ")[0]
+    section = text.split("## Four figures")[1].split("\n## ")[0]
     rows = [line.split("|")[1:4] for line in section.splitlines() if "](exp" in line]
     equal = json.loads((results / "demo_cpu/summary.json").read_text())["comparison"]
     acceptance = json.loads((results / "acceptance_smollm2_cpu.json").read_text())
@@ -297,10 +298,18 @@ def test_readme_figures_are_those_of_their_files():
         for row in acceptance["rows"]
         if (row["policy"], row["budget_ratio"]) == ("pillar", 0.05)
     )
+    exact = [
+        json.loads((results / name / "summary.json").read_text())
+        for name in ("exact_smollm2_h200", "exact_coder15_h200")
+    ]
+    same, tokens = (
+        sum(found[name] for found in exact) for name in ("identical_tokens", "tokens")
+    )
     points = json.loads((results / "speedup_map_h100.json").read_text())["rows"]
     gains = [point["chosen_speedup"] for point in points]
     assert [row[0].strip() for row in rows] == [
         f"{equal['num_identical']} of {equal['num_tokens']}",
+        f"{same:,} of {tokens:,}",
         f"{pillar:.2f} of {acceptance['flags']['num_draft_tokens']}",
         f"{min(gains):.2f} to {max(gains):.2f}",
     ]

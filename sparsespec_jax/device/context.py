@@ -19,6 +19,7 @@ class StepOptions(NamedTuple):
     num_sinks: int
     draft_top_m: int
     forced_probability: float | None
+    draft_weights: str | None
 
 
 def step_options(speculation: SpeculationConfig) -> StepOptions:
@@ -50,5 +51,11 @@ class StepContext:
         return self.shape.num_draft_steps > 0 and self.shape.part != "prompt"
 
     def of(self, part: str) -> "StepContext":
-        """The context of a part of an aligned step."""
-        return dataclasses.replace(self, shape=self.shape.of(part))
+        """The context of a part of an aligned step; drafts may be anything."""
+        exact = self.exact and part != "draft"
+        return dataclasses.replace(self, shape=self.shape.of(part), exact=exact)
+
+    @property
+    def in_8_bits(self) -> bool:
+        """True where the pass over the model has weights in 8 bits."""
+        return self.options.draft_weights is not None and self.shape.part == "draft"

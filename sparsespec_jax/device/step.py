@@ -37,6 +37,7 @@ from sparsespec_jax.device.lanes import (
 from sparsespec_jax.device.proposing import keep_history, propose
 from sparsespec_jax.device.state import DecodeState
 from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.draft_weights import DRAFT_WEIGHTS
 from sparsespec_jax.models.transformer import forward_with_features, logits
 from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, orders_of, unpack
 from sparsespec_jax.plan.outcome import SEED, StepOutcome
@@ -115,8 +116,10 @@ def run_step(
         return _read_prompts(context.of("prompt"), params, state, plan)
     orders = orders_of(shape.of("draft"), plan)
 
+    weights = params.get(DRAFT_WEIGHTS, params)
+
     def draft(_, state):
-        return _draft(context.of("draft"), params, state, orders)
+        return _draft(context.of("draft"), weights, state, orders)
 
     state = jax.lax.fori_loop(0, shape.num_draft_steps, draft, state)
     orders = orders_of(shape.of("verify"), plan)
@@ -149,7 +152,9 @@ def _draft(context, params, state, plan):
     lanes = make_lanes(context, state, plan)
     guesses = cascade.guess(context, state, lanes.draft)
     state, _, hidden, _ = _pass(context, params, state, lanes, guesses)
-    scores = logits(context.model, params, hidden)
+    scores = logits(
+        context.model, params, hidden, impl=context.impl, in_8_bits=context.in_8_bits
+    )
     with jax.named_scope("sample"):
         return store_drafts(context, state, lanes, guesses, scores)
 
@@ -172,7 +177,7 @@ def _pass(context, params, state, lanes, guesses):
     hidden, layers, features = forward_with_features(
         context.model, params, tokens, positions, attend, state.layers,
         _feature_layers(context), impl=context.impl, exact=context.exact,
-        num_prompt=lanes.prefill.tokens.size,
+        num_prompt=lanes.prefill.tokens.size, in_8_bits=context.in_8_bits,
     )  # fmt: skip
     return state._replace(layers=tuple(fill(layers))), tokens, hidden, features
 

@@ -3,9 +3,9 @@
 Each admitted request holds a slot and goes through prefill chunks, one seed verify
 and then cycles of K drafts and one verify. Its phase, the residue mod (K + 1) of its
 verify steps, does not depend on outcomes, so plans can be made any number of steps
-ahead of them. An aligned step is a cycle of all slots; prompt chunks then have steps of
-their own, which come first. What planning needs of a slot is kept in arrays over slots:
-a step costs array operations and Python work for what changes.
+ahead of them. An aligned step is a cycle of all slots; prompt chunks have others, which
+come first. What planning needs of slots is kept in arrays: a step costs array
+operations and Python work for what changes.
 """
 
 import bisect
@@ -153,7 +153,8 @@ class Scheduler:
         )
         self._ready = []
         slots, prefilling, growth = self._lanes(now, updates)
-        drafting = self._drafting(now, slots)
+        drafting, num_missed = self.arrays.draft(now, slots, self.shape)
+        self.num_missed_drafts += num_missed
         planned = PlannedVerifies(
             [self.slots[slot] for slot in slots.tolist()],
             self.arrays.num_rows(slots, self.shape),
@@ -247,29 +248,12 @@ class Scheduler:
         while True:
             slots = np.flatnonzero(self.arrays.phase == now)
             prefilling = self._next_prefills(updates)
-            if prefilling and self.shape.runs_cycles:
-                slots = slots[:0]  # prompts have steps of their own
+            slots = slots[: 0 if prefilling and self.shape.runs_cycles else None]
             growth = self._growth(slots, prefilling)
             if self.kv.missing(*growth).sum() <= self.kv.num_free:
                 return slots, prefilling, growth
             if not self._free_pages():
                 raise OutOfPagesError("no request is left to take pages from")
-
-    def _drafting(self, now, slots):
-        """Slots that draft in the step, beside others or, aligned, before they verify.
-
-        A request that verifies for the first time has no drafts.
-        """
-        arrays, shape = self.arrays, self.shape
-        if shape.runs_cycles:
-            drafting = slots[arrays.is_running[slots]]
-            arrays.drafted[drafting] = shape.num_draft_steps
-            return drafting
-        drafting = np.flatnonzero(arrays.is_running & (arrays.phase != now))
-        self.num_missed_drafts += max(0, drafting.size - shape.draft_lanes)
-        drafting = drafting[: shape.draft_lanes]
-        arrays.drafted[drafting] += 1
-        return drafting
 
     def _growth(self, slots, prefilling):
         """(slots, full pages, draft pages), int [n] each, that the lanes need."""

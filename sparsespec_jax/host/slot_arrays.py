@@ -47,6 +47,21 @@ class SlotArrays:
         self.request_id[slot] = -1
         self.reach[slot] = 0
 
+    def draft(self, now, slots, shape):
+        """Count the drafts of a step: (slots that draft, others without a lane).
+
+        They are those beside the `slots` that verify, or in an aligned step these
+        before they verify, but for first verifications.
+        """
+        if shape.runs_cycles:
+            drafting = slots[self.is_running[slots]]
+            self.drafted[drafting] = shape.num_draft_steps
+            return drafting, 0
+        wanted = np.flatnonzero(self.is_running & (self.phase != now))
+        drafting = wanted[: shape.draft_lanes]
+        self.drafted[drafting] += 1
+        return drafting, wanted.size - drafting.size
+
     def num_rows(self, slots, shape):
         """Most rows that running slots verify: their drafts and the pending token."""
         if not shape.draft_lanes:

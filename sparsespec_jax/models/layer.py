@@ -104,6 +104,7 @@ class Layer(nn.Module):
     index: int
     impl: str | None
     exact: bool = False
+    in_8_bits: bool = False
 
     @nn.compact
     def __call__(
@@ -142,8 +143,9 @@ class Layer(nn.Module):
         """The groups with what attention gave, and the MLP as their addend."""
         c = self.config
         project = functools.partial(
-            Projection, dtype=self.dtype, exact=self.exact, impl=self.impl
-        )
+            Projection, dtype=self.dtype, exact=self.exact, impl=self.impl,
+            in_8_bits=self.in_8_bits,
+        )  # fmt: skip
         out = project(
             (c.hidden_size,), use_bias=c.attention_out_bias,
             cuts=self._if_summed(OUT_CUTS), name="out",
@@ -192,7 +194,7 @@ class Layer(nn.Module):
         features = (c.num_kv_heads, c.group_size + 2, c.head_dim)
         project = Projection(
             features, self.dtype, c.attention_bias, cuts=self._if_summed(HEADS_CUTS),
-            exact=self.exact, impl=self.impl, name="qkv",
+            exact=self.exact, impl=self.impl, in_8_bits=self.in_8_bits, name="qkv",
         )  # fmt: skip
         if c.qk_norm:
             names = "q_norm", "k_norm"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pallas_kernels.common import is_for_gpu
+from pallas_kernels.int8_matmul import choose_parts, int8_matmul
 from pallas_kernels.matmul import matmul
 from sparsespec_jax.array_types import Array, Floats, TokenInputs
 
@@ -139,7 +140,8 @@ class Projection(nn.Module):
     out_dtype: Any = None  # None: dtype
     cuts: Cuts | None = None  # given: the result may be parts, see contract_in_parts
     exact: bool = False
-    impl: str | None = None  # of the kernel for prompt rows
+    impl: str | None = None  # of the kernels
+    in_8_bits: bool = False  # with values and scale in place of the kernel
 
     @nn.compact
     def __call__(self, x: TokenInputs, *, is_prompt: bool = False) -> Floats:
@@ -147,6 +149,8 @@ class Projection(nn.Module):
 
         is_prompt: of an exact product, that rows of prompt chunks are among x.
         """
+        if self.in_8_bits:
+            return self._in_8_bits(x)
         init = nn.initializers.lecun_normal()
         shape, size_out = (x.shape[-1], *self.features), math.prod(self.features)
         kernel = self.param("kernel", init, shape, self.dtype).astype(self.dtype)
@@ -179,4 +183,23 @@ class Projection(nn.Module):
         if self.cuts and bias is None:
             return y
         y = functools.reduce(jnp.add, y)
+        return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
+
+    def _in_8_bits(self, x):
+        """The projected x by `draft_weights`: bfloat16 by a kernel of its own."""
+        read = functools.partial(self.get_variable, "params")
+        values, scale = read("values"), read("scale")
+        bias, dtype = read("bias"), self.out_dtype or self.dtype
+        size_out, is_wide = math.prod(self.features), dtype == jnp.float32
+        parts = 1 if is_wide else None
+        if x.dtype != jnp.bfloat16:
+            y = contract(x, values.astype(x.dtype), jnp.float32, axis=1) * scale
+        else:
+            if self.cuts and bias is None:
+                parts = choose_parts(len(x), x.shape[1], size_out)
+            y = int8_matmul(x, values, scale, parts=parts, impl=self.impl)
+            if self.cuts and bias is None:
+                return y.reshape(parts, len(x), *self.features)
+            y = y[0] if is_wide else y
+        y = y.reshape(len(x), *self.features)
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)

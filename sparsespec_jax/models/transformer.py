@@ -91,19 +91,22 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     impl: str | None = None  # of the kernels; None: that of the platform
     exact: bool = False  # products whose rows do not depend on the others
+    in_8_bits: bool = False  # products by the weights of `draft_weights`
 
     def setup(self):
         """Declare the submodules; their names are the parameter names."""
         c, exact = self.config, self.exact
         self.embed = Embedding(c, self.dtype, exact)
         self.layer = [
-            Layer(c, self.dtype, i, self.impl, exact) for i in range(c.num_layers)
+            Layer(c, self.dtype, i, self.impl, exact, self.in_8_bits)
+            for i in range(c.num_layers)
         ]
         self.final_norm = Scale(c.hidden_size, self.dtype)
-        if not c.tie_embeddings:
+        if self.in_8_bits or not c.tie_embeddings:
             self.lm_head = Projection(
-                (c.vocab_size,), self.dtype, out_dtype=jnp.float32, exact=exact
-            )
+                (c.vocab_size,), self.dtype, out_dtype=jnp.float32, exact=exact,
+                impl=self.impl, in_8_bits=self.in_8_bits,
+            )  # fmt: skip
 
     def __call__(
         self,
@@ -153,7 +156,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: StreamRows) -> Logits:
         """Next-token logits of normed hidden states."""
         hidden = hidden.astype(self.dtype)
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and not self.in_8_bits:
             return self.embed.project(hidden)
         return self.lm_head(hidden)
 
@@ -200,9 +203,15 @@ def forward_with_features(
     impl: str | None = None,
     exact: bool = False,
     num_prompt: int = 0,
+    in_8_bits: bool = False,
 ) -> tuple[Stream, tuple[Cache, ...], Features | None]:
-    """As `forward`, and the streams behind `feature_layers` side by side, or None."""
-    module = Transformer(config, dtype=params_dtype(params), impl=impl, exact=exact)
+    """As `forward`, and the streams behind `feature_layers` side by side, or None.
+
+    in_8_bits: the parameters are those of `draft_weights`.
+    """
+    module = Transformer(
+        config, dtype=params_dtype(params), impl=impl, exact=exact, in_8_bits=in_8_bits
+    )
     return module.apply(
         {"params": params}, tokens, positions, attend, caches, feature_layers,
         num_prompt,
@@ -210,10 +219,18 @@ def forward_with_features(
 
 
 def logits(
-    config: ModelConfig, params: Params, hidden: StreamRows, *, exact: bool = False
+    config: ModelConfig,
+    params: Params,
+    hidden: StreamRows,
+    *,
+    impl: str | None = None,
+    exact: bool = False,
+    in_8_bits: bool = False,
 ) -> Logits:
-    """Next-token logits of hidden states; `exact` as in `forward`."""
-    module = Transformer(config, dtype=params_dtype(params), exact=exact)
+    """Next-token logits of hidden states; options as in `forward_with_features`."""
+    module = Transformer(
+        config, dtype=params_dtype(params), impl=impl, exact=exact, in_8_bits=in_8_bits
+    )
     return module.apply({"params": params}, hidden, method="logits")
 
 

@@ -1,0 +1,96 @@
+"""Weights in 8 bits for drafts, made of the target's.
+
+Whatever drafts, verification has the full weights, so the text stays the target's. The
+tree is that of the target's parameters, with values and scales in place of the kernels
+of all products, the vocabulary's included; norms, biases and the embedding table are
+the target's own arrays.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import is_for_gpu
+from pallas_kernels.int8_matmul import choose_parts, pack, quantise
+from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.transformer import Params, params_dtype
+
+# The key among parameters under which the compiled step finds the tree.
+DRAFT_WEIGHTS = "draft_weights"
+
+
+def with_draft_weights(
+    config: ModelConfig, params: Params, *, kind: str | None, impl: str
+) -> Params:
+    """The parameters, and beside them those of drafts; as they are for None."""
+    if kind is None:
+        return params
+    return params | {DRAFT_WEIGHTS: in_8_bits(config, params, impl=impl)}
+
+
+def without_draft_weights(params: Params) -> Params:
+    """The parameters alone."""
+    return {name: x for name, x in params.items() if name != DRAFT_WEIGHTS}
+
+
+def in_8_bits(config: ModelConfig, params: Params, *, impl: str) -> Params:
+    """The tree that a Transformer with `in_8_bits` takes, see the module's docstring.
+
+    impl: of the kernels, which say how values are laid out.
+    """
+    packs = impl if params_dtype(params) == jnp.bfloat16 else "reference"
+    made = jax.tree.map(lambda array: array, params)  # dicts of its own
+    for index in range(config.num_layers):
+        layer = made[f"layer_{index}"]
+        for name, weights in layer.items():
+            if "kernel" in weights:
+                layer[name] = _in_8_bits(weights, packs)
+    if config.tie_embeddings:
+        table = {"kernel": params["embed"]["weight"].T}
+        return made | {"lm_head": _in_8_bits(table, packs)}
+    return made | {"lm_head": _in_8_bits(params["lm_head"], packs)}
+
+
+def _in_8_bits(weights, impl):
+    made = _packed(weights["kernel"], impl=impl)
+    return {name: x for name, x in weights.items() if name != "kernel"} | made
+
+
+@functools.partial(jax.jit, static_argnames="impl")
+def _packed(kernel, *, impl):
+    return pack(quantise(kernel), impl=impl)._asdict()
+
+
+def num_bytes(config: ModelConfig, params: Any, *, impl: str) -> int:
+    """Bytes that `in_8_bits` takes beside the parameters."""
+    make = functools.partial(in_8_bits, config, impl=impl)
+    made = jax.eval_shape(make, params)
+    leaves = jax.tree_util.tree_leaves_with_path(made)
+    new = (x for path, x in leaves if path[-2:] and _is_new(path))
+    return sum(x.size * x.dtype.itemsize for x in new)
+
+
+def _is_new(path):
+    """True for values, and for the scales beside them: norms have scales too."""
+    names = [getattr(key, "key", None) for key in path]
+    return names[-1] == "values" or (names[-1] == "scale" and "norm" not in names[-2])
+
+
+def check_served(config: ModelConfig, num_rows: int, dtype: Any, impl: str) -> None:
+    """ValueError if no kernel makes the products of so many rows in 8 bits."""
+    if not is_for_gpu(impl) or dtype != jnp.bfloat16:
+        return
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_kv_heads * (config.group_size + 2) * config.head_dim
+    mixed = config.num_kv_heads * config.group_size * config.head_dim
+    shapes = (hidden, heads), (mixed, hidden), (hidden, 2 * inner), (inner, hidden)
+    for size_in, size_out in (*shapes, (hidden, config.vocab_size)):
+        try:
+            choose_parts(num_rows, size_in, size_out)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"draft_weights='int8' with {num_rows} draft rows a step: {error}; "
+                "lower num_slots, or use draft_weights=None"
+            ) from error
