@@ -120,6 +120,7 @@ _FOR_MANY = ((3, 1), (2, 1), (1, 2), (4, 1), (1, 1))
 PARTS = (1, 2, 3, 4, 5, 6, 7, 8)
 _LEAST_STEPS = 4  # of a part, if there are several
 _PART_COST, _PLACE_COST = 0.02, 0.03  # what they take off the share that is filled
+_FEW_STAGES, _STAGE_COST = 2, 0.1
 
 
 def choose_tiling(
@@ -142,6 +143,8 @@ def choose_tiling(
             why = tiling.why_not(num_rows, size_in, size_out)
             reason = reason or why
             cost = _PART_COST * (count - 1) + _PLACE_COST * place
+            if tiling.stages(padded_rows(num_rows)) <= _FEW_STAGES:
+                cost += _STAGE_COST
             worth = tiling.fill(size_out) * (1 - min(cost, 0.9))
             if why is None and worth > score:
                 best, score = tiling, worth
