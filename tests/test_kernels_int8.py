@@ -448,6 +448,15 @@ def test_a_tiling_is_chosen_for_all_that_models_have():
     )
 
 
+def test_registers_of_few_rows_have_room_for_three_ctas():
+    """By hand: 65,536 over 256 threads with 68 + 12 registers, with 68 + 32."""
+    assert Tiling(groups=1).resident(24) == 3 and Tiling(groups=1).resident(64) == 2
+    assert choose_tiling(24, 1536, 2048).ctas == 3
+    for num_rows in (32, 64, 128, 256):
+        chosen = choose_tiling(num_rows, 1536, 2048)
+        assert chosen.ctas <= chosen.resident(num_rows)
+
+
 def test_results_take_no_more_room_than_the_weights_that_were_there():
     """A warpgroup's results lie over its own weights: the interpreter sees no union."""
     for num_rows in (8, 24, 136, 256):

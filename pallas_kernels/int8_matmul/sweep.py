@@ -60,8 +60,7 @@ def candidates(product: str, num_rows: int, weight: tuple[int, int]) -> list[Til
         if (
             tiling != chosen
             and groups * ctas <= _MOST_GROUPS
-            # Widened weights of two steps take the registers of a third CTA.
-            and (turn == 1 or ctas < 3)
+            and (ctas == 1 or tiling.resident(num_rows) >= ctas)
             and is_worth_cutting(count, num_rows, weight[0])
             and turn <= weight[0] // BLOCK[1] // count
             and tiling.why_not(num_rows, *weight) is None
@@ -106,6 +105,7 @@ def measure(case: Int8Case, product: str, options, read_rate: float, pool) -> di
         return jax.jit(program).lower(x, layers[form]).compile()
 
     programs = {n: pool.submit(compiled, *way[:2]) for n, way in tried.items()}
+    concurrent.futures.wait(programs.values())  # XLA tries products out on the device
     first = layers["plain"][0]
     exact = _exact(x, *first)
     row = dict(rows=case.num_tokens, inputs=case.weight[0], outputs=case.weight[1])
@@ -143,7 +143,14 @@ def _case_of(case, parts):
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints one line for each weight and number of rows, and writes the report."""
+    """Prints one line for each weight and number of rows, and writes the report.
+
+    Raises:
+      ValueError: XLA_FLAGS let calls of a program run side by side; no rows.
+    """
+    timing.check_serial()
+    if min(options.rows, default=0) < 1:
+        raise ValueError(f"rows are {options.rows}; name numbers from 1 on")
     rates = timing.measure_rates()
     report = dict(
         environment=environment(options.commit, "pallas_kernels.int8_matmul.sweep"),
