@@ -538,6 +538,31 @@ def test_the_sweep_compares_and_times(monkeypatch, tmp_path, capsys):
             assert wrong or way["difference"] < 4e-3
 
 
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (["--rows", "0"], "rows are [0]: name numbers in 1..256"),
+        (["--rows", "8", "257"], "name numbers in 1..256"),
+        (["--products", "heads", "tail"], "choose from down, gate_up, heads"),
+        (["--turns", "3"], "invalid choice"),
+    ],
+)
+def test_the_sweep_refuses_options_at_once(monkeypatch, capsys, options, word):
+    monkeypatch.setattr(sys, "argv", ["sweep", "--output", "none", *options])
+    with pytest.raises(SystemExit) as ended:
+        sweep.main()
+    assert ended.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_the_sweep_refuses_calls_side_by_side(monkeypatch, capsys):
+    flag = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    monkeypatch.setattr(sys, "argv", ["sweep", "--output", "none"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "CONCURRENT" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------- on the device
 
 

@@ -29,6 +29,7 @@ from pallas_kernels.int8_matmul.gpu import int8_matmul_gpu, pack_gpu
 from pallas_kernels.int8_matmul.reference import int8_matmul_reference
 from pallas_kernels.int8_matmul.tiling import (
     BLOCK,
+    MOST_ROWS,
     PARTS,
     Tiling,
     choose_tiling,
@@ -71,7 +72,7 @@ def candidates(product: str, num_rows: int, weight: tuple[int, int]) -> list[Til
 
 
 def ways(product: str, num_rows: int, weight: tuple[int, int], turns) -> dict[str, Any]:
-    """Returns (function of rows and a layer, parts) by the name of a way."""
+    """Returns (form of weights, function of rows and a layer, parts) by names."""
     found = {}
     tried = candidates(product, num_rows, weight)
     for tiling in tried[:1] + [t for t in tried[1:] if t.turn in turns]:
@@ -142,15 +143,20 @@ def _case_of(case, parts):
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Prints one line for each weight and number of rows, and writes the report.
-
-    Raises:
-      ValueError: XLA_FLAGS let calls of a program run side by side; no rows.
-    """
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError if nothing can be timed like this."""
     timing.check_serial()
-    if min(options.rows, default=0) < 1:
-        raise ValueError(f"rows are {options.rows}; name numbers from 1 on")
+    if not options.rows or not all(1 <= n <= MOST_ROWS for n in options.rows):
+        raise ValueError(f"rows are {options.rows}: name numbers in 1..{MOST_ROWS}")
+    known = {product for model in options.models for product in PRODUCTS[model]}
+    if not known.issuperset(options.products) or not known:
+        raise ValueError(
+            f"products are {options.products}: choose from {', '.join(sorted(known))}"
+        )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints one line for each weight and number of rows, and writes the report."""
     rates = timing.measure_rates()
     report = dict(
         environment=environment(options.commit, "pallas_kernels.int8_matmul.sweep"),
@@ -205,7 +211,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=12, help="that compile")
     parser.add_argument("--commit", default="unknown", help="recorded in the file")
     parser.add_argument("--output", required=True, help="JSON file to write")
-    run(parser.parse_args())
+    options = parser.parse_args()
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    run(options)
 
 
 if __name__ == "__main__":
