@@ -12,7 +12,6 @@ Errors are against the float32 references, with needles and NaN in every unused 
 
 import argparse
 import json
-import os
 import time
 
 import jax
@@ -53,11 +52,7 @@ def run(
     Raises:
       ValueError: XLA_FLAGS let calls of a program run side by side.
     """
-    if "CONCURRENT" in os.environ.get("XLA_FLAGS", ""):
-        raise ValueError(
-            "XLA_FLAGS has command_buffer_scheduling_mode=CONCURRENT: calls would run "
-            "side by side, and none be timed alone; leave it out"
-        )
+    timing.check_serial()
     rates = timing.measure_rates()
     report = dict(
         device=jax.devices()[0].device_kind,

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import tempfile
 import time
 from typing import NamedTuple
@@ -15,6 +16,15 @@ from pallas_kernels import device_trace
 REPEATS = 5
 SECONDS = 0.15  # of one repeat; the dispatch of its first program is part of the time
 MIN_PROGRAMS = 8
+
+
+def check_serial() -> None:
+    """Raises ValueError if XLA_FLAGS let calls of a program run side by side."""
+    if "CONCURRENT" in os.environ.get("XLA_FLAGS", ""):
+        raise ValueError(
+            "XLA_FLAGS has command_buffer_scheduling_mode=CONCURRENT: calls would run "
+            "side by side, and none be timed alone; leave it out"
+        )
 
 
 def drop_programs() -> None:

@@ -232,6 +232,9 @@ def test_8_bit_product_compiles(compile_h100, case):
     tiling = choose_tiling(case.num_tokens, *case.weight, case.parts or 1)
     kernel = kernels["int8_matmul"]
     assert_fits(kernel, warpgroups=tiling.groups + 1, blocks=tiling.ctas)
+    # What the choice counts on.
+    resident = tiling.resident(case.num_tokens)
+    assert_fits(kernel | dict(shared=0), warpgroups=tiling.groups + 1, blocks=resident)
     # Rows of a number that 8 does not divide are padded, and the result is cut.
     is_padded = case.num_tokens % 8 != 0
     bound = 2 * (case.num_tokens + 8) * sum(case.weight) if is_padded else 0

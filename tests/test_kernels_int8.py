@@ -448,6 +448,15 @@ def test_a_tiling_is_chosen_for_all_that_models_have():
     )
 
 
+def test_registers_of_few_rows_have_room_for_three_ctas():
+    """By hand: 65,536 over 256 threads with 68 + 12 registers, with 68 + 32."""
+    assert Tiling(groups=1).resident(24) == 3 and Tiling(groups=1).resident(64) == 2
+    assert choose_tiling(24, 1536, 2048).ctas == 3
+    for num_rows in (32, 64, 128, 256):
+        chosen = choose_tiling(num_rows, 1536, 2048)
+        assert chosen.ctas <= chosen.resident(num_rows)
+
+
 def test_results_take_no_more_room_than_the_weights_that_were_there():
     """A warpgroup's results lie over its own weights: the interpreter sees no union."""
     for num_rows in (8, 24, 136, 256):
@@ -527,6 +536,31 @@ def test_the_sweep_compares_and_times(monkeypatch, tmp_path, capsys):
             wrong = "groups=2" in name
             assert (way["difference"] > 0.9) == wrong
             assert wrong or way["difference"] < 4e-3
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (["--rows", "0"], "rows are [0]: name numbers in 1..256"),
+        (["--rows", "8", "257"], "name numbers in 1..256"),
+        (["--products", "heads", "tail"], "choose from down, gate_up, heads"),
+        (["--turns", "3"], "invalid choice"),
+    ],
+)
+def test_the_sweep_refuses_options_at_once(monkeypatch, capsys, options, word):
+    monkeypatch.setattr(sys, "argv", ["sweep", "--output", "none", *options])
+    with pytest.raises(SystemExit) as ended:
+        sweep.main()
+    assert ended.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_the_sweep_refuses_calls_side_by_side(monkeypatch, capsys):
+    flag = "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    monkeypatch.setattr(sys, "argv", ["sweep", "--output", "none"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "CONCURRENT" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------- on the device

@@ -147,17 +147,17 @@ def _launch(spec: _Spec, x, values, scale):
     """Returns parts [P, T, out] of the product."""
     groups, registers = spec.tiling.groups, spec.tiling.registers
 
-    def entry(x, values, scale, out, shared, x_s, full, free, wide_s):
+    def entry(x, values, scale, out, shared, x_s, scale_s, full, free, scaled, wide_s):
         values_s, out_s = shared
         index = lax.axis_index("warpgroup")
-        steps = _Steps(spec, values_s, x_s, full, free)
+        steps = _Steps(spec, values_s, x_s, scale_s, full, free, scaled)
         first_tile = lax.axis_index("tile") * groups
 
         @pl.when(index == groups)
         def _copy():
             if registers:
                 plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-            _copy_steps(steps, x, values, first_tile)
+            _copy_steps(steps, x, values, scale, first_tile)
 
         @pl.when(index < groups)
         def _multiply():
@@ -165,7 +165,7 @@ def _launch(spec: _Spec, x, values, scale):
                 plgpu.set_max_registers(registers, action="increase")
             wide = wide_s.at[index] if spec.interpreter else None
             _Multiplier(spec, steps, index, wide).run(
-                first_tile + index, scale, out, out_s.at[index]
+                first_tile + index, out, out_s.at[index]
             )
 
     shape = spec.tiling.parts, spec.num_rows, spec.num_tiles * _OUTPUTS
@@ -207,8 +207,10 @@ def _scratch(spec: _Spec, x_dtype) -> list:
     return [
         (values, results) if interpreted else plgpu.RefUnion(values, results),
         plgpu.SMEM((stages, spec.num_rows, _DEPTH), x_dtype, transforms=_swizzled(2)),
+        plgpu.SMEM((groups, _OUTPUTS), jnp.float32),
         plgpu.Barrier(num_arrivals=1 + groups, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=groups),
         plgpu.SMEM((groups, *BLOCK), x_dtype) if interpreted else None,
     ]
 
@@ -220,18 +222,25 @@ class _Steps:
     spec: _Spec
     values_s: Any  # [groups, stages, 32, 256]
     x_s: Any  # [stages, T, 128]
+    scale_s: Any  # [groups, 64]
     full: Any  # [stages], all copies of a step are there
     free: Any  # [stages], all warpgroups are done with a step
+    scaled: Any  # all scales are there
 
     def slot(self, step):
         """Returns where a step lies."""
         return lax.rem(step, self.spec.stages)
 
 
-def _copy_steps(steps: _Steps, x, values, first_tile):
-    """Copies all steps of a CTA, and waits until they have been used."""
+def _copy_steps(steps: _Steps, x, values, scale, first_tile):
+    """Copies scales and all steps of a CTA, and waits until steps have been used."""
     spec, part = steps.spec, lax.axis_index("part")
     count, stages = spec.num_steps, spec.stages
+    # A warpgroup behind the last outputs makes them once more, for nobody.
+    tiles = [
+        jnp.minimum(first_tile + i, spec.num_tiles - 1)
+        for i in range(spec.tiling.groups)
+    ]
 
     def copy(step, _):
         slot = steps.slot(step)
@@ -241,18 +250,19 @@ def _copy_steps(steps: _Steps, x, values, first_tile):
             plgpu.barrier_wait(steps.free.at[slot])
 
         step, bar = part * count + step, steps.full.at[slot]
-        for i in range(spec.tiling.groups):
-            # A warpgroup behind the last outputs makes them once more.
-            tile = jnp.minimum(first_tile + i, spec.num_tiles - 1)
-            plgpu.copy_gmem_to_smem(
-                values.at[tile, step], steps.values_s.at[i, slot], bar
-            )
+        for i, tile in enumerate(tiles):
+            place = steps.values_s.at[i, slot]
+            plgpu.copy_gmem_to_smem(values.at[tile, step], place, bar)
         inputs = pl.ds(pl.multiple_of(step * _DEPTH, _DEPTH), _DEPTH)
         plgpu.copy_gmem_to_smem(x.at[:, inputs], steps.x_s.at[slot], bar)
 
     def drain(step, _):
         plgpu.barrier_wait(steps.free.at[steps.slot(step)])
 
+    for i, tile in enumerate(tiles):
+        outputs = pl.ds(pl.multiple_of(tile * _OUTPUTS, _OUTPUTS), _OUTPUTS)
+        place = steps.scale_s.at[i]
+        plgpu.copy_gmem_to_smem(scale.at[outputs], place, steps.scaled)
     lax.fori_loop(0, count, copy, None)
     lax.fori_loop(max(count - stages, 0), count, drain, None)
 
@@ -266,23 +276,20 @@ class _Multiplier:
     index: jax.Array  # among those of the CTA
     wide_s: Any  # [64, 128], or None
 
-    def run(self, tile, scale, out, out_s):
+    def run(self, tile, out, out_s):
         """Makes the outputs of a tile and stores them."""
         spec = self.spec
         sums = self.multiply()
+        plgpu.barrier_wait(self.steps.scaled)
 
         @pl.when(tile < spec.num_tiles)
         def _store():
-            start = pl.multiple_of(tile * _OUTPUTS, _OUTPUTS)
-            outputs = pl.ds(start, _OUTPUTS)
-            factor = plgpu.load(scale.at[outputs], layout=WGMMA_ROWS, optimized=False)
+            scale = self.steps.scale_s.at[self.index]
+            factor = plgpu.load(scale, layout=WGMMA_ROWS, optimized=False)
             scaled = sums * lax.broadcast_in_dim(factor, sums.shape, [0])
-            self.store(
-                scaled.astype(spec.dtype),
-                out.at[lax.axis_index("part")],
-                outputs,
-                out_s,
-            )
+            start = pl.multiple_of(tile * _OUTPUTS, _OUTPUTS)
+            place = out.at[lax.axis_index("part"), :, pl.ds(start, _OUTPUTS)]
+            self.store(scaled.astype(spec.dtype), place, out_s)
 
     def multiply(self):
         """Returns sums over the inputs, float32 [64, T]."""
@@ -340,7 +347,7 @@ class _Multiplier:
         plgpu.commit_smem()
         return self.wide_s
 
-    def store(self, results, out, outputs, out_s):
+    def store(self, results, out, out_s):
         """Copies results [64, T] to their place, some rows at a time."""
         spec = self.spec
         for first in range(0, spec.num_rows, spec.chunk):
@@ -351,7 +358,7 @@ class _Multiplier:
             some = results[:, first : first + count]
             place.T[...] = plgpu.layout_cast(some, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(place, out.at[pl.ds(first, count), outputs])
+            plgpu.copy_smem_to_gmem(place, out.at[pl.ds(first, count)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -29,6 +29,7 @@ from pallas_kernels.int8_matmul.gpu import int8_matmul_gpu, pack_gpu
 from pallas_kernels.int8_matmul.reference import int8_matmul_reference
 from pallas_kernels.int8_matmul.tiling import (
     BLOCK,
+    MOST_ROWS,
     PARTS,
     Tiling,
     choose_tiling,
@@ -60,8 +61,7 @@ def candidates(product: str, num_rows: int, weight: tuple[int, int]) -> list[Til
         if (
             tiling != chosen
             and groups * ctas <= _MOST_GROUPS
-            # Widened weights of two steps take the registers of a third CTA.
-            and (turn == 1 or ctas < 3)
+            and (ctas == 1 or tiling.resident(num_rows) >= ctas)
             and is_worth_cutting(count, num_rows, weight[0])
             and turn <= weight[0] // BLOCK[1] // count
             and tiling.why_not(num_rows, *weight) is None
@@ -72,7 +72,7 @@ def candidates(product: str, num_rows: int, weight: tuple[int, int]) -> list[Til
 
 
 def ways(product: str, num_rows: int, weight: tuple[int, int], turns) -> dict[str, Any]:
-    """Returns (function of rows and a layer, parts) by the name of a way."""
+    """Returns (form of weights, function of rows and a layer, parts) by names."""
     found = {}
     tried = candidates(product, num_rows, weight)
     for tiling in tried[:1] + [t for t in tried[1:] if t.turn in turns]:
@@ -106,6 +106,7 @@ def measure(case: Int8Case, product: str, options, read_rate: float, pool) -> di
         return jax.jit(program).lower(x, layers[form]).compile()
 
     programs = {n: pool.submit(compiled, *way[:2]) for n, way in tried.items()}
+    concurrent.futures.wait(programs.values())  # XLA tries products out on the device
     first = layers["plain"][0]
     exact = _exact(x, *first)
     row = dict(rows=case.num_tokens, inputs=case.weight[0], outputs=case.weight[1])
@@ -140,6 +141,18 @@ def _case_of(case, parts):
     return Int8Case(
         name=case.name, num_tokens=case.num_tokens, weight=case.weight, parts=parts
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError if nothing can be timed like this."""
+    timing.check_serial()
+    if not options.rows or not all(1 <= n <= MOST_ROWS for n in options.rows):
+        raise ValueError(f"rows are {options.rows}: name numbers in 1..{MOST_ROWS}")
+    known = {product for model in options.models for product in PRODUCTS[model]}
+    if not known.issuperset(options.products) or not known:
+        raise ValueError(
+            f"products are {options.products}: choose from {', '.join(sorted(known))}"
+        )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -198,7 +211,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=12, help="that compile")
     parser.add_argument("--commit", default="unknown", help="recorded in the file")
     parser.add_argument("--output", required=True, help="JSON file to write")
-    run(parser.parse_args())
+    options = parser.parse_args()
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    run(options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ _MOST_STAGES, _LEAST_STAGES = 8, 2
 _MULTIPROCESSORS = 132  # of an H100 and an H200
 _REGISTERS, _REGISTER_UNIT = 512, 8  # of a multiprocessor by threads of a warpgroup
 COPY_REGISTERS = 40  # of a thread that copies
+_OTHERS, _OTHERS_AHEAD = 68, 92  # of one that multiplies, beside those of the sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,18 @@ class Tiling:
         outputs, inputs = BLOCK
         step = inputs * (self.groups * outputs + 2 * num_rows)
         return min(_MOST_STAGES, _SHARED_BYTES // self.ctas // step)
+
+    def resident(self, num_rows: int) -> int:
+        """Returns how many CTAs the registers of a multiprocessor have room for.
+
+        By what ptxas takes: half a register for each row, and about as many others
+        for all rows. 0: it would have to make do with fewer.
+        """
+        each = (_OTHERS_AHEAD if self.turn > 1 else _OTHERS) + padded_rows(
+            num_rows
+        ) // 2
+        each = -(-each // _REGISTER_UNIT) * _REGISTER_UNIT
+        return _REGISTERS // (each * (self.groups + 1))
 
     def tiles(self, size_out: int) -> int:
         """Returns the number of CTAs along the outputs."""
@@ -120,6 +133,7 @@ _FOR_MANY = ((3, 1), (2, 1), (1, 2), (4, 1), (1, 1))
 PARTS = (1, 2, 3, 4, 5, 6, 7, 8)
 _LEAST_STEPS = 4  # of a part, if there are several
 _PART_COST, _PLACE_COST = 0.02, 0.03  # what they take off the share that is filled
+_FEW_STAGES, _STAGE_COST = 2, 0.1
 
 
 def choose_tiling(
@@ -142,7 +156,11 @@ def choose_tiling(
             why = tiling.why_not(num_rows, size_in, size_out)
             reason = reason or why
             cost = _PART_COST * (count - 1) + _PLACE_COST * place
+            if tiling.stages(padded_rows(num_rows)) <= _FEW_STAGES:
+                cost += _STAGE_COST
             worth = tiling.fill(size_out) * (1 - min(cost, 0.9))
+            if tiling.resident(num_rows) < ctas:
+                continue
             if why is None and worth > score:
                 best, score = tiling, worth
     if best is None:
