@@ -8,6 +8,7 @@ scheduler reads these too.
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from sparsespec_jax.models.fields import LARGEST, shown
@@ -25,6 +26,8 @@ MAX_INT = LARGEST  # of what travels in int32
 _SETS = set | frozenset
 _LEAST_RATIO = 1e-30  # times a length, no device rounds it to 0
 _NO_NUMBERS = tuple("bcmMOSU")  # numpy's letters of bool, complex, times, texts
+_LARGEST_BIAS = 100.0  # OpenAI's and vLLM's
+_REPETITION = 0.01, 100.0  # no device rounds a product or quotient to 0 or infinity
 
 
 def _require(condition, message):
@@ -123,6 +126,33 @@ def put_ints(record, name, low, high=MAX_INT):
     _put(record, name, tuple(sorted(ints) if isinstance(values, _SETS) else ints))
 
 
+def put_biases(record, name, most):
+    """Make a dict of token ids and numbers a sorted tuple of (int, float) pairs.
+
+    Pairs are taken too, and ids as texts: JSON has no others. ValueError unless each
+    number is in [-most, most] and no id comes twice.
+    """
+    given = getattr(record, name)
+    pairs = given.items() if isinstance(given, Mapping) else given
+    what = f"{name} must be a dict of token ids and numbers, got {shown(given)}"
+    try:
+        pairs = [] if pairs is None else [(token, bias) for token, bias in pairs]
+    except (TypeError, ValueError):
+        raise ValueError(what) from None
+    found = {}
+    for token, bias in pairs:
+        if isinstance(token, str) and token.isdecimal():
+            token = int(token)
+        token = _to_int(f"each token id of {name}", token, 0, MAX_INT)
+        number = _as_float(bias)
+        ok = number is not None and -most <= number <= most
+        each = f"each bias of {name} must be a number in [-{most}, {most}]"
+        _require(ok, f"{each}, got {shown(bias)}")
+        _require(token not in found, f"{name} has token id {token} twice: give it once")
+        found[token] = number
+    _put(record, name, tuple(sorted(found.items())))
+
+
 def put_texts(record, name):
     """Make a field a tuple of non-empty strings, sorted if it was a set."""
     values = getattr(record, name)
@@ -138,9 +168,25 @@ def put_texts(record, name):
 class SamplingParams:
     """The target's law for one request; identical in plain and speculative decoding.
 
-    The law is built in this order: temperature, top-k, top-p (over what top-k left,
-    renormalised), min-p (relative to the most likely token). Tokens tied with the
-    last one kept are kept.
+    Logits become a law in this order, which is that of vLLM (the docstring of `Sampler`
+    in vllm/v1/sample/sampler.py), as are the definitions (vllm/sampling_params.py); the
+    logits processors of these names in transformers define them alike:
+
+    1. `logit_bias` is added. All tokens but `allowed_token_ids` are excluded, and the
+       last token of a bad word where the output ends in those before it, and before
+       the output has `min_tokens` tokens the model's EOS and `stop_token_ids`
+       (`ignore_eos` or not; stop strings end a text at any length).
+    2. `repetition_penalty` r: a positive logit of a token of prompt or output is
+       divided by r, another one multiplied.
+    3. `frequency_penalty` times the token's count in the output is subtracted,
+    4. `presence_penalty` if it is in the output at all.
+    5. Temperature, top-k, top-p (over what top-k left, renormalised), min-p (relative
+       to the most likely token; vLLM has it before top-k). Tokens tied with the last
+       one kept are kept.
+
+    As in vLLM, a bad word is looked for as it stands and with a space in front if it
+    has as many tokens then and another first one; several tokens count if all are of
+    the output. `bad_words` need a tokenizer.
     """
 
     temperature: float = 1.0  # 0 is greedy, as is all below 1.2e-38; at most 10
@@ -154,6 +200,15 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # besides the model's EOS; kept in token_ids
     ignore_eos: bool = False  # go on past the model's EOS
     logprobs: str = "raw"  # of the model's logits ("raw") or of the law ("processed")
+    top_logprobs: int = 0  # likeliest tokens told with each token, as `logprobs` says
+    min_tokens: int = 0  # new tokens before a stop token may come, <= max_tokens
+    presence_penalty: float = 0.0  # [-2, 2]
+    frequency_penalty: float = 0.0  # [-2, 2]
+    repetition_penalty: float = 1.0  # [0.01, 100]; 1 is none
+    # Token id -> [-100, 100]; kept as pairs, so that records can be compared.
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None  # None allows all
+    bad_words: tuple[str, ...] = ()  # texts that never come, each of any token count
 
     def __post_init__(self):
         put_float(self, "temperature", 0.0, 10.0)
@@ -167,11 +222,39 @@ class SamplingParams:
         put_ints(self, "stop_token_ids", 0)
         put_flag(self, "ignore_eos")
         put_choice(self, "logprobs", LOGPROBS)
+        put_int(self, "top_logprobs", 0)
+        put_int(self, "min_tokens", 0)
+        _require(
+            self.min_tokens <= self.max_tokens,
+            f"min_tokens must be at most max_tokens={self.max_tokens}, got "
+            f"{self.min_tokens}",
+        )
+        put_float(self, "presence_penalty", -2.0, 2.0)
+        put_float(self, "frequency_penalty", -2.0, 2.0)
+        put_float(self, "repetition_penalty", *_REPETITION)
+        put_biases(self, "logit_bias", _LARGEST_BIAS)
+        if self.allowed_token_ids is not None:
+            put_ints(self, "allowed_token_ids", 0)
+            some = "allowed_token_ids must hold a token id; None allows all, got ()"
+            _require(self.allowed_token_ids, some)
+        put_texts(self, "bad_words")
 
     @property
     def filters(self):
         """True if top-k, top-p or min-p restricts the law."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def penalties(self):
+        """True if the law depends on which tokens came before."""
+        added = self.presence_penalty or self.frequency_penalty
+        return bool(added) or self.repetition_penalty != 1.0
+
+    @property
+    def edits(self):
+        """True if logits are changed before temperature: steps 1 to 4 of the law."""
+        lists = self.logit_bias, self.bad_words, self.allowed_token_ids
+        return bool(any(lists) or self.min_tokens or self.penalties)
 
 
 @runtime_checkable

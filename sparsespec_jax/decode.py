@@ -110,8 +110,8 @@ def score(model, prompts, outputs, *, sampling=None, engine=None):
       prompts: a list of prompts, each text, a list of chat messages, or token ids.
       outputs: as many lists of token ids, what follows each prompt.
       sampling: SamplingParams for all prompts, or one per prompt: `logprobs` says
-        whether those of the model ("raw") or of the law ("processed", of its
-        temperature, top-k, top-p and min-p) are wanted. Nothing else of it counts.
+        whether those of the model ("raw") or of the law ("processed", of all steps
+        that SamplingParams lists) are wanted. Nothing else of it counts.
       engine: EngineConfig; with `numerics="exact"` the results are those of `decode`
         with exact numerics in every bit, whatever the other options of both were.
 
@@ -130,13 +130,12 @@ def score(model, prompts, outputs, *, sampling=None, engine=None):
             f"{len(outputs)} outputs for {len(prompts)} prompts: give one for each"
         )
     known = [_token_ids(model, number, ids) for number, ids in enumerate(outputs)]
-    laws = [
-        dataclasses.replace(
-            law, max_tokens=len(ids), n=1, stop=(), stop_token_ids=(), ignore_eos=True
-        )
-        for law, ids in zip(_one_per_prompt(sampling, len(prompts)), known, strict=True)
+    laws = _one_per_prompt(sampling, len(prompts))
+    laws = [_scored_law(law, len(ids)) for law, ids in zip(laws, known, strict=True)]
+    prepared = [
+        dataclasses.replace(prompt, stop_ids=frozenset())
+        for prompt in prepare_all(model, prompts, laws)
     ]
-    prepared = prepare_all(model, prompts, laws)
     if engine.max_length is None:
         longest = max(prompt.limit for prompt in prepared)
         engine = with_length(model, _SCORING, engine, longest)
@@ -148,6 +147,16 @@ def score(model, prompts, outputs, *, sampling=None, engine=None):
             results += runner.step()
     results.sort(key=lambda result: result.prompt_index)
     return [result.logprobs for result in results]
+
+
+def _scored_law(law, num_tokens):
+    """What of SamplingParams counts when `num_tokens` tokens are scored."""
+    ends = dict(max_tokens=num_tokens, n=1, stop=(), ignore_eos=True, top_logprobs=0)
+    if law.logprobs == "raw":
+        return SamplingParams(**ends)
+    least = min(law.min_tokens, num_tokens)
+    stops = law.stop_token_ids if least else ()
+    return dataclasses.replace(law, **ends, min_tokens=least, stop_token_ids=stops)
 
 
 class _Finished:

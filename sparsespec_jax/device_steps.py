@@ -11,12 +11,14 @@ import weakref
 import jax
 
 from sparsespec_jax.device.context import step_options
+from sparsespec_jax.device.editing import load_slot, slot_edits
 from sparsespec_jax.device.offload import HostPages, sent_first
 from sparsespec_jax.device.state import committed, new_state
 from sparsespec_jax.device.step import make_step
 from sparsespec_jax.host.dispatcher import Dispatcher
 from sparsespec_jax.models.draft_weights import with_draft_weights
 from sparsespec_jax.models.transformer import params_dtype
+from sparsespec_jax.plan.edits import NO_EXTRAS, neutral_arrays
 from sparsespec_jax.tuning import compile_cache
 
 
@@ -31,13 +33,14 @@ class DeviceSteps:
 
     Attributes:
       state: the newest DecodeState, perhaps still being computed; None once closed.
+      extras: StepExtras of the steps to come.
       dispatcher: runs the calls that dispatch steps.
     """
 
     def __init__(self, model, resolved, speculation, config):
         compile_cache.turn_on()
         self._sizes, self._model_config = resolved, model.config
-        self._options = step_options(speculation)
+        self._options, self.extras = step_options(speculation), NO_EXTRAS
         ratio_test = speculation.acceptor == "ratio_test"
         state = new_state(
             model.config,
@@ -64,19 +67,32 @@ class DeviceSteps:
         made = with_draft_weights(config, params, kind=kind, impl=self._sizes.impl)
         return committed(made)
 
-    def submit(self, params, filters, plan, moves=()):
-        """A future of the packed outcome of a step behind page moves.
+    def use(self, extras):
+        """Let the steps to come do these StepExtras, no less than now."""
+        if extras == self.extras:
+            return
+        self.dispatcher.settle()
+        if extras.edits:
+            sizes = self._sizes.shape.num_slots, self._model_config.vocab_size
+            self.replace_state(edits=slot_edits(extras, *sizes, self.state.edits))
+            # Compiled now: a load of no slot.
+            none = sizes[0], neutral_arrays(extras, sizes[1])
+            self.state = self.state._replace(edits=load_slot(self.state.edits, *none))
+        self.extras = extras
+
+    def submit(self, params, filters, plan, moves=(), loads=()):
+        """A future of the packed outcome of a step behind page moves and loads.
 
         `params` are what `params_of` gave, `filters` says whether laws with top-k,
-        top-p or min-p may be among the requests. Without a plan (None) there are only
-        moves, and no outcome.
+        top-p or min-p may be among the requests. `loads` are (slot, arrays) of edits.
+        Without a plan (None) there are only moves, and no outcome.
 
         Raises:
           RuntimeError: closed.
         """
-        return self.dispatcher.submit(self._run, params, filters, plan, moves)
+        return self.dispatcher.submit(self._run, params, filters, plan, moves, loads)
 
-    def _run(self, params, filters, plan, moves):
+    def _run(self, params, filters, plan, moves, loads):
         with self._lock:
             if self.state is None:
                 raise RuntimeError("a step was dispatched on a closed engine")
@@ -86,6 +102,9 @@ class DeviceSteps:
                 self.state = self._host_pages.move(self.state, moves)
             if plan is None:
                 return None
+            for slot, arrays in loads:
+                edits = load_slot(self.state.edits, slot, arrays)
+                self.state = self.state._replace(edits=edits)
             step = self.step_function(filters, plan.shape)
             self.state, outcome = step(params, self.state, buffer, prefill=plan.prefill)
             outcome.copy_to_host_async()
@@ -102,6 +121,7 @@ class DeviceSteps:
             options=self._options,
             filters=filters,
             impl=self._sizes.impl,
+            extras=self.extras,
             exact=self._sizes.exact,
         )
 

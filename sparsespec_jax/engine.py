@@ -13,13 +13,12 @@ from sparsespec_jax.device.step import step_compiler_options
 from sparsespec_jax.device_steps import DeviceSteps
 from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.dispatcher import HostClock
+from sparsespec_jax.host.edits import EditLoads
 from sparsespec_jax.host.intake import (
-    check_length,
-    check_progress,
-    check_scored,
     make_output,
     make_request,
     prepare,
+    samples_to_queue,
 )
 from sparsespec_jax.host.interrupts import Whole
 from sparsespec_jax.host.metrics import DecodeStats
@@ -97,6 +96,7 @@ class Engine(contextlib.AbstractContextManager):
             self.shape, with_acceptance=choose_num_draft_tokens is not None
         )
         self._in_flight = deque()  # (PlannedVerifies, future outcome, params version)
+        self._edits = EditLoads(model.config.vocab_size)
         self._whole = Whole()  # while the records and the device change together
         self._finished, self._events = [], []  # of the current call, or the last one
         self._is_handed_out = True
@@ -166,14 +166,12 @@ class Engine(contextlib.AbstractContextManager):
         decoded: the result has these tokens and their log-probabilities (see `score`).
         """
         self._require_open()
-        check_length(prepared, self.model, self.max_length)
-        samples, emitted = range(prepared.sampling.n), ()
-        if progress is not None:
-            check_progress(progress, prepared.sampling)
-            samples, emitted = [progress.sample_index], progress.token_ids
-        if scored is not None:
-            check_scored(scored, prepared.sampling, self.shape)
-            emitted = scored
+        samples, emitted = samples_to_queue(
+            prepared, self.model, self.max_length, self.shape, progress, scored
+        )
+        extras = self.device_steps.extras.joined(prepared.extras)
+        sizes.check_edits(self.model, self.shape, self.device_steps.extras, extras)
+        self.device_steps.use(extras)
         first = self._next_id
         prompt_index = first if prompt_index is None else prompt_index
         with self._whole:
@@ -286,7 +284,10 @@ class Engine(contextlib.AbstractContextManager):
             self._choose_num_draft_tokens()
         with self._whole:
             plan, planned, moves = self._scheduler.plan()
-            outcome = self._dispatch(plan, moves)
+            extras = self.device_steps.extras
+            loads = self._edits.before(plan, planned, extras)
+            planned = planned._replace(num_top=extras.top_logprobs)
+            outcome = self._dispatch(plan, moves, loads)
             if plan is not None:
                 self._in_flight.append((planned, outcome, self.params_version))
                 self.num_steps += 1
@@ -316,7 +317,8 @@ class Engine(contextlib.AbstractContextManager):
             packed.block_until_ready()  # an interrupt while waiting loses nothing
             with self._whole:
                 self._in_flight.popleft()
-                outcome = StepOutcome.from_packed(packed, planned.num_queries)
+                sizes_of = planned.num_queries, planned.num_top
+                outcome = StepOutcome.from_packed(packed, *sizes_of)
                 events = self._events if with_events else None
                 commit(
                     self._scheduler, self._outputs, planned, outcome, version,
@@ -419,8 +421,8 @@ class Engine(contextlib.AbstractContextManager):
                 self._dispatch(plan).result().block_until_ready()
             self.device_steps.warm_up_moves(plans)
 
-    def _dispatch(self, plan, moves=()):
-        return self.device_steps.submit(self.params, self._filters, plan, moves)
+    def _dispatch(self, plan, *before):
+        return self.device_steps.submit(self.params, self._filters, plan, *before)
 
     def stats(self, wall_time_s):
         """Totals over the finished requests."""

@@ -22,6 +22,8 @@ from sparsespec_jax.array_types import (
     RowParams,
     RowSeeds,
     TokenFlags,
+    TopIds,
+    TopLogprobs,
 )
 from sparsespec_jax.plan.slot_params import SlotParams
 
@@ -208,13 +210,38 @@ def logprobs(
     logits: Logits, law: Law, tokens: RowInts, *, filters: bool, exact: bool = False
 ) -> RowFloats:
     """Log-probability of `tokens`, of the model or of the law per row; see `choose`."""
-    hot = law.temperature > 0
-    scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)[:, None]
-    if filters:
-        keep = keep_mask(logits, law, exact=exact) | ~law.processed_logprobs[:, None]
-        logits = jnp.where(keep, logits, -jnp.inf)
+    logits, hot, scale = _told(logits, law, filters=filters, exact=exact)
     top = logits.max(-1, keepdims=True)
     picked = jnp.take_along_axis(logits, tokens[:, None], -1)
     total = row_sums(jnp.exp(_scaled(logits, top, scale)), exact=exact)
     value = _scaled(picked, top, scale)[:, 0] - jnp.log(total)
     return jnp.where(law.processed_logprobs & ~hot, 0.0, value)
+
+
+def top_logprobs(
+    logits: Logits, law: Law, count: int, *, filters: bool, exact: bool = False
+) -> tuple[TopIds, TopLogprobs]:
+    """The `count` likeliest tokens and their log-probabilities, best first.
+
+    Of the model or of the law per row, as in `logprobs`; -inf for tokens that the law
+    excludes. Among equals the lowest token id comes first.
+    """
+    logits, hot, scale = _told(logits, law, filters=filters, exact=exact)
+    top = logits.max(-1, keepdims=True)
+    best, tokens = jax.lax.top_k(logits, count)
+    total = row_sums(jnp.exp(_scaled(logits, top, scale)), exact=exact)
+    values = _scaled(best, top, scale) - jnp.log(total)[:, None]
+    one = jnp.where(jnp.arange(count) == 0, 0.0, -jnp.inf)  # greedy: all on the first
+    is_greedy = (law.processed_logprobs & ~hot)[:, None]
+    values = jnp.where(is_greedy, one, values)
+    return tokens.astype(jnp.int32), values
+
+
+def _told(logits, law, *, filters, exact):
+    """(logits, whether T > 0, the scale) of what log-probabilities are told of."""
+    hot = law.temperature > 0
+    scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)[:, None]
+    if filters:
+        keep = keep_mask(logits, law, exact=exact) | ~law.processed_logprobs[:, None]
+        logits = jnp.where(keep, logits, -jnp.inf)
+    return logits, hot, scale

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
@@ -17,6 +18,7 @@ from sparsespec_jax.models.draft_weights import check_served, num_bytes
 from sparsespec_jax.models.products import check_products
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import plan_fields
+from sparsespec_jax.plan.edits import edit_fields
 from sparsespec_jax.plan.shape import (
     RESTORE_CHUNKS,
     StepShape,
@@ -333,6 +335,30 @@ def check_memory(model_config, shape, kv_dtype, policy, num_staged, draft_bytes=
             + (f" beside {remembered} bytes of policy state" if remembered else "")
             + (f" beside {draft_bytes} bytes of draft weights" if draft_bytes else "")
             + ": lower num_slots, max_length or page_size, or set num_pages"
+        )
+
+
+def check_edits(model, shape, used, wanted):
+    """ValueError if free memory lacks room for the arrays of larger StepExtras."""
+    vocab = model.config.vocab_size
+    before, after = (
+        sum(
+            math.prod(size) * np.dtype(dtype).itemsize
+            for size, dtype, _ in edit_fields(asked, vocab).values()
+        )
+        if asked.edits
+        else 0
+        for asked in (used, wanted)
+    )
+    if before == after:
+        return
+    # The smaller arrays live until the larger ones are filled.
+    needed, free = shape.num_slots * after, free_memory_bytes()
+    if needed > free:
+        raise ValueError(
+            f"penalties, biases and bad words need {needed} bytes for "
+            f"{shape.num_slots} slots of {vocab} tokens, {free} are free beside the KV "
+            "pages: lower num_pages or num_slots"
         )
 
 

@@ -42,6 +42,7 @@ NO_JAX = (
     "plan.slot_params",
     "plan.buffer",
     "plan.outcome",
+    "plan.edits",
     "models.fields",
 )
 MAX_LINES = 440  # the rule is about 400

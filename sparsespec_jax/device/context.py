@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from sparsespec_jax.config import SpeculationConfig
 from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.plan.edits import NO_EXTRAS, StepExtras
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.base import Policy
 
@@ -38,6 +39,7 @@ class StepContext:
     options: StepOptions
     filters: bool  # whether any request may use top-k, top-p or min-p
     impl: str  # of the kernels
+    extras: StepExtras = NO_EXTRAS  # what any request may ask for beside the law
     exact: bool = False  # target rows whose bits do not depend on the others
 
     @property

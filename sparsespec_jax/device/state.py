@@ -21,6 +21,7 @@ from sparsespec_jax.array_types import (
     SlotTokens,
 )
 from sparsespec_jax.device.acceptance import DraftLaw
+from sparsespec_jax.device.editing import SlotEdits
 from sparsespec_jax.device.lanes import take
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.plan.shape import StepShape
@@ -54,6 +55,7 @@ class DecodeState(NamedTuple):
     proposer_memory: Any  # pytree of a proposer that remembers, else None
     # CascadeCounts of this cycle but for the drafts; None if no cascade.
     cascade_counts: SlotCounters | None
+    edits: SlotEdits | None = None  # of logits; None while no request asks for any
 
 
 def new_state(

@@ -18,12 +18,13 @@ from sparsespec_jax import sampling
 from sparsespec_jax.array_types import (
     DraftScores,
     Guesses,
+    Logits,
     Outcome,
     PerToken,
     PlanBuffer,
     TableUpdates,
 )
-from sparsespec_jax.device import acceptance, cascade
+from sparsespec_jax.device import acceptance, cascade, editing
 from sparsespec_jax.device.attention import make_attend
 from sparsespec_jax.device.context import StepContext, StepOptions
 from sparsespec_jax.device.lanes import (
@@ -40,6 +41,7 @@ from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.draft_weights import DRAFT_WEIGHTS
 from sparsespec_jax.models.transformer import forward_with_features, logits
 from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, orders_of, unpack
+from sparsespec_jax.plan.edits import NO_EXTRAS, StepExtras
 from sparsespec_jax.plan.outcome import SEED, StepOutcome
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.base import Policy
@@ -62,6 +64,7 @@ def make_step(
     filters: bool,
     impl: str,
     proposer: Any = None,
+    extras: StepExtras = NO_EXTRAS,
     exact: bool = False,
 ) -> Callable:
     """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
@@ -72,7 +75,7 @@ def make_step(
     """
     context = StepContext(
         model=model_config, shape=shape, policy=policy, proposer=proposer,
-        options=options, filters=filters, impl=impl, exact=exact,
+        options=options, filters=filters, impl=impl, extras=extras, exact=exact,
     )  # fmt: skip
 
     def step(params, state, buffer, *, prefill):
@@ -115,7 +118,6 @@ def run_step(
     if prefill:
         return _read_prompts(context.of("prompt"), params, state, plan)
     orders = orders_of(shape.of("draft"), plan)
-
     weights = params.get(DRAFT_WEIGHTS, params)
 
     def draft(_, state):
@@ -135,10 +137,14 @@ def _verify(context, params, state, plan):
     scored = hidden[: rows.verify.stop]
     scores = logits(context.model, params, scored, exact=context.exact)
     with jax.named_scope("sample"):
-        verified, laws = _accept(context, state, lanes, scores[rows.verify])
+        edited = edit_verified(context, state, lanes, scores[rows.verify])
+        verified, laws = _accept(context, state, lanes, edited)
         if context.is_drafting and not context.shape.part:
             state = store_drafts(context, state, lanes, guesses, scores[rows.draft])
-        outcome = _outcome(context, state, lanes, verified, laws, scores[rows.verify])
+        told = scores[rows.verify]
+        if context.extras.edits:
+            told = jnp.where(laws.processed_logprobs[:, None], edited, told)
+        outcome = _outcome(context, state, lanes, verified, laws, told)
         state = _commit(state, lanes.verify, verified, outcome.is_done)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
@@ -167,7 +173,7 @@ def _read_prompts(context, params, state, plan):
     state, tokens, _, _ = _pass(context, params, state, lanes, guesses)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
-    return state, StepOutcome.packed_of_none(jnp, context.shape)
+    return state, StepOutcome.packed_of_none(jnp, context.shape, context.extras.num_top)
 
 
 def _pass(context, params, state, lanes, guesses):
@@ -221,6 +227,35 @@ def feed(
         tokens.append(prefill.tokens.ravel())
         positions.append((prefill.starts[:, None] + chunk).ravel())
     return jnp.concatenate(tokens), jnp.concatenate(positions)
+
+
+def edit_verified(
+    context: StepContext, state: DecodeState, lanes: StepLanes, scores: Logits
+) -> Logits:
+    """Scores of verified rows, each edited by the tokens before it, drafts included."""
+    if state.edits is None:
+        return scores
+    verify = lanes.verify
+    row = jnp.arange(context.shape.num_queries)[None]
+    included = jnp.broadcast_to(row, (verify.slots.size, row.size))
+    return editing.edit(
+        state.edits, scores, verify.slots, verify.starts, verify.tokens[:, 1:], included
+    )
+
+
+def _edit_drafting(context, state, lanes, guesses, scores):
+    """Scores of drafting rows, edited by drafts and guesses before each."""
+    if state.edits is None:
+        return scores
+    slots = lanes.draft.slots
+    drafted = take(state.num_drafted, slots)[:, None]
+    after = take(state.tokens, slots)[:, 1 : context.shape.num_queries]
+    lane = jnp.arange(slots.size)[:, None]
+    behind = drafted + jnp.arange(guesses.shape[1])[None]
+    after = put(after, guesses, lane, behind)
+    included = drafted + jnp.arange(guesses.shape[1] + 1)[None]
+    starts = take(state.lengths, slots)
+    return editing.edit(state.edits, scores, slots, starts, after, included)
 
 
 def _accept(context, state, lanes, scores):
@@ -277,6 +312,7 @@ def store_drafts(
     is one that the model would have fed.
     """
     draft, filters = lanes.draft, context.filters
+    scores = _edit_drafting(context, state, lanes, guesses, scores)
     num_lanes, rows = guesses.shape[0], guesses.shape[1] + 1
     params = take(lanes.slot_params, draft.slots)
     laws = sampling.law_of(jnp.repeat(params, rows, axis=0))
@@ -310,15 +346,15 @@ def store_drafts(
 
 
 def _outcome(context, state, lanes, verified, laws, scores):
-    """StepOutcome of the verify lanes: what each emits, up to a stop or its limit."""
+    """StepOutcome of the verify lanes: what each emits, up to a stop or its limit.
+
+    `scores` are those that the requests want to be told.
+    """
     shape, verify, rows = context.shape, lanes.verify, context.shape.num_queries
     live = verify.num_rows > 0
+    how = dict(filters=context.filters, exact=context.exact)
     chosen_logprobs = sampling.logprobs(
-        scores,
-        laws,
-        verified.tokens.ravel(),
-        filters=context.filters,
-        exact=context.exact,
+        scores, laws, verified.tokens.ravel(), **how
     ).reshape(-1, rows)
     first = jnp.where(verify.is_seed, verified.num_accepted, 0)
     count = jnp.where(live, verified.num_accepted - first + 1, 0)
@@ -326,6 +362,13 @@ def _outcome(context, state, lanes, verified, laws, scores):
     emitted = (first[:, None] + row) % rows  # a seed's known tokens come last
     tokens = jnp.take_along_axis(verified.tokens, emitted, 1)
     chosen_logprobs = jnp.take_along_axis(chosen_logprobs, emitted, 1)
+    top_tokens = top_logprobs = None
+    if top := context.extras.top_logprobs:
+        best = sampling.top_logprobs(scores, laws, top, **how)
+        top_tokens, top_logprobs = (
+            jnp.take_along_axis(x.reshape(-1, rows, top), emitted[..., None], 1)
+            for x in best
+        )
 
     slots = jnp.minimum(verify.slots, shape.num_slots - 1)
     params = sampling.read_slot_params(lanes.slot_params[slots])
@@ -341,6 +384,8 @@ def _outcome(context, state, lanes, verified, laws, scores):
         tokens=tokens,
         logprobs=chosen_logprobs,
         cascade=cascade.counts(state, verify) if shape.num_guesses else None,
+        top_tokens=top_tokens,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -348,7 +393,9 @@ def _commit(state, verify, verified, done):
     """The state with the verified slots advanced."""
     slots, accepted = verify.slots, verified.num_accepted
     pending = jnp.take_along_axis(verified.tokens, accepted[:, None], 1)
-    selected, counts = state.draft_counts, state.cascade_counts
+    selected, counts, edits = state.draft_counts, state.cascade_counts, state.edits
+    if edits is not None:
+        edits = editing.advance(edits, verify, verified.tokens, accepted)
     if selected is not None:
         selected = put(selected, verify.budgets[:, None], slots)
     if counts is not None:
@@ -361,6 +408,7 @@ def _commit(state, verify, verified, done):
         draft_tails=put(state.draft_tails, accepted + 1, slots),
         done=put(state.done, done, slots),
         cascade_counts=counts,
+        edits=edits,
     )
 
 

@@ -8,10 +8,12 @@ import dataclasses
 import time
 
 from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.host.edits import prepare_edits
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.outputs import Output
 from sparsespec_jax.host.request import Request, token_array
 from sparsespec_jax.host.text import OutputText, encode_prompt, no_tokenizer
+from sparsespec_jax.plan.edits import RequestEdits, StepExtras
 from sparsespec_jax.plan.slot_params import slot_params, stop_ids
 
 
@@ -22,6 +24,8 @@ class PreparedPrompt:
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop_ids: frozenset  # token ids that end the output
+    edits: RequestEdits | None  # None if it leaves the logits as they are
+    extras: StepExtras  # that its steps need
 
     @property
     def limit(self):
@@ -34,7 +38,7 @@ def prepare(model, prompt, sampling=None):
 
     Raises:
       ValueError: as `encode_prompt`; or stop strings without a tokenizer, or a stop
-        token id outside the vocabulary.
+        token id outside the vocabulary; or as `prepare_edits`.
     """
     sampling = sampling or SamplingParams()
     tokens = encode_prompt(prompt, model)
@@ -47,7 +51,11 @@ def prepare(model, prompt, sampling=None):
             "it could stop nothing: leave it out"
         )
     stops = stop_ids(model.config.eos_ids, sampling)
-    return PreparedPrompt(tuple(tokens), sampling, stops)
+    edits = prepare_edits(model, sampling)
+    extras = edits.extras(vocab)
+    return PreparedPrompt(
+        tuple(tokens), sampling, stops, edits if sampling.edits else None, extras
+    )
 
 
 def prepare_all(model, prompts, sampling):
@@ -92,10 +100,33 @@ def check_scored(token_ids, sampling, shape):
             f"{len(token_ids)} tokens are to be scored, with max_tokens="
             f"{sampling.max_tokens} and n={sampling.n}: they must be as many, and n 1"
         )
+    if sampling.top_logprobs:
+        raise ValueError(
+            f"top_logprobs is {sampling.top_logprobs}, but scored tokens come without "
+            "others beside them: set it to 0"
+        )
     if shape.num_draft_tokens < 1:
         raise ValueError(
             "scoring feeds several tokens at once: num_draft_tokens must be 1 or more"
         )
+
+
+def samples_to_queue(prepared, model, max_length, shape, progress, scored):
+    """(numbers of the samples, tokens emitted so far) of what an engine is to queue.
+
+    Raises:
+      ValueError: an engine of this length and StepShape could not serve it, by the
+        three checks above.
+    """
+    check_length(prepared, model, max_length)
+    samples, emitted = range(prepared.sampling.n), ()
+    if progress is not None:
+        check_progress(progress, prepared.sampling)
+        samples, emitted = [progress.sample_index], progress.token_ids
+    if scored is not None:
+        check_scored(scored, prepared.sampling, shape)
+        emitted = scored
+    return samples, emitted
 
 
 def make_request(
@@ -127,6 +158,7 @@ def make_request(
             prepared.sampling, sample, prepared.limit, prepared.stop_ids, speculation
         ),
         prompt_group=group,
+        edits=prepared.edits,
         expected_length=None if expected is None else num_prompt + expected,
         is_scored=is_scored,
     )

@@ -36,6 +36,7 @@ class Output:
     metrics: RequestMetrics
     submitted_s: float
     logprobs: array.array = dataclasses.field(default_factory=lambda: array.array("f"))
+    top_logprobs: list = dataclasses.field(default_factory=list)  # tuples, if asked for
     params_versions: list = dataclasses.field(default_factory=list)  # [version, tokens]
     draft_cache: int = 0  # rows that the last verification left for drafts to read
     prefill_reads: int = 0  # of its request, as far as they are counted
@@ -81,6 +82,7 @@ class Outputs:
         if progress is None:
             return
         output.logprobs.extend(progress.logprobs)
+        output.top_logprobs.extend(progress.top_logprobs)
         output.params_versions = [list(item) for item in progress.params_versions]
         output.metrics = copy.deepcopy(progress.metrics)
         if output.sampling.stop:
@@ -116,6 +118,7 @@ class Outputs:
                         sample_index=output.sample_index,
                         token_ids=tuple(request.tokens[request.num_prompt + first :]),
                         logprobs=tuple(output.logprobs[first:]),
+                        top_logprobs=tuple(output.top_logprobs[first:]),
                         params_versions=_as_tuples(output.params_versions),
                         metrics=copy.deepcopy(output.metrics),
                     )
@@ -141,6 +144,7 @@ class Outputs:
             self._count_acceptance(num_rows - 1, accepted, ~is_seed)
         emitted = np.where(planned.is_replay, 0, outcome.num_emitted[:num_lanes])
         lanes = zip(
+            range(num_lanes),
             planned.requests,
             emitted.tolist(),
             outcome.is_done[:num_lanes].tolist(),
@@ -153,7 +157,7 @@ class Outputs:
             strict=True,
         )
         emissions = self._judge_scored(planned, outcome)
-        for (request, count, is_done, tokens, logprobs, *judged), counts in zip(
+        for (lane, request, count, is_done, tokens, logprobs, *judged), counts in zip(
             lanes, cascade, strict=False
         ):
             output = self._unfinished.get(request.request_id)
@@ -163,7 +167,10 @@ class Outputs:
             if with_text:
                 _push_known(output)  # tokens that came while nobody listened
             emission = _emission(output, tokens[:count], logprobs[:count], is_done)
-            self._count_emitted(output, len(emission.tokens), version)
+            count = len(emission.tokens)
+            if most := output.sampling.top_logprobs:
+                output.top_logprobs += outcome.top_of(lane, count, most)
+            self._count_emitted(output, count, version)
             emissions.append(emission)
         return committed, emissions
 
@@ -216,6 +223,7 @@ class Outputs:
             params_versions=_as_tuples(output.params_versions),
             output_text=output.text,
             logprobs=tuple(output.logprobs),
+            top_logprobs=tuple(output.top_logprobs),
             finish_reason=reason,
             stop_reason=stop_reason,
             metrics=output.metrics,

@@ -6,6 +6,8 @@ import enum
 
 import numpy as np
 
+from sparsespec_jax.plan.edits import RequestEdits
+
 
 class Status(enum.Enum):
     """Where a request is in its life."""
@@ -34,6 +36,7 @@ class Request:
     min_budget: int
     expected_length: int | None = None  # tokens it will have (`oracle` only)
     prompt_group: int | None = None  # the same for all samples of a prompt
+    edits: RequestEdits | None = None  # what it changes of its logits
     is_scored: bool = False  # has all of its tokens: only what they score is wanted
     status: Status = Status.WAITING
     slot: int = -1  # -1 while it holds none

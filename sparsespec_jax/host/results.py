@@ -13,7 +13,7 @@ FINISH_REASONS = ("stop", "length", "cancelled", "error")
 _PLAIN_FIELDS = (
     "request_id", "prompt_index", "sample_index", "finish_reason", "stop_reason",
 )  # fmt: skip
-_LISTS = "prompt_token_ids", "token_ids", "logprobs"
+_LISTS = "prompt_token_ids", "token_ids", "logprobs", "top_logprobs"
 _COLUMNS = (  # of the metrics
     "num_prompt_tokens", "num_output_tokens", "mean_acceptance_length",
     "mean_accepted_draft_tokens", "kv_read_ratio", "time_to_first_token_s",
@@ -31,7 +31,8 @@ class DecodeResult:
     """One finished sample.
 
     `token_ids` and `logprobs` have equal length and hold the new tokens only, the
-    stop token included.
+    stop token included. So has `top_logprobs`, unless it was not asked for: of each
+    token's place the likeliest tokens as (token id, log-probability), best first.
     """
 
     request_id: int
@@ -45,6 +46,8 @@ class DecodeResult:
     metrics: RequestMetrics
     params_versions: tuple[tuple[int, int], ...]  # (version, tokens it gave), in order
     output_text: OutputText | None = dataclasses.field(compare=False)
+    # The token itself may not be among them; tokens that the law excludes are not.
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     @functools.cached_property
     def text(self) -> str | None:
@@ -129,6 +132,7 @@ class RequestProgress:
     logprobs: tuple[float, ...]
     params_versions: tuple[tuple[int, int], ...]
     metrics: RequestMetrics
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class StreamEvent(NamedTuple):

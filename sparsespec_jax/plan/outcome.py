@@ -17,6 +17,7 @@ class PlannedVerifies(NamedTuple):
     is_whole: np.ndarray  # bool [n], all draft steps of a cycle lie behind
     is_replay: np.ndarray  # bool [n], feeds known tokens alone: what it emits is known
     seed_starts: np.ndarray  # int64 [n], first position that a seed verify feeds
+    num_top: int = 0  # likeliest tokens that the step tells with each token
 
 
 class CascadeCounts(NamedTuple):
@@ -39,6 +40,9 @@ class StepOutcome(NamedTuple):
     tokens: np.ndarray
     logprobs: np.ndarray  # float32 [E, Q]
     cascade: np.ndarray | None  # int32 [E, 4], CascadeCounts of each lane
+    # int32 and float32 [E, Q, top], best first, beside `tokens`; None if nobody asks.
+    top_tokens: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
     def known_logprobs(self, lane, num_rows):
         """Log-probabilities of the last tokens that a seed verify of `num_rows` fed."""
@@ -47,6 +51,7 @@ class StepOutcome(NamedTuple):
     def pack(self, xp, as_int):
         """One int32 array [E, 3 + 2 Q], or with a cascade [E, 7 + 2 Q].
 
+        Behind it come [E, 2 Q top] columns of the likeliest tokens, if they are told.
         `xp` is numpy or jax.numpy, `as_int` gives the bit patterns of float32 values.
         """
         bits = as_int(self.logprobs)
@@ -54,22 +59,30 @@ class StepOutcome(NamedTuple):
         header = xp.stack([self.num_emitted, self.num_accepted, done], axis=1)
         if self.cascade is not None:
             header = xp.concatenate([header, self.cascade], axis=1)
-        return xp.concatenate([header, self.tokens, bits], axis=1)
+        columns = [header, self.tokens, bits]
+        if self.top_tokens is not None:
+            tops = self.top_tokens, as_int(self.top_logprobs)
+            columns += [top.reshape(len(top), -1) for top in tops]
+        return xp.concatenate(columns, axis=1)
 
     @staticmethod
-    def packed_of_none(xp, shape):
+    def packed_of_none(xp, shape, num_top):
         """The packed outcome of a step of a StepShape that verifies nothing."""
         header = _HEADER + len(CascadeCounts._fields) * (shape.num_guesses > 0)
-        return xp.zeros((0, header + 2 * shape.num_queries), xp.int32)
+        columns = header + 2 * shape.num_queries * (1 + num_top)
+        return xp.zeros((0, columns), xp.int32)
 
     @classmethod
-    def from_packed(cls, packed, num_queries):
-        """Read a packed outcome as numpy arrays."""
+    def from_packed(cls, packed, num_queries, num_top=0):
+        """Read a packed outcome as numpy arrays; `num_top`: tokens told with each."""
         packed = np.asarray(packed)
-        header = packed.shape[1] - 2 * num_queries
+        end = packed.shape[1] - 2 * num_queries * num_top
+        header = end - 2 * num_queries
         counts = packed[:, _HEADER:header]
         tokens = packed[:, header : header + num_queries]
-        bits = np.ascontiguousarray(packed[:, header + num_queries :])
+        bits = np.ascontiguousarray(packed[:, header + num_queries : end])
+        tops = np.ascontiguousarray(packed[:, end:])
+        tops = tops.reshape(len(packed), 2, num_queries, num_top)
         return cls(
             num_emitted=packed[:, _NUM_EMITTED],
             num_accepted=packed[:, _NUM_ACCEPTED],
@@ -77,4 +90,20 @@ class StepOutcome(NamedTuple):
             tokens=tokens,
             logprobs=bits.view(np.float32),
             cascade=counts if counts.size else None,
+            top_tokens=tops[:, 0] if num_top else None,
+            top_logprobs=tops[:, 1].view(np.float32) if num_top else None,
         )
+
+    def top_of(self, lane, count, most):
+        """For each of a lane's first `count` tokens its `most` likeliest ones.
+
+        Tuples of (token id, log-probability), best first, without tokens that the law
+        excludes.
+        """
+        tokens = self.top_tokens[lane, :count, :most].tolist()
+        logprobs = self.top_logprobs[lane, :count, :most].tolist()
+        rows = zip(tokens, logprobs, strict=True)
+        return [
+            tuple(pair for pair in zip(*row, strict=True) if pair[1] > -np.inf)
+            for row in rows
+        ]
