@@ -93,9 +93,8 @@ class Engine(contextlib.AbstractContextManager):
         )
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._host_clock = HostClock(self.device_steps.dispatcher)
-        self._outputs = Outputs(
-            self.shape, with_acceptance=choose_num_draft_tokens is not None
-        )
+        is_choosing = choose_num_draft_tokens is not None
+        self._outputs = Outputs(self.shape, with_acceptance=is_choosing)
         self._in_flight = deque()  # (PlannedVerifies, future outcome, params version)
         self._whole = Whole()  # while the records and the device change together
         self._finished, self._events = [], []  # of the current call, or the last one
@@ -127,23 +126,27 @@ class Engine(contextlib.AbstractContextManager):
         return self._outputs.num_emitted
 
     def add_request(
-        self, prompt, sampling=None, *, prompt_index=None, expected_tokens=None
-    ):
+        self, prompt, sampling=None, *, chat_template_kwargs=None, prompt_index=None,
+        expected_tokens=None,
+    ):  # fmt: skip
         """Queue a prompt; returns its request id (a list of ids if n > 1).
 
-        The samples of one prompt share its pages. `expected_tokens` is how many tokens
-        it will emit, which `kv_policy="oracle"` plans with.
+        The samples of one prompt share its pages. `chat_template_kwargs` as `decode`
+        takes them, a dict. `expected_tokens` is how many tokens it will emit, which
+        `kv_policy="oracle"` plans with.
 
         Raises:
           ValueError: what is wrong with the prompt or its SamplingParams, or that the
             request could never be served; nothing is queued then.
         """
-        prepared = prepare(self.model, prompt, sampling)
-        return self.submit(
-            prepared, prompt_index=prompt_index, expected_tokens=expected_tokens
-        )
+        prepared = prepare(self.model, prompt, sampling, chat_template_kwargs)
+        more = dict(prompt_index=prompt_index, expected_tokens=expected_tokens)
+        return self.submit(prepared, **more)
 
-    def resume_request(self, prompt, sampling, progress, *, prompt_index=None):
+    def resume_request(
+        self, prompt, sampling, progress, *, chat_template_kwargs=None,
+        prompt_index=None,
+    ):  # fmt: skip
         """Queue a request that an earlier engine began; returns its request id.
 
         `progress` is its `RequestProgress`; the rest of the text is the one it would
@@ -152,7 +155,7 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           ValueError: as `add_request`, or more tokens than `max_tokens`.
         """
-        prepared = prepare(self.model, prompt, sampling)
+        prepared = prepare(self.model, prompt, sampling, chat_template_kwargs)
         return self.submit(prepared, prompt_index=prompt_index, progress=progress)
 
     def submit(
