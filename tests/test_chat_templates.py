@@ -159,7 +159,9 @@ def test_a_chat_is_encoded_as_the_template_writes_it(backend, tiny_model):
 
 # How templates read a variable that may not be given.
 THINKING = {
-    "defined": "{% if enable_thinking is defined and not enable_thinking %}n{% endif %}",
+    "defined": (
+        "{% if enable_thinking is defined and not enable_thinking %}n{% endif %}"
+    ),
     "set": (
         "{% if not enable_thinking is defined %}{% set enable_thinking = true %}"
         "{% endif %}{{ '' if enable_thinking else 'n' }}"
