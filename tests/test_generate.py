@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -260,6 +262,24 @@ def test_a_run_writes_its_config_environment_and_summary(whole):
     assert summary["comparison"]["num_identical"] == 80
     expected = found["speculative"].total.mean_acceptance_length
     assert summary["speculative"]["total"]["mean_acceptance_length"] == expected
+
+
+def test_the_page_of_run_directories_names_every_key(whole):
+    path, _, _ = whole
+    page = pathlib.Path(record.__file__).parents[1] / "docs" / "run_directory.md"
+    named = set(re.findall(r"`(\w+(?:\.\w+)?)`", page.read_text()))
+    summary = json.loads((path / "summary.json").read_text())
+    (first, *_) = record.load(path)[1]
+    for keys in (
+        first,
+        first["metrics"],
+        first["metrics"]["kv_tokens_read"],
+        summary,
+        summary["comparison"],
+        summary["plain"],
+        [file.name for file in path.iterdir()],
+    ):
+        assert keys and set(keys) <= named
 
 
 class Interruption(Exception):
