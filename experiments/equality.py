@@ -127,6 +127,8 @@ def table(stats: dict[str, DecodeStats]) -> str:
     ]
     if "speculative" in stats:
         lines += ["", _acceptance_lines(stats["speculative"].total)]
+        if hint := stats["speculative"].hint:
+            lines.append(f"note: {hint}")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from experiments.experiment import Experiment
 from experiments.prompts import PromptLine, load_prompts, prepare_lines
 from sparsespec_jax import Engine, sizes
 from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.progress_bar import compiling
 from sparsespec_jax.host.results import RequestProgress
 
 
@@ -46,9 +47,9 @@ def decode(engine, prompts, config, *, mode, wanted, directory):
         total=len(wanted) * config.max_tokens, desc=mode, unit="tok", mininterval=1
     )
     with bar, signals.at_end(bar.close), signals.at_end(lambda: journal.sync(engine)):
-        engine.warm_up()
+        with compiling(bar):
+            engine.warm_up()
         start, num_steps = time.perf_counter(), 0
-        bar.unpause()
         while engine.has_work:
             with signals.deferred():  # a step, and all that is recorded of it
                 results, num_steps = engine.step(), num_steps + 1

@@ -13,6 +13,7 @@ from reprlib import repr as short
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.host.intake import prepare, prepare_all
+from sparsespec_jax.host.progress_bar import compiling
 from sparsespec_jax.host.results import DecodeResults
 from sparsespec_jax.sizes import check_types, with_length
 
@@ -59,8 +60,8 @@ def decode(
       chat_template_kwargs: variables of the chat template, `{"enable_thinking": False,
         "tools": [...]}` say: a dict for all prompts, which are chats then, or a list
         of a dict or None per prompt. One that the template never reads is refused.
-      progress: True for a progress bar over output tokens, or a function called
-        with each StreamEvent.
+      progress: True for a progress bar over output tokens, which says at first for how
+        long it has been compiling; or a function called with each StreamEvent.
       on_result: called with each DecodeResult as it finishes.
 
     Raises:
@@ -75,15 +76,18 @@ def decode(
     runner = _prepare(
         model, prompts, sampling, speculation, engine, chat_template_kwargs
     )
-    finished = _Finished(runner)
-    with finished.carried_by_exceptions():
-        step, display = _progress(progress, runner)
-        with runner, display:
-            while runner.has_work:
-                for result in finished.add(step()):
-                    if on_result is not None:
-                        on_result(result)
-        return finished.as_results()
+    step, bar = _progress(progress, runner)
+    with contextlib.nullcontext() if bar is None else contextlib.closing(bar):
+        with compiling(bar):
+            runner.warm_up()
+        finished = _Finished(runner)
+        with finished.carried_by_exceptions():
+            with runner:
+                while runner.has_work:
+                    for result in finished.add(step()):
+                        if on_result is not None:
+                            on_result(result)
+            return finished.as_results()
 
 
 def stream(
@@ -107,6 +111,7 @@ def stream(
     runner = _prepare(
         model, prompts, sampling, speculation, engine, chat_template_kwargs
     )
+    runner.warm_up()
 
     def events():
         finished = _Finished(runner)
@@ -213,7 +218,7 @@ class _Finished:
 
 
 def _prepare(model, prompts, sampling, speculation, engine, chat_template_kwargs):
-    """An Engine with all requests queued, everything checked, and warmed up."""
+    """An Engine with all requests queued and everything checked."""
     speculation = speculation or SpeculationConfig()
     engine = engine or EngineConfig()
     check_types(model, speculation, engine)
@@ -232,7 +237,6 @@ def _prepare(model, prompts, sampling, speculation, engine, chat_template_kwargs
     runner = Engine(model, speculation=speculation, engine=engine)
     for index, prompt in enumerate(prepared):
         runner.submit(prompt, prompt_index=index)
-    runner.warm_up()
     return runner
 
 
@@ -281,7 +285,7 @@ def _variables_per_prompt(given, count):
 
 
 def _progress(progress, runner):
-    """(a function that runs one step and returns results, a display to close).
+    """(a function that runs one step and returns results, a tqdm bar or None).
 
     Text is decoded on the way only if `progress` is a function that may want it.
     """
@@ -293,9 +297,9 @@ def _progress(progress, runner):
                 progress(event)
             return results
 
-        return step, contextlib.nullcontext()
+        return step, None
     if not progress:
-        return runner.step, contextlib.nullcontext()
+        return runner.step, None
     from tqdm.auto import tqdm  # a display only; not needed to decode
 
     bar = tqdm(total=runner.max_new_tokens, unit="tok")
@@ -309,7 +313,7 @@ def _progress(progress, runner):
         bar.update(runner.num_emitted_tokens - bar.n)
         return results
 
-    return step_with_bar, contextlib.closing(bar)
+    return step_with_bar, bar
 
 
 def _token_ids(model, number, output):

@@ -99,9 +99,7 @@ class Engine(contextlib.AbstractContextManager):
         self._whole = Whole()  # while the records and the device change together
         self._finished, self._events = [], []  # of the current call, or the last one
         self._is_handed_out = True
-        self._next_id = 0
-        self._filters = False
-        self.num_steps = 0
+        self._next_id, self.num_steps, self._filters = 0, 0, False
 
     # -- requests ---------------------------------------------------------------
 
@@ -207,8 +205,7 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           KeyError: no unfinished request has this id.
         """
-        output = self._outputs.get(request_id)
-        if output is None:
+        if (output := self._outputs.get(request_id)) is None:
             raise KeyError(f"request {request_id} is unknown or finished")
         with self._whole:
             self._scheduler.release(output.request)
@@ -408,7 +405,8 @@ class Engine(contextlib.AbstractContextManager):
     def warm_up(self, *, filters=False):
         """Compile every variant of the step, so that nothing compiles afterwards.
 
-        `filters` says whether requests to come use top-k, top-p or min-p.
+        `filters` says whether requests to come use top-k, top-p or min-p. Before the
+        first step, the time of requests counts from its end.
         """
         self._require_open()
         self._filters |= filters
@@ -421,6 +419,7 @@ class Engine(contextlib.AbstractContextManager):
             for plan in plans:
                 self._dispatch(plan).result().block_until_ready()
             self.device_steps.warm_up_moves(plans)
+        self._outputs.start_clock()
 
     def _dispatch(self, plan, moves=()):
         return self.device_steps.submit(self.params, self._filters, plan, moves)
@@ -437,4 +436,5 @@ class Engine(contextlib.AbstractContextManager):
             kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
             numerics=self.config.numerics,
+            min_budget=sizes.floor_of_drafts(self.speculation, self.shape),
         )
