@@ -399,7 +399,9 @@ def test_the_bar_says_for_how_long_it_compiles(tiny_model, prompts, monkeypatch)
 
     class Bar(tqdm.auto.tqdm):
         def __init__(self, **options):
-            super().__init__(file=io.StringIO(), **options)
+            file = io.StringIO()
+            file.isatty = lambda: is_terminal
+            super().__init__(file=file, **options)
 
         def set_description_str(self, text=None, refresh=True):
             said.append(text)
@@ -416,7 +418,11 @@ def test_the_bar_says_for_how_long_it_compiles(tiny_model, prompts, monkeypatch)
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     monkeypatch.setattr(Engine, "warm_up", slow_warm_up)
-    before = threading.active_count()
+    before, is_terminal = threading.active_count(), False
+    run(tiny_model, prompts[:1], LAWS[:1], progress=True)
+    assert said[:3] == ["compiling 0 s", "compiled", ""]  # a log is not filled
+    said.clear()
+    is_terminal = True
     results = run(tiny_model, prompts[:1], LAWS[:1], progress=True)
     assert said[0] == "compiling 0 s" and "compiling 1 s" in said
     told = [s for s in said if isinstance(s, str) and s.startswith("compiling")]

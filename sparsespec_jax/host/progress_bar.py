@@ -4,6 +4,8 @@ import contextlib
 import threading
 import time
 
+_PAUSES = {True: 1.0, False: 30.0}  # seconds; what is written to a file stays there
+
 
 @contextlib.contextmanager
 def compiling(bar):
@@ -16,13 +18,13 @@ def compiling(bar):
         yield
         return
     text, start = getattr(bar, "desc", None), time.monotonic()
-    has_ended = threading.Event()
+    has_ended, pause = threading.Event(), _PAUSES[_is_shown(bar)]
 
     def tell():
         while not has_ended.is_set():
             seconds = time.monotonic() - start
             bar.set_description_str(f"compiling {seconds:.0f} s")
-            has_ended.wait(1.0)
+            has_ended.wait(pause)
 
     thread = threading.Thread(target=tell, name="compiling", daemon=True)
     thread.start()
@@ -33,3 +35,8 @@ def compiling(bar):
         thread.join()
         bar.set_description_str(text)
         bar.unpause()
+
+
+def _is_shown(bar):
+    """Whether a text replaces the one before: on a terminal, and in a notebook."""
+    return hasattr(bar, "container") or getattr(bar.fp, "isatty", bool)()
