@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 
 from experiments import drawing, experiment, figures, reader, record, study
@@ -31,7 +31,7 @@ def test_rows_are_named_by_what_most_have_not():
         row(proposer="ngram"), row(policy="full", budget_ratio=1.0),
         row(policy="top_p", budget_ratio=0.2), row(policy="pillar_last"),
         row(proposer="cascade", draft_steps=6, num_guesses=3),
-        row(policy="my_own", temperature=0.0, acceptor="ratio_test", num_draft_tokens=4),
+        row(policy="own_one", temperature=0.0, acceptor="ratio_test", min_budget=4),
     ]  # fmt: skip
     assert drawing.names_of(rows, without=["mode"]) == [
         "PillarAttn",
@@ -43,7 +43,7 @@ def test_rows_are_named_by_what_most_have_not():
         "top p, 20 % of the context",
         "PillarAttn, last",
         "PillarAttn, cascade, 6 draft steps, 3 guesses",
-        "my own, 4 drafts, greedy, ratio test",
+        "own one, at least 4 tokens, greedy, ratio test",
     ]
 
 
@@ -97,7 +97,7 @@ def test_a_picture_of_nothing_is_not_left_there(tmp_path):
         "environment": {"backend": "gpu", "devices": ["GPU X"]},
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    lines = [{"load": n, "value": {"a": 1}.get("a") * n} for n in (1, 2)]
+    lines = [{"load": n, "value": n} for n in (1, 2)]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = figures.draw(tmp_path, Single)
