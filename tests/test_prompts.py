@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -30,6 +31,13 @@ def test_prompt_files(tmp_path):
     lines.write_text("\n".join(map(json.dumps, values)))
     assert load(lines, chat=False) == ["plain", "p", chat, [1]]
     assert load(lines, chat=True)[2:] == [chat, [1]]
+
+
+def test_the_example_file_is_one_of_each_kind():
+    path = pathlib.Path(prompts.__file__).with_name("example_prompts.jsonl")
+    found = prompts.load_prompts(str(path), chat=False)
+    assert [type(line.prompt) for line in found] == [str, list, str]
+    assert [line.rest["id"] for line in found] == ["sea", "sky", "product"]
 
 
 def test_what_a_line_says_beside_its_prompt(tmp_path):
