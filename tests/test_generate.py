@@ -425,7 +425,8 @@ def test_samples_modes_and_keys_of_lines_survive_an_interruption(
     tmp_path, tiny_model, num_records
 ):
     """Three samples of a prompt, in one mode; each is there once and different."""
-    config, path = tiny(n=3, mode="speculative"), tmp_path / "run"
+    config = tiny(n=3, mode="speculative", journal_seconds=0.0)
+    path = tmp_path / "run"
     made = generate.Generate(config, model=tiny_model, prompts=PROMPTS)
     made.lines = [
         dataclasses.replace(line, rest={"id": f"p{i}", "answer": [i]})
@@ -436,6 +437,7 @@ def test_samples_modes_and_keys_of_lines_survive_an_interruption(
         with pytest.raises(Interruption):
             experiment.measure(made, directory)
     with open_run(path, config, resume=True) as directory:
+        assert {entry["sample"] for entry in directory.journal} == {0, 1, 2}
         made.check(directory)
         assert experiment.measure(made, directory) == ""
         records = directory.records
