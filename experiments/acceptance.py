@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import experiment, models
+from experiments import drawing, experiment, models
 from experiments.options import option
 from experiments.study_bench import OnContexts, Setting
 from experiments.study_config import Row
@@ -90,17 +90,15 @@ class Acceptance(OnContexts):
 
     @staticmethod
     def figure(axes, summary, records):
-        """Accepted drafts by budget, a line for each policy."""
+        """Accepted drafts of every policy and budget."""
         del summary
-        for policy in dict.fromkeys(record["policy"] for record in records):
-            points = [
-                (r["budget_ratio"], r["mean_accepted_draft_tokens"]["mean"])
-                for r in records
-                if r["policy"] == policy
-            ]
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=policy)
-        axes.set_xlabel("share of the context that a draft reads")
-        axes.set_ylabel("accepted drafts")
+        points = {
+            f"{drawing.policy(r['policy'])}, {100 * r['budget_ratio']:g} %": (
+                drawing.interval_of(r["mean_accepted_draft_tokens"])
+            )
+            for r in records
+        }
+        drawing.dots(axes, {"": points}, x="mean_accepted_draft_tokens")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
+from experiments.equality import MODES
 from experiments.models import DTYPES
 from experiments.options import Options, option
 from sparsespec_jax.config import (
+    KV_POLICIES,
     NUMERICS,
     EngineConfig,
     SamplingParams,
     SpeculationConfig,
 )
 from sparsespec_jax.policies.select import resolve_policy
+
+_KV_POLICIES = tuple(p for p in KV_POLICIES if p != "oracle")  # it must know lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,10 @@ class GenerateConfig(Options):
     prompts: str = option("", "A .txt or .jsonl file; empty: built-in problems.")
     num_prompts: int = option(0, "Only the first so many; 0: all.", at_least=0)
     chat: bool = option(True, "Wrap text prompts as the user turn of a chat.")
+    chat_template_kwargs: str = option(
+        "", 'Of chats: a JSON object such as {"enable_thinking": false}.'
+    )
+    mode: str = option("both", "Which decoding.", choices=(*MODES, "both"))
 
     temperature: float = option(0.65, "0 is greedy.")
     top_k: int = option(0, "Tokens kept by top-k; 0 keeps all.")
@@ -55,6 +64,10 @@ class GenerateConfig(Options):
     max_tokens: int = option(384, "New tokens per prompt at most.")
     ignore_eos: bool = option(False, "Go on past the model's end of text.")
     seed: int = option(0, "Prompt i samples with seed + i.")
+    n: int = option(1, "Samples per prompt, each its own noise.", at_least=1)
+    stop: tuple[str, ...] = option(
+        (), "Text that ends an output; once for each: --stop=A --stop=B.", kind=list
+    )
 
     num_draft_tokens: int = option(8, "Drafts per cycle, k; at least 1.")
     budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
@@ -70,6 +83,9 @@ class GenerateConfig(Options):
     page_size: int = option(16, "Tokens per KV page.")
     prefill_chunk: int = option(64, "Prompt tokens prefilled per step.")
     lag: int = option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
+    kv_policy: str = option(
+        "offload", "When the KV cache is full.", choices=_KV_POLICIES
+    )
     impl: str = option("", "Kernels: reference, tpu or gpu; empty: the platform's.")
     numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
     journal_seconds: float = option(
@@ -78,6 +94,7 @@ class GenerateConfig(Options):
         at_least=0,
         is_recorded=False,
     )
+    quiet: bool = option(False, "One line of each text, no more.", is_recorded=False)
 
     def __post_init__(self):
         """Build the option records once, so that each checks its own fields."""
@@ -88,7 +105,26 @@ class GenerateConfig(Options):
                 "plain decoding (0) is always run as the comparison"
             )
         self.sampling(0), self.speculation("speculative"), self.engine()
+        self.template_variables()
         resolve_policy(self.policy)
+
+    def template_variables(self) -> dict:
+        """Chat-template variables of every chat; ValueError if they are no object."""
+        try:
+            found = json.loads(self.chat_template_kwargs or "{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                "chat_template_kwargs must be a JSON object such as "
+                f'{{"enable_thinking": false}}, got {self.chat_template_kwargs!r}'
+            )
+        return found
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes to decode in."""
+        return MODES if self.mode == "both" else (self.mode,)
 
     def sampling(self, index: int) -> SamplingParams:
         """The law of prompt `index`, the same in both modes."""
@@ -98,6 +134,8 @@ class GenerateConfig(Options):
             top_p=self.top_p,
             min_p=self.min_p,
             seed=self.seed + index,
+            n=self.n,
+            stop=self.stop,
             max_tokens=self.max_tokens,
             ignore_eos=self.ignore_eos,
         )
@@ -123,6 +161,7 @@ class GenerateConfig(Options):
             page_size=self.page_size,
             prefill_chunk=self.prefill_chunk,
             lag=self.lag,
+            kv_policy=self.kv_policy,
             max_length=max_length,
             impl=self.impl or None,
             numerics=self.numerics,

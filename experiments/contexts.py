@@ -34,7 +34,7 @@ import numpy as np
 
 from experiments import context_files, fingerprint, launch, models, record, signals
 from experiments.options import Writes, option
-from experiments.prompts import essays, load_prompts, reasoning
+from experiments.prompts import PromptLine, essays, load_prompts, reasoning
 from sparsespec_jax import (
     Engine,
     EngineConfig,
@@ -73,12 +73,13 @@ def plain_options(*, length, num_slots, page_size, impl, prefill_chunk=32):
 
 
 def encode_chats(model, chats, *, length):
-    """Token ids of chats that are to become texts of `length` tokens.
+    """Token ids of chats, PromptLines, that are to become texts of `length` tokens.
 
     Raises:
       ValueError: the model has no tokenizer or chat format, or a chat is that long.
     """
-    encoded = [model.require_tokenizer().encode_chat(chat) for chat in chats]
+    encode = model.require_tokenizer().encode_chat
+    encoded = [encode(c.prompt, **(c.chat_template_kwargs or {})) for c in chats]
     for index, ids in enumerate(encoded):
         if len(ids) >= length:
             raise ValueError(
@@ -323,7 +324,8 @@ def _chats(values):
         if len(chats) < count:
             raise ValueError(f"{values.prompts} holds {len(chats)} of {count} prompts")
         return chats[:count]
-    return reasoning(count) if values.source == "reasoning" else essays(count)
+    own = reasoning if values.source == "reasoning" else essays
+    return [PromptLine(chat) for chat in own(count)]
 
 
 def _file_prompts(values, model, behind):

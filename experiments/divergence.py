@@ -23,9 +23,8 @@ from experiments import contexts, experiment, models
 from experiments.config import Drafting
 from experiments.experiment import Experiment
 from experiments.options import option
-from experiments.prompts import load_prompts
+from experiments.prompts import load_prompts, prepare_lines
 from sparsespec_jax import Engine, EngineConfig, SamplingParams, sizes
-from sparsespec_jax.host.intake import prepare_all
 from sparsespec_jax.models.transformer import causal_attend, forward, logits
 
 
@@ -77,7 +76,7 @@ class Divergence(Experiment):
 
     def _encoded(self, prompts):
         laws = [SamplingParams(max_tokens=self.config.max_tokens)] * len(prompts)
-        prepared = prepare_all(self.model, prompts, laws)
+        prepared = prepare_lines(self.model, prompts, laws)
         return [list(prompt.token_ids) for prompt in prepared]
 
     def _options(self, is_plain):

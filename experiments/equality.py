@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from sparsespec_jax.host.cost_model import token_forwards_per_token
 from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
@@ -17,7 +18,9 @@ class Comparison:
 
     num_tokens: int  # output tokens of plain decoding
     num_identical: int  # of them, equal at the same place of the same prompt
-    divergences: tuple[tuple[int, int], ...]  # (prompt, first differing position)
+    divergences: tuple[
+        tuple[Any, int], ...
+    ]  # (key of a text, first differing position)
 
     @property
     def is_identical(self) -> bool:
@@ -25,8 +28,8 @@ class Comparison:
         return not self.divergences
 
 
-def compare(plain: dict[int, list[int]], speculative: dict[int, list[int]]):
-    """Compare token ids by prompt index; both must hold the same prompts.
+def compare(plain: dict[Any, list[int]], speculative: dict[Any, list[int]]):
+    """Compare token ids by (prompt, sample); both must hold the same texts.
 
     Raises:
         ValueError: a prompt is missing on one side.
@@ -69,17 +72,68 @@ def stats_of(records, *, like: DecodeStats) -> DecodeStats:
 
 def excerpt(item: dict, num_chars: int = 700) -> str:
     """The start of one record's text under a line that describes it."""
-    text = item["text"] if item["text"] is not None else str(item["token_ids"])
+    text = _text_of(item)
     rest = len(text) - num_chars
     if rest > 0:
         text = f"{text[:num_chars]} ... ({rest} more characters)"
-    head = f"prompt {item['index']}, {len(item['token_ids'])} tokens"
-    return f"--- {head}, finish reason {item['finish_reason']} ---\n{text}"
+    return f"--- {_head(item)}, finish reason {item['finish_reason']} ---\n{text}"
+
+
+def one_line(item: dict, num_chars: int = 60) -> str:
+    """One record in a line: which it is, and how its text begins."""
+    text = _text_of(item)
+    text = text if len(text) <= num_chars else f"{text[:num_chars]} ..."
+    return f"{_head(item)}: {text!r}"
+
+
+def _text_of(item):
+    return item["text"] if item["text"] is not None else str(item["token_ids"])
+
+
+def _head(item):
+    place = _named((item["index"], item.get("sample", 0)))
+    return f"{place}, {len(item['token_ids'])} tokens"
+
+
+def _named(key):
+    """A text in words: its prompt, and its sample if that is not the first."""
+    prompt, sample = key if isinstance(key, tuple) else (key, 0)
+    return f"prompt {prompt}" + (f" sample {sample}" if sample else "")
 
 
 def table(stats: dict[str, DecodeStats]) -> str:
     """The card of a run: one row per quantity, one column per mode."""
-    plain, spec = (stats[mode] for mode in MODES)
+
+    def each(cell):
+        return [cell(found) for found in stats.values()]
+
+    rows = [
+        ("", [*stats]),
+        ("output tokens", each(lambda s: f"{s.total.num_output_tokens}")),
+        ("engine steps", each(lambda s: f"{s.num_steps}")),
+        ("tokens/s", each(lambda s: f"{s.tokens_per_s:.1f}")),
+        ("acceptance length", each(lambda s: f"{s.total.mean_acceptance_length:.2f}")),
+        (
+            "  mean over requests",
+            each(lambda s: f"{s.mean_over_requests('mean_acceptance_length'):.2f}"),
+        ),
+        ("KV read per token", each(_kv_per_token)),
+    ]
+    if len(stats) == len(MODES):
+        rows += _gains(*(stats[mode] for mode in MODES))
+    lines = [
+        f"{name:<34} " + " ".join(f"{cell:>12}" for cell in cells)
+        for name, cells in rows
+    ]
+    if "speculative" in stats:
+        lines += ["", _acceptance_lines(stats["speculative"].total)]
+        if hint := stats["speculative"].hint:
+            lines.append(f"note: {hint}")
+    return "\n".join(lines)
+
+
+def _gains(plain, spec):
+    """Rows of the table that compare both modes."""
     total = spec.total
     forwards = token_forwards_per_token(
         num_draft_tokens=total.max_draft_tokens,
@@ -87,29 +141,12 @@ def table(stats: dict[str, DecodeStats]) -> str:
     )
     speedup = spec.tokens_per_s / plain.tokens_per_s
     bound = spec.speed_of_light
-    rows = [
-        ("", *MODES),
-        ("output tokens", *_both(stats, lambda s: f"{s.total.num_output_tokens}")),
-        ("engine steps", *_both(stats, lambda s: f"{s.num_steps}")),
-        ("tokens/s", *_both(stats, lambda s: f"{s.tokens_per_s:.1f}")),
-        (
-            "acceptance length",
-            *_both(stats, lambda s: f"{s.total.mean_acceptance_length:.2f}"),
-        ),
-        (
-            "  mean over requests",
-            *_both(
-                stats, lambda s: f"{s.mean_over_requests('mean_acceptance_length'):.2f}"
-            ),
-        ),
-        ("KV read per token", *_both(stats, _kv_per_token)),
-        ("speed-up, measured", "1.00", f"{speedup:.2f}"),
-        ("speed-up, bound by memory traffic", "1.00", f"{bound:.2f}"),
-        ("  measured / bound", "", f"{speedup / bound:.2f}"),
-        ("token forwards per token", "1.00", f"{forwards:.2f}"),
+    return [
+        ("speed-up, measured", ["1.00", f"{speedup:.2f}"]),
+        ("speed-up, bound by memory traffic", ["1.00", f"{bound:.2f}"]),
+        ("  measured / bound", ["", f"{speedup / bound:.2f}"]),
+        ("token forwards per token", ["1.00", f"{forwards:.2f}"]),
     ]
-    lines = [f"{name:<34} {left:>12} {right:>12}" for name, left, right in rows]
-    return "\n".join([*lines, "", _acceptance_lines(total)])
 
 
 def closing_lines(
@@ -120,7 +157,7 @@ def closing_lines(
     same = f"{comparison.num_identical} of {comparison.num_tokens} tokens identical"
     lines = [f"{same} to plain decoding"]
     if comparison.divergences and is_deterministic:
-        where = ", ".join(f"prompt {p} token {t}" for p, t in comparison.divergences)
+        where = ", ".join(f"{_named(p)} token {t}" for p, t in comparison.divergences)
         lines.insert(0, f"NOT LOSSLESS: first differences at {where}")
     elif comparison.divergences:
         lines.append("(the ratio test keeps the law of the text, not its sample path)")
@@ -131,10 +168,6 @@ def closing_lines(
     )
     lines.append(f"KV bytes per token: {total.kv_read_ratio:.3f} of plain decoding")
     return "\n".join(lines)
-
-
-def _both(stats, cell):
-    return tuple(cell(stats[mode]) for mode in MODES)
 
 
 def _kv_per_token(stats):

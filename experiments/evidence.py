@@ -54,6 +54,8 @@ class Entry:
             return "does not say which command made it"
         if self.run.flags.get("smoke"):
             return "a smoke run"
+        if self.run.flags.get("mode", "both") != "both" and self.is_of("generate"):
+            return "one mode only: nothing to compare with"
         if not self.run.is_complete:
             return f"incomplete: {self.rows} rows"
         return "changed working copy" if self.run.environment.get("dirty") else ""

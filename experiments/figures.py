@@ -2,19 +2,27 @@
 
     python -m experiments.figures --results experiments/results
 
-Needs the extra `plots`. Each experiment draws its own (`Experiment.figure`).
+Needs the extra `plots`. Each experiment draws its own (`Experiment.figure`), all in one
+style (`experiments.drawing`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 
-from experiments import experiment, launch, reader, record, signals
+from experiments import (
+    drawing,
+    evidence,
+    experiment,
+    launch,
+    reader,
+    record,
+    signals,
+)
 from experiments.options import Options, option
-from experiments.study_config import Row, as_json
+from experiments.study_config import as_json, as_row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,51 +43,41 @@ def drawable(results):
     return found
 
 
-def lines_of(summary, records):
-    """{series: [(x, mean, low, high)]} of a study, in the order of the rows.
-
-    A series also names every other setting in which its rows differ.
-    """
-    x, y, series = summary["x"], summary["y"], summary["series"]
-    varied = [
-        name
-        for name in as_json(Row())
-        if name not in (x, series)
-        and len({json.dumps(r.get(name)) for r in records}) > 1
-    ]
-    if x == "policy":
-        varied = [v for v in varied if v not in ("budget_ratio",)]
-    lines = {}
-    for row in records:
-        figure = row.get(y) or row.get("expected_accepted")
-        label = " ".join(
-            [str(row[series]), *(f"{name}={row[name]}" for name in varied)]
-        )
-        low, high = figure["interval"]
-        lines.setdefault(label, []).append((row[x], figure["mean"], low, high))
-    return lines
-
-
 def study_lines(axes, summary, records):
     """A study: it names its axes, and a row's interval is its error bar."""
-    for label, points in lines_of(summary, records).items():
-        is_number = all(isinstance(p[0], int | float) for p in points)
-        if is_number:
-            points = sorted(points)
-        places = [p[0] if is_number else str(p[0]) for p in points]
-        means = [p[1] for p in points]
-        errors = [[p[1] - p[2] for p in points], [p[3] - p[1] for p in points]]
-        style = "o-" if is_number else "o"
-        axes.errorbar(places, means, errors, fmt=style, capsize=3, label=label)
-    axes.set_xlabel(summary["x"].replace("_", " "))
-    axes.set_ylabel(summary["y"].replace("_", " "))
-    if not is_number:
-        for name in axes.get_xticklabels():
-            name.set(rotation=60, ha="right", rotation_mode="anchor")
+    rows = [as_json(as_row(found)) for found in records]
+    x, series = summary["x"], summary["series"]
+    figures = [found.get(summary["y"]) for found in records]
+    names = {summary["y"] if figure else "expected_accepted" for figure in figures}
+    figures = [
+        drawing.interval_of(figure or found["expected_accepted"])
+        for figure, found in zip(figures, records, strict=True)
+    ]
+    y = " / ".join(drawing.axis(name) for name in sorted(names))
+    drafts = {row["num_draft_tokens"] for row in rows}
+    if len(drafts) == 1 and "recall" not in names:
+        y += f", of {drafts.pop()}"
+    lines = {}
+    if x == "policy":
+        labels = drawing.names_of(rows, without=[series])
+        for row, label, figure in zip(rows, labels, figures, strict=True):
+            of_series = lines.setdefault(drawing.in_words(series, row[series]), {})
+            of_series[label] = figure
+        drawing.dots(axes, lines, x=y)
+        return
+    labels = drawing.names_of(rows, without=[x, "less_index"])
+    for row, label, figure in zip(rows, labels, figures, strict=True):
+        place = sum(row[x]) / 2 if x == "contexts" else row[x]
+        lines.setdefault(label, []).append((place, *figure))
+    drawing.curves(axes, lines, x=x, y=y)
 
 
 def draw(directory, kind):
-    """Write figure.png and figure.svg of one run; returns the PNG's path."""
+    """Write figure.png and figure.svg of one run.
+
+    Returns the PNG's path, or None if there is nothing to draw: a figure of an earlier
+    time goes then.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,18 +86,27 @@ def draw(directory, kind):
 
     directory = pathlib.Path(directory)
     summary = record.read_json(directory / "summary.json")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    kind.figure(axes, summary, record.load(directory)[1])
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
-    for suffix in ("png", "svg"):
-        metadata = {"Date": None} if suffix == "svg" else {}  # the same file each time
+    config, records = record.load(directory)
+    environment = record.read_json(directory / "environment.json")
+    name = config.get("study", kind.name).replace("_", " ")
+    name = f"Study {name}" if "study" in config else name.capitalize()
+    title = drawing.title_of(name, config, evidence.device_of(environment), records)
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    kind.figure(axes, summary, records)
+    files = [directory / f"figure.{suffix}" for suffix in ("png", "svg")]
+    if not axes.has_data():
+        pyplot.close(figure)
+        for file in files:
+            file.unlink(missing_ok=True)
+        return None
+    drawing.finish(figure, axes, title)
+    for file in files:
+        metadata = {"Date": None} if file.suffix == ".svg" else {}  # the same each time
         with signals.deferred():
-            figure.savefig(directory / f"figure.{suffix}", dpi=120, metadata=metadata)
-            signals.kept(directory / f"figure.{suffix}")
+            figure.savefig(file, dpi=120, metadata=metadata)
+            signals.kept(file)
     pyplot.close(figure)
-    return directory / "figure.png"
+    return files[0]
 
 
 def main(values):
@@ -109,7 +116,7 @@ def main(values):
             raise ValueError('figures need matplotlib: pip install -e ".[plots]"')
         found = drawable(values.results)
     for directory, kind in found:
-        print(draw(directory, kind))
+        print(draw(directory, kind) or f"{directory}: no figure, for a single value")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pathlib
 
 from absl import app
 
-from experiments import launch, record
+from experiments import drawing, launch, record
 from experiments.options import Writes, option
 
 STUDY = "study_policies_replay_cpu"
@@ -45,13 +45,14 @@ def sources(results):
 
 
 def accepted(results):
-    """[(label, mean, standard error)], one for each of BARS, and of what."""
+    """[(label, (mean, low, high))], one for each of BARS, and of what."""
     directory = pathlib.Path(results) / STUDY
     config, records = record.load(directory)
     environment = json.loads((directory / "environment.json").read_text())
     found = {r["policy"]: r for r in records if r["temperature"] == TEMPERATURE}
     figures = [
-        (label, found[name]["expected_accepted"]) for name, label in BARS.items()
+        (label, drawing.interval_of(found[name]["expected_accepted"]))
+        for name, label in BARS.items()
     ]
     row = found["pillar"]
     setting = {
@@ -59,8 +60,9 @@ def accepted(results):
         "share": row["budget_ratio"],
         "model": config["model"],
         "device": environment["backend"].upper(),
+        "texts": row["expected_accepted"]["num_contexts"],
     }
-    return [(label, f["mean"], f["standard_error"]) for label, f in figures], setting
+    return figures, setting
 
 
 def speedups(results):
@@ -80,16 +82,21 @@ def speedups(results):
 
 
 def _draw_accepted(axes, bars, setting):
-    labels, means, errors = zip(*reversed(bars), strict=True)
+    labels, figures = zip(*reversed(bars), strict=True)
+    means = [mean for mean, _, _ in figures]
+    errors = [[m - low for m, low, _ in figures], [high - m for m, _, high in figures]]
     colors = ["C0" if label == BARS["pillar"] else "0.8" for label in labels]
     axes.barh(labels, means, xerr=errors, color=colors, capsize=3)
     for place, mean in enumerate(means):
         axes.text(0.15, place, f"{mean:.1f}", va="center")
     axes.set_xlim(0, 1.05 * setting["drafts"])
-    axes.set_xlabel(f"accepted of {setting['drafts']} drafts")
+    axes.set_xlabel(
+        f"accepted of {setting['drafts']} drafts ({drawing.INTERVAL})", fontsize=9
+    )
     axes.set_title(
         f"A draft reads {100 * setting['share']:.0f} % of the KV cache: which?\n"
-        f"{setting['model']} with its weights, {setting['device']}",
+        f"{setting['model']} with its weights, {setting['device']}, "
+        f"{setting['texts']} texts",
         fontsize=10,
     )
 
@@ -109,7 +116,7 @@ def _draw_speedups(axes, lines, setting):
         f"random weights, chance {setting['acceptance']:g} of a draft assumed",
         fontsize=10,
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
 
 
@@ -122,7 +129,7 @@ def draw(results, output):
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
-        ncols=2, figsize=(9.5, 3.4), layout="constrained"
+        ncols=2, figsize=(10.5, 3.4), layout="constrained"
     )
     _draw_accepted(left, *accepted(results))
     _draw_speedups(right, *speedups(results))

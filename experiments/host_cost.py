@@ -16,7 +16,7 @@ from collections import deque
 
 import numpy as np
 
-from experiments import experiment
+from experiments import drawing, experiment
 from experiments.experiment import Experiment
 from experiments.options import Options, option
 from sparsespec_jax import SamplingParams, SpeculationConfig
@@ -204,11 +204,11 @@ class HostCost(Experiment):
     def figure(axes, summary, records):
         """Microseconds of a step by load."""
         del summary
-        loads = [record["num_requests"] for record in records]
-        for name in ("plan_us", "commit_us"):
-            axes.plot(loads, [record[name] for record in records], "o-", label=name)
-        axes.set_xlabel("requests")
-        axes.set_ylabel("microseconds a step")
+        lines = {
+            label: [(record["num_requests"], record[name]) for record in records]
+            for name, label in (("plan_us", "planning"), ("commit_us", "committing"))
+        }
+        drawing.curves(axes, lines, x="requests", y="microseconds a step")
 
 
 if __name__ == "__main__":

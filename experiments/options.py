@@ -23,6 +23,7 @@ _DEFINE = {
     float: flags.DEFINE_float,
     bool: flags.DEFINE_bool,
     tuple: flags.DEFINE_list,
+    list: flags.DEFINE_multi_string,
 }
 
 
@@ -38,7 +39,8 @@ def option(
         choices: the values, or items, that it takes.
         at_least: least value of it, or of its items.
         at_most: largest value.
-        kind: its type, where the default does not tell it.
+        kind: its type, where the default does not tell it. `list` is a tuple of texts
+            whose flag is given once for each: a text may hold commas and line ends.
         of: type of the items of a tuple, where the default does not tell it.
         is_recorded: a resumed run must have the same value.
     """
@@ -59,7 +61,7 @@ class Options:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_list = field.metadata["kind"] is tuple
+            is_list = field.metadata["kind"] in (tuple, list)
             if is_list and field.default and value == ():
                 raise ValueError(f"--{field.name} is empty: name at least one")
             items = value if is_list else (value,)
@@ -142,7 +144,7 @@ def make(kind, values):
 
 def _converted(field, value):
     """The value of a flag; absl leaves the items of lists as text."""
-    if field.metadata["kind"] is not tuple:
+    if field.metadata["kind"] not in (tuple, list):
         return value
     try:
         return tuple(map(field.metadata["of"], value))

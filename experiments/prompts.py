@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
 import random
 
+from sparsespec_jax.host.intake import prepare_all
+from sparsespec_jax.loading.chat import chat_messages
+
 # A prompt is text, a list of chat messages or a list of token ids.
 Prompt = str | list[dict] | list[int]
+_VARIABLES = "chat_template_kwargs"
+_COMMON_VARIABLES = ("tools", "documents", "enable_thinking")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLine:
+    """A prompt of a file, and what its line says beside it."""
+
+    prompt: Prompt
+    chat_template_kwargs: dict | None = None
+    rest: dict = dataclasses.field(default_factory=dict)  # keys that are the user's
+
+
+def prepare_lines(model, lines, laws):
+    """PreparedPrompt of each PromptLine; `laws` are as many SamplingParams.
+
+    Raises:
+        ValueError: as `intake.prepare_all`.
+    """
+    prompts = [line.prompt for line in lines]
+    variables = [line.chat_template_kwargs for line in lines]
+    return prepare_all(model, prompts, laws, variables)
+
 
 _PROBLEMS = (
     "A ferry leaves the north bank every 12 minutes and the south bank every 18 "
@@ -117,39 +144,47 @@ def as_chat(text: str) -> Prompt:
     return [{"role": "user", "content": text}]
 
 
-def load_prompts(path: str, *, chat: bool) -> list[Prompt]:
+def load_prompts(
+    path: str, *, chat: bool, chat_template_kwargs: dict | None = None
+) -> list[PromptLine]:
     """Prompts of a file, or the built-in ones for an empty path.
 
     A .txt file holds one prompt per non-empty line. A line of a .jsonl file is a
     string, or an object with exactly one of ``prompt`` (text), ``messages`` (list of
-    ``{"role", "content"}``) and ``token_ids`` (list of integers); its other keys are
-    ignored. Lines end at a line feed, or a carriage return and a line feed, and nowhere
-    else.
+    ``{"role", "content"}``, content a text or parts ``{"type": "text", "text"}``) and
+    ``token_ids`` (list of integers). ``chat_template_kwargs`` beside it holds variables
+    of the chat template; all other keys are `rest`. Lines end at a line feed, or a
+    carriage return and a line feed, and nowhere else.
 
     Args:
         path: the file, UTF-8 with or without a byte-order mark; "" for the built-in
             problems.
         chat: wrap text prompts as the user turn of a chat.
+        chat_template_kwargs: of all lines; a line's own come before.
 
     Raises:
         ValueError: the file is missing, empty or of another kind, or a line of it is
             malformed (the message names file and line).
     """
     if not path:
-        return built_in()
+        return [PromptLine(chat, chat_template_kwargs) for chat in built_in()]
     suffix = pathlib.Path(path).suffix
     if suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts: {path} must end in .txt or .jsonl")
-    prompts = []
+    lines = []
     for number, line in enumerate(_read_lines(path), start=1):
         if line.strip():
             parse = _parse_text if suffix == ".txt" else _parse
-            prompt = parse(line, f"{path}:{number}")
-            as_text = isinstance(prompt, str)
-            prompts.append(as_chat(prompt) if as_text and chat else prompt)
-    if not prompts:
+            found = parse(line, f"{path}:{number}")
+            own = found.chat_template_kwargs or {}
+            variables = (chat_template_kwargs or {}) | own or None
+            prompt = found.prompt
+            if isinstance(prompt, str) and chat:
+                prompt = as_chat(prompt)
+            lines.append(PromptLine(prompt, variables, found.rest))
+    if not lines:
         raise ValueError(f"prompts: {path} holds no prompt")
-    return prompts
+    return lines
 
 
 def _read_lines(path):
@@ -164,15 +199,15 @@ def _read_lines(path):
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def _parse_text(line, where) -> str:
+def _parse_text(line, where) -> PromptLine:
     if "\0" in line:
         raise ValueError(
             f"prompts: {where} holds a NUL byte: save the file as UTF-8 text"
         )
-    return line
+    return PromptLine(line)
 
 
-def _parse(line, where) -> Prompt:
+def _parse(line, where) -> PromptLine:
     try:
         value = json.loads(
             line, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
@@ -191,17 +226,33 @@ def _parse(line, where) -> Prompt:
             f"{', '.join(kinds)}; found {found or type(value).__name__}"
         )
     kind = found[0]
-    if not kinds[kind](value[kind]):
-        raise ValueError(f"prompts: {where}: {kind} is empty or of the wrong type")
     try:
-        json.dumps(value[kind], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        raise ValueError(
-            f"prompts: {where}: {kind} holds \\u{code:04x}, half of a surrogate pair, "
-            "which is no character"
-        ) from None
-    return value[kind]
+        fits = kinds[kind](value[kind])
+    except ValueError as error:
+        raise ValueError(f"prompts: {where}: {error}") from None
+    if not fits:
+        raise ValueError(f"prompts: {where}: {kind} is empty or of the wrong type")
+    variables = value.get(_VARIABLES)
+    if not isinstance(variables, dict | None):
+        raise ValueError(f"prompts: {where}: {_VARIABLES} must be an object")
+    for name in _COMMON_VARIABLES:
+        if name in value:
+            raise ValueError(f"prompts: {where}: put {name} into {_VARIABLES}")
+    _refuse_half_pairs({k: value[k] for k in (kind, _VARIABLES) if k in value}, where)
+    rest = {k: v for k, v in value.items() if k not in (kind, _VARIABLES)}
+    return PromptLine(value[kind], variables, rest)
+
+
+def _refuse_half_pairs(texts, where):
+    for name, value in texts.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise ValueError(
+                f"prompts: {where}: {name} holds \\u{code:04x}, half of a surrogate "
+                "pair, which is no character"
+            ) from None
 
 
 def _without_repeats(pairs):
@@ -223,13 +274,7 @@ def _is_text(value):
 
 
 def _is_chat(value):
-    def is_message(item):
-        keys = ("role", "content")
-        return isinstance(item, dict) and all(
-            isinstance(item.get(key), str) for key in keys
-        )
-
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+    return isinstance(value, list) and bool(chat_messages(value))
 
 
 def _is_ids(value):

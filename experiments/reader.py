@@ -93,7 +93,11 @@ def _of_directory(path):
         rows = record.load(path)[1]
         found = len(rows)
     else:  # texts left out: the totals of each mode are what there is
-        rows = [{"mode": mode} | figures[mode]["total"] for mode in _MODES]
+        rows = [
+            {"mode": mode} | figures[mode]["total"]
+            for mode in _MODES
+            if mode in figures
+        ]
         found = sum(row["num_requests"] for row in rows)
     name = figures.get("experiment") or inputs.get("launcher")
     name = name or ("study" if "study" in flags else "generate")

@@ -20,7 +20,7 @@ import signal
 import sys
 from multiprocessing import resource_tracker
 
-from experiments import experiment, signals
+from experiments import drawing, experiment, signals
 from experiments.experiment import Experiment
 from experiments.kv_trace import Replay, TraceOptions, make_shape
 from experiments.options import Options, option
@@ -145,11 +145,17 @@ class Simulate(Experiment):
     def figure(axes, summary, records):
         """The pool's use over the steps."""
         del summary
-        for record in records:
-            series = record["series"]
-            axes.plot(series["step"], series["utilisation"], label=record["policy"])
-        axes.set_xlabel("step")
-        axes.set_ylabel("share of the pool in use")
+        lines = {
+            record["policy"]: list(
+                zip(
+                    record["series"]["step"],
+                    record["series"]["utilisation"],
+                    strict=True,
+                )
+            )
+            for record in records
+        }
+        drawing.curves(axes, lines, x="step", y="share of the pool in use")
 
 
 if __name__ == "__main__":

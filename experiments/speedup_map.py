@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 
-from experiments import experiment, made_up
+from experiments import drawing, experiment, made_up
 from experiments.experiment import Experiment
 from experiments.loads import LOADS
 from experiments.models import SHAPES, random_model
@@ -128,16 +128,17 @@ class SpeedupMap(Experiment):
     def figure(axes, summary, records):
         """Speed-up of the chosen k by context length, a line for each slots."""
         del summary
-        for slots in dict.fromkeys(record["slots"] for record in records):
-            points = [
-                (record["context_length"], record["chosen_speedup"])
-                for record in records
-                if record["slots"] == slots
-            ]
-            axes.plot(*zip(*points, strict=True), "o-", label=f"{slots} requests")
+        lines = {}
+        for record in records:
+            point = record["context_length"], record["chosen_speedup"]
+            lines.setdefault(f"{record['slots']} requests", []).append(point)
+        drawing.curves(
+            axes, lines, x="context length, tokens", y="times plain decoding"
+        )
         axes.set_xscale("log")
-        axes.set_xlabel("context length, tokens")
-        axes.set_ylabel("times plain decoding")
+        lengths = sorted({record["context_length"] for record in records})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from experiments import experiment, made_up, time_split
+from experiments import drawing, experiment, made_up, time_split
 from experiments.experiment import Experiment
 from experiments.loads import LOADS
 from experiments.models import random_model
@@ -104,12 +104,13 @@ class StepTime(Experiment):
     def figure(axes, summary, records):
         """Milliseconds by context, a line for each k."""
         del summary
-        for record in records:
-            points = [(int(n), ms) for n, ms in record["ms_per_step"].items()]
-            label = f"k = {record['num_draft_tokens']}"
-            axes.plot(*zip(*points, strict=True), "o-", label=label)
-        axes.set_xlabel("tokens in every slot")
-        axes.set_ylabel("milliseconds a step")
+        lines = {
+            f"k = {record['num_draft_tokens']}": [
+                (int(n), ms) for n, ms in record["ms_per_step"].items()
+            ]
+            for record in records
+        }
+        drawing.curves(axes, lines, x="tokens in every slot", y="milliseconds a step")
 
 
 if __name__ == "__main__":

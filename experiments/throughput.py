@@ -26,7 +26,7 @@ from experiments.experiment import Experiment
 from experiments.loads import LOADS, Load, check_requests
 from experiments.models import random_model
 from experiments.options import option
-from experiments.prompts import load_prompts
+from experiments.prompts import load_prompts, prepare_lines
 from experiments.step_clock import ClockedEngine, idle_between
 from pallas_kernels import default_impl, device_trace
 from pallas_kernels.timing import measure_flop_rate, measure_rates
@@ -40,7 +40,6 @@ from sparsespec_jax import (
 )
 from sparsespec_jax.device.state import pool_bytes_per_page
 from sparsespec_jax.host.cost_model import Chooser, accepted_drafts
-from sparsespec_jax.host.intake import prepare_all
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.tuning.calibrate import load_or_measure
 
@@ -83,7 +82,7 @@ def make_prompts(load: ThroughputConfig, model: Model) -> list[list[int]]:
         shape = (load.num_requests, load.prompt_length)
         return rng.integers(10, model.config.vocab_size - 10, shape).tolist()
     prompts = load_prompts(load.prompts, chat=True)
-    prepared = prepare_all(model, prompts, [load.sampling(0)] * len(prompts))
+    prepared = prepare_lines(model, prompts, [load.sampling(0)] * len(prompts))
     encoded = [list(prompt.token_ids) for prompt in prepared]
     return [encoded[i % len(encoded)] for i in range(load.num_requests)]
 

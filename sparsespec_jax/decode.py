@@ -7,10 +7,13 @@ exception, by Ctrl-C, or because nobody wants the rest of a stream.
 import contextlib
 import dataclasses
 import time
+from collections.abc import Mapping
+from reprlib import repr as short
 
 from sparsespec_jax.config import EngineConfig, SamplingParams, SpeculationConfig
 from sparsespec_jax.engine import Engine
 from sparsespec_jax.host.intake import prepare, prepare_all
+from sparsespec_jax.host.progress_bar import compiling
 from sparsespec_jax.host.results import DecodeResults
 from sparsespec_jax.sizes import check_types, with_length
 
@@ -28,6 +31,7 @@ def decode(
     sampling=None,
     speculation=None,
     engine=None,
+    chat_template_kwargs=None,
     progress=None,
     on_result=None,
 ):
@@ -37,19 +41,27 @@ def decode(
     (`SpeculationConfig(num_draft_tokens=0)`) with the same seeds, whatever the other
     options are.
 
+    A text depends on its prompt, its law and its seed alone. So a prompt given twice
+    with one seed gives one text twice: several texts of a prompt are
+    `SamplingParams(n=...)`, or SamplingParams of another seed each.
+
     >>> model = load_model("smollm2")  # doctest: +SKIP
     >>> decode(model, ["Why is the sky blue?"])[0].text  # doctest: +SKIP
 
     Args:
       model: a Model (see `load_model`).
-      prompts: a list of prompts, each text, a list of chat messages, or token ids.
+      prompts: a list of prompts, each text, a list of chat messages, or token ids. The
+        content of a message is a text or a list of `{"type": "text", "text": ...}`.
       sampling: SamplingParams for all prompts, or one per prompt. `n` samples of a
         prompt follow each other in the results.
       speculation: SpeculationConfig.
       engine: EngineConfig; `max_length=None` here means room for the longest prompt
         and output given, rounded up so that the next call compiles nothing.
-      progress: True for a progress bar over output tokens, or a function called
-        with each StreamEvent.
+      chat_template_kwargs: variables of the chat template, `{"enable_thinking": False,
+        "tools": [...]}` say: a dict for all prompts, which are chats then, or a list
+        of a dict or None per prompt. One that the template never reads is refused.
+      progress: True for a progress bar over output tokens, which says at first for how
+        long it has been compiling; or a function called with each StreamEvent.
       on_result: called with each DecodeResult as it finishes.
 
     Raises:
@@ -61,19 +73,32 @@ def decode(
     had finished, and `unfinished`, a RequestProgress of each other one that had begun.
     `Engine.resume_request` goes on from it to the text that it would have had.
     """
-    runner = _prepare(model, prompts, sampling, speculation, engine)
-    finished = _Finished(runner)
-    with finished.carried_by_exceptions():
-        step, display = _progress(progress, runner)
-        with runner, display:
-            while runner.has_work:
-                for result in finished.add(step()):
-                    if on_result is not None:
-                        on_result(result)
-        return finished.as_results()
+    runner = _prepare(
+        model, prompts, sampling, speculation, engine, chat_template_kwargs
+    )
+    step, bar = _progress(progress, runner)
+    with contextlib.nullcontext() if bar is None else contextlib.closing(bar):
+        with compiling(bar):
+            runner.warm_up()
+        finished = _Finished(runner)
+        with finished.carried_by_exceptions():
+            with runner:
+                while runner.has_work:
+                    for result in finished.add(step()):
+                        if on_result is not None:
+                            on_result(result)
+            return finished.as_results()
 
 
-def stream(model, prompts, *, sampling=None, speculation=None, engine=None):
+def stream(
+    model,
+    prompts,
+    *,
+    sampling=None,
+    speculation=None,
+    engine=None,
+    chat_template_kwargs=None,
+):
     """Yield a StreamEvent whenever a request has new output; arguments as `decode`.
 
     Closing the generator early drops what is unfinished.
@@ -83,7 +108,10 @@ def stream(model, prompts, *, sampling=None, speculation=None, engine=None):
       KeyboardInterrupt: Ctrl-C while the generator runs. It carries what exceptions of
         `decode` do.
     """
-    runner = _prepare(model, prompts, sampling, speculation, engine)
+    runner = _prepare(
+        model, prompts, sampling, speculation, engine, chat_template_kwargs
+    )
+    runner.warm_up()
 
     def events():
         finished = _Finished(runner)
@@ -96,7 +124,9 @@ def stream(model, prompts, *, sampling=None, speculation=None, engine=None):
     return events()
 
 
-def score(model, prompts, outputs, *, sampling=None, engine=None):
+def score(
+    model, prompts, outputs, *, sampling=None, engine=None, chat_template_kwargs=None
+):
     """Log-probabilities of the tokens of given outputs, each behind its prompt.
 
     Texts go through the step that decodes: prompts by chunks, outputs by verifications.
@@ -114,6 +144,7 @@ def score(model, prompts, outputs, *, sampling=None, engine=None):
         that SamplingParams lists) are wanted. Nothing else of it counts.
       engine: EngineConfig; with `numerics="exact"` the results are those of `decode`
         with exact numerics in every bit, whatever the other options of both were.
+      chat_template_kwargs: as `decode` takes them.
 
     Returns:
       A list with a tuple of floats per output, natural logarithms. A token that the law
@@ -132,9 +163,10 @@ def score(model, prompts, outputs, *, sampling=None, engine=None):
     known = [_token_ids(model, number, ids) for number, ids in enumerate(outputs)]
     laws = _one_per_prompt(sampling, len(prompts))
     laws = [_scored_law(law, len(ids)) for law, ids in zip(laws, known, strict=True)]
+    variables = _variables_per_prompt(chat_template_kwargs, len(prompts))
     prepared = [
         dataclasses.replace(prompt, stop_ids=frozenset())
-        for prompt in prepare_all(model, prompts, laws)
+        for prompt in prepare_all(model, prompts, laws, variables)
     ]
     if engine.max_length is None:
         longest = max(prompt.limit for prompt in prepared)
@@ -194,14 +226,15 @@ class _Finished:
             raise
 
 
-def _prepare(model, prompts, sampling, speculation, engine):
-    """An Engine with all requests queued, everything checked, and warmed up."""
+def _prepare(model, prompts, sampling, speculation, engine, chat_template_kwargs):
+    """An Engine with all requests queued and everything checked."""
     speculation = speculation or SpeculationConfig()
     engine = engine or EngineConfig()
     check_types(model, speculation, engine)
     prompts = _listed(prompts)
     sampling = _one_per_prompt(sampling, len(prompts))
-    prepared = prepare_all(model, prompts, sampling)
+    variables = _variables_per_prompt(chat_template_kwargs, len(prompts))
+    prepared = prepare_all(model, prompts, sampling, variables)
     if engine.max_length is None:
         longest = max(prompt.limit for prompt in prepared)
         if longest > model.config.max_length:
@@ -213,7 +246,6 @@ def _prepare(model, prompts, sampling, speculation, engine):
     runner = Engine(model, speculation=speculation, engine=engine)
     for index, prompt in enumerate(prepared):
         runner.submit(prompt, prompt_index=index)
-    runner.warm_up()
     return runner
 
 
@@ -249,8 +281,20 @@ def _one_per_prompt(sampling, count):
     return sampling
 
 
+def _variables_per_prompt(given, count):
+    """Chat-template variables of every prompt: a dict or None each."""
+    if given is None or isinstance(given, Mapping):
+        return [given] * count
+    if not isinstance(given, list | tuple) or len(given) != count:
+        raise ValueError(
+            "chat_template_kwargs must be a dict, or a list of a dict or None for each "
+            f"of the {count} prompts, got {short(given)}"
+        )
+    return list(given)
+
+
 def _progress(progress, runner):
-    """(a function that runs one step and returns results, a display to close).
+    """(a function that runs one step and returns results, a tqdm bar or None).
 
     Text is decoded on the way only if `progress` is a function that may want it.
     """
@@ -262,9 +306,9 @@ def _progress(progress, runner):
                 progress(event)
             return results
 
-        return step, contextlib.nullcontext()
+        return step, None
     if not progress:
-        return runner.step, contextlib.nullcontext()
+        return runner.step, None
     from tqdm.auto import tqdm  # a display only; not needed to decode
 
     bar = tqdm(total=runner.max_new_tokens, unit="tok")
@@ -278,7 +322,7 @@ def _progress(progress, runner):
         bar.update(runner.num_emitted_tokens - bar.n)
         return results
 
-    return step_with_bar, contextlib.closing(bar)
+    return step_with_bar, bar
 
 
 def _token_ids(model, number, output):

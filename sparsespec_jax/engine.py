@@ -92,17 +92,14 @@ class Engine(contextlib.AbstractContextManager):
         )
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._host_clock = HostClock(self.device_steps.dispatcher)
-        self._outputs = Outputs(
-            self.shape, with_acceptance=choose_num_draft_tokens is not None
-        )
+        is_choosing = choose_num_draft_tokens is not None
+        self._outputs = Outputs(self.shape, with_acceptance=is_choosing)
         self._in_flight = deque()  # (PlannedVerifies, future outcome, params version)
         self._edits = EditLoads(model.config.vocab_size)
         self._whole = Whole()  # while the records and the device change together
         self._finished, self._events = [], []  # of the current call, or the last one
         self._is_handed_out = True
-        self._next_id = 0
-        self._filters = False
-        self.num_steps = 0
+        self._next_id, self.num_steps, self._filters = 0, 0, False
 
     # -- requests ---------------------------------------------------------------
 
@@ -127,23 +124,27 @@ class Engine(contextlib.AbstractContextManager):
         return self._outputs.num_emitted
 
     def add_request(
-        self, prompt, sampling=None, *, prompt_index=None, expected_tokens=None
-    ):
+        self, prompt, sampling=None, *, chat_template_kwargs=None, prompt_index=None,
+        expected_tokens=None,
+    ):  # fmt: skip
         """Queue a prompt; returns its request id (a list of ids if n > 1).
 
-        The samples of one prompt share its pages. `expected_tokens` is how many tokens
-        it will emit, which `kv_policy="oracle"` plans with.
+        The samples of one prompt share its pages. `chat_template_kwargs` as `decode`
+        takes them, a dict. `expected_tokens` is how many tokens it will emit, which
+        `kv_policy="oracle"` plans with.
 
         Raises:
           ValueError: what is wrong with the prompt or its SamplingParams, or that the
             request could never be served; nothing is queued then.
         """
-        prepared = prepare(self.model, prompt, sampling)
-        return self.submit(
-            prepared, prompt_index=prompt_index, expected_tokens=expected_tokens
-        )
+        prepared = prepare(self.model, prompt, sampling, chat_template_kwargs)
+        more = dict(prompt_index=prompt_index, expected_tokens=expected_tokens)
+        return self.submit(prepared, **more)
 
-    def resume_request(self, prompt, sampling, progress, *, prompt_index=None):
+    def resume_request(
+        self, prompt, sampling, progress, *, chat_template_kwargs=None,
+        prompt_index=None,
+    ):  # fmt: skip
         """Queue a request that an earlier engine began; returns its request id.
 
         `progress` is its `RequestProgress`; the rest of the text is the one it would
@@ -152,7 +153,7 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           ValueError: as `add_request`, or more tokens than `max_tokens`.
         """
-        prepared = prepare(self.model, prompt, sampling)
+        prepared = prepare(self.model, prompt, sampling, chat_template_kwargs)
         return self.submit(prepared, prompt_index=prompt_index, progress=progress)
 
     def submit(
@@ -202,8 +203,7 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           KeyError: no unfinished request has this id.
         """
-        output = self._outputs.get(request_id)
-        if output is None:
+        if (output := self._outputs.get(request_id)) is None:
             raise KeyError(f"request {request_id} is unknown or finished")
         with self._whole:
             self._scheduler.release(output.request)
@@ -407,7 +407,8 @@ class Engine(contextlib.AbstractContextManager):
     def warm_up(self, *, filters=False):
         """Compile every variant of the step, so that nothing compiles afterwards.
 
-        `filters` says whether requests to come use top-k, top-p or min-p.
+        `filters` says whether requests to come use top-k, top-p or min-p. Before the
+        first step, the time of requests counts from its end.
         """
         self._require_open()
         self._filters |= filters
@@ -420,6 +421,7 @@ class Engine(contextlib.AbstractContextManager):
             for plan in plans:
                 self._dispatch(plan).result().block_until_ready()
             self.device_steps.warm_up_moves(plans)
+        self._outputs.start_clock()
 
     def _dispatch(self, plan, *before):
         return self.device_steps.submit(self.params, self._filters, plan, *before)
@@ -436,4 +438,5 @@ class Engine(contextlib.AbstractContextManager):
             kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
             numerics=self.config.numerics,
+            min_budget=sizes.floor_of_drafts(self.speculation, self.shape),
         )

@@ -277,6 +277,13 @@ def largest_budget(speculation, max_length):
     return int(budget)
 
 
+def floor_of_drafts(speculation, shape):
+    """Tokens that a draft reads at least, 0 where drafts read no selection."""
+    policy = getattr(speculation.policy, "name", speculation.policy)
+    has_selection = shape.draft_lanes and policy != "full"
+    return speculation.min_budget if has_selection else 0
+
+
 def check_budget(speculation, max_length, shape):
     """ValueError if this budget could exceed what a StepShape was made for."""
     largest = largest_budget(speculation, max_length)

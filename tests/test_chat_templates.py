@@ -6,8 +6,12 @@ import json
 import pytest
 from tokenizers import decoders
 
+from sparsespec_jax import Engine, SamplingParams, decode, score, stream
+from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.results import RequestProgress
 from sparsespec_jax.host.text import encode_prompt
 from sparsespec_jax.loading.tokenizer import Tokenizer
+from tests.engine_helpers import ENGINE, SPECULATION
 from tests.test_text_stream import small
 
 USER = [{"role": "user", "content": "<b> é"}]
@@ -134,8 +138,10 @@ def test_whatever_fails_in_a_template_is_one_value_error(backend, template, prob
 def test_one_of_several_templates_is_picked(backend):
     both = {"tool_use": "tools", "default": "plain"}
     assert text(backend, both) == "plain"
-    assert text(backend, both, tools=TOOLS) == "tools"
-    assert text(backend, {"default": "plain"}, tools=TOOLS) == "plain"
+    both["tool_use"] += "{{ tools | length }}"
+    assert text(backend, both, tools=TOOLS) == "tools1"
+    default = "{{ tools | length }}"
+    assert text(backend, {"default": default}, tools=TOOLS) == "1"
     with pytest.raises(
         ValueError, match=r"templates named \['rag', 'tool_use'\].*none"
     ):
@@ -149,3 +155,99 @@ def test_a_chat_is_encoded_as_the_template_writes_it(backend, tiny_model):
     tokenizer = Tokenizer(backend, bos_id=2, chat_template=template)
     model = dataclasses.replace(tiny_model, tokenizer=tokenizer)
     assert encode_prompt([{"role": "user", "content": "ab"}], model) == [2, 0, 1]
+
+
+# How templates read a variable that may not be given.
+THINKING = {
+    "defined": (
+        "{% if enable_thinking is defined and not enable_thinking %}n{% endif %}"
+    ),
+    "set": (
+        "{% if not enable_thinking is defined %}{% set enable_thinking = true %}"
+        "{% endif %}{{ '' if enable_thinking else 'n' }}"
+    ),
+    "default": "{{ '' if enable_thinking | default(true) else 'n' }}",
+    "in a loop": (
+        "{% for m in messages %}{% if enable_thinking is false %}n{% endif %}"
+        "{% endfor %}"
+    ),
+    "in a macro": (
+        "{% macro f() %}{{ 'n' if enable_thinking is false }}{% endmacro %}{{ f() }}"
+    ),
+    "in a generation": (
+        "{% generation %}{{ 'n' if enable_thinking is false }}{% endgeneration %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", THINKING.values(), ids=THINKING)
+def test_variables_reach_the_template(backend, template):
+    assert text(backend, template, enable_thinking=False) == "n"
+    assert text(backend, template) == text(backend, template, enable_thinking=True)
+    with pytest.raises(
+        ValueError,
+        match="reads no variable 'enable_thinkng'; beside the messages it reads "
+        "enable_thinking$",
+    ):
+        text(backend, template, enable_thinkng=False)
+
+
+NOTHING_YET = RequestProgress(
+    request_id=0,
+    prompt_index=0,
+    sample_index=0,
+    token_ids=(),
+    logprobs=(),
+    params_versions=(),
+    metrics=RequestMetrics(),
+)
+
+
+def test_variables_of_prompts(backend, tiny_model):
+    """In every way that a prompt comes in, each prompt with its own."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template += "{{ 'b' if think }}{{ 'a' if tools }}"
+    tokenizer = Tokenizer(backend, chat_template=template)
+    model = dataclasses.replace(tiny_model, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    each = [{"think": True, "tools": TOOLS}, None]
+    law = SamplingParams(max_tokens=1)
+    how = dict(sampling=law, speculation=SPECULATION, engine=ENGINE)
+    found = decode(model, [chat, chat], chat_template_kwargs=each, **how)
+    assert [r.prompt_token_ids for r in found] == [(0, 1, 0), (0,)]
+    config = dataclasses.replace(ENGINE, max_length=64)
+    with Engine(model, speculation=SPECULATION, engine=config) as engine:
+        first = engine.add_request(chat, law, chat_template_kwargs={"think": True})
+        second = engine.resume_request(
+            chat, law, NOTHING_YET, chat_template_kwargs={"tools": TOOLS}
+        )
+        found = [engine.abort(request_id) for request_id in (first, second)]
+    assert [r.prompt_token_ids for r in found] == [(0, 1), (0, 0)]
+    # They reach the others too: what is unread is refused.
+    for call in (
+        lambda **given: stream(model, [chat], **given),
+        lambda **given: score(model, [chat], [[1]], **given),
+    ):
+        with pytest.raises(ValueError, match="prompt 0: .*reads no variable 'thnk'"):
+            call(chat_template_kwargs={"thnk": 1})
+
+
+BAD_VARIABLES = {
+    "a text": ("a", {"think": True}, r"\(think\) are of chats, and 'a' is none"),
+    "ids": ([0], {"tools": TOOLS}, r"\(tools\) are of chats, and \[0\] is none"),
+    "no dict": (USER, [True], "must be a dict, or a list of a dict or None for each"),
+    "no dict inside": (USER, [[]], "prompt 0: .*must be a dict of template variables"),
+    "names": (USER, {3: 1}, r"prompt 0: .*must be a dict .*, got \{3: 1\}"),
+    "messages": (USER, {"messages": []}, "holds 'messages', which the prompt is"),
+    "unread": (USER, {"thnk": 1}, "reads no variable 'thnk'; .* it reads think$"),
+}
+
+
+@pytest.mark.parametrize("prompt, given, problem", BAD_VARIABLES.values(), ids=str)
+def test_variables_that_are_refused(backend, tiny_model, prompt, given, problem):
+    tokenizer = Tokenizer(backend, chat_template="{{ 'b' if think }}a")
+    model = dataclasses.replace(tiny_model, tokenizer=tokenizer)
+    prompts = [prompt, prompt] if given == [True] else [prompt]
+    with pytest.raises(ValueError, match=problem) as caught:
+        decode(model, prompts, chat_template_kwargs=given)
+    assert "\n" not in str(caught.value)

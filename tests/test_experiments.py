@@ -98,10 +98,11 @@ def test_the_claims_of_the_paper_are_judged_by_what_a_run_holds(smoked, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_figure_is_drawn_of_what_was_measured(smoked, name):
     kind = experiment.of_module(name)
-    if kind.figure:
-        picture = figures.draw(smoked(name), kind)
+    if kind.figure and (picture := figures.draw(smoked(name), kind)):
         assert picture.stat().st_size > 5000
         picture.unlink()
+    # Not each has a curve in small, but two policies are a comparison.
+    assert name not in ("acceptance", "simulate") or picture
 
 
 HELP = """
@@ -186,6 +187,26 @@ def test_the_check_of_flags_sees_planted_faults(tmp_path):
     assert common_options(path) == ["model"]
     path.write_text("class C:\n    model: str = option('a')\n")
     assert common_options(path) == []
+
+
+def test_the_command_without_a_name_prints_every_experiment():
+    command = [sys.executable, "-m", "experiments"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    blocks = [block.splitlines() for block in done.stdout.split("\n\n")]
+    found = {}
+    for question, *lines in blocks:
+        command, minutes, result = (line.split(None, 1) for line in lines)
+        assert question.endswith("?") and [command[0], minutes[0], result[0]] == [
+            "command", "minutes", "result"
+        ]  # fmt: skip
+        found[re.search(r"experiments\.(\w+)", command[1])[1]] = result[1]
+        assert "|" not in "".join(lines) and "](" not in "".join(lines)
+        for path in re.findall(r"\((experiments/[^)]*)\)", result[1]):
+            assert (FOLDER.parent / path).exists(), path
+    assert set(found) == set(NAMES) and len(blocks) == len(NAMES)
+    done = subprocess.run([*done.args, "stray"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
 def test_the_start_page_names_every_experiment_and_tool():

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +14,17 @@ import time
 
 import pytest
 
-from experiments import equality, experiment, generate, models, record
+from experiments import (
+    equality,
+    evidence,
+    experiment,
+    generate,
+    models,
+    reader,
+    record,
+)
 from experiments.config import GenerateConfig
-from sparsespec_jax import Model, save_checkpoint
+from sparsespec_jax import Model, decode, save_checkpoint
 from sparsespec_jax.host.metrics import DecodeStats, RequestMetrics
 from sparsespec_jax.models.transformer import init_params
 
@@ -70,6 +80,12 @@ def run_whole(path, model, config):
         ("dtype", "float16"),
         ("num_prompts", -1),
         ("seed", -1),
+        ("n", 0),
+        ("stop", ("",)),
+        ("mode", "plane"),
+        ("kv_policy", "oracle"),
+        ("chat_template_kwargs", "[]"),
+        ("chat_template_kwargs", "{"),
     ],
 )
 def test_values_out_of_range_name_the_option(name, value):
@@ -100,6 +116,8 @@ def test_bad_input_ends_in_one_line_before_any_work(parent, tmp_path):
         ("--output", str(done), "--seed", "1", "--resume"): "seed was 0, now 1",
         ("--resume",): "--resume needs the --output of the run",
         ("stray",): "unexpected argument 'stray'",
+        ("--stop=a, b", "--stop="): "stop must hold non-empty strings",
+        ("--mode=plane",): "mode must be one of ['plain', 'speculative', 'both']",
     }
     for flags, message in cases.items():
         ended = parent.run_module("experiments.generate", *flags)
@@ -176,6 +194,23 @@ def test_table_states_both_modes_and_the_bound():
     assert rows["speed-up, measured"] == ["1.00", "0.50"]
     assert "by position 1..2: 0.67 0.33" in text
     assert "by drafts accepted, 0..2: 1 1 1" in text
+    alone = equality.table({"plain": plain})
+    assert (
+        "tokens/s" in alone and "speed-up" not in alone and "by position" not in alone
+    )
+    alone = equality.table({"speculative": spec})
+    assert "by position" in alone and "plain" not in alone
+
+
+def test_texts_of_a_run_in_short():
+    item = {"index": 3, "sample": 0, "token_ids": [1] * 9, "finish_reason": "stop"}
+    assert equality.one_line(item | {"text": "a\nb"}) == "prompt 3, 9 tokens: 'a\\nb'"
+    long = equality.one_line(item | {"text": None, "sample": 2, "token_ids": [7] * 99})
+    assert long.startswith("prompt 3 sample 2, 99 tokens: '[7, 7") and len(long) < 110
+    samples = equality.compare({(1, 2): [1, 2]}, {(1, 2): [1, 3]})
+    spec = stats([2, 1, 0])
+    text = equality.closing_lines(samples, spec, is_deterministic=True)
+    assert "first differences at prompt 1 sample 2 token 1" in text
 
 
 # -- runs ---------------------------------------------------------------------------
@@ -220,13 +255,31 @@ def test_plain_reads_are_those_of_the_byte_model(whole):
 
 def test_a_run_writes_its_config_environment_and_summary(whole):
     path, found, _ = whole
-    assert record.load(path)[0] == tiny().recorded()
+    assert record.load(path)[0] == json.loads(json.dumps(tiny().recorded()))
     environment = json.loads((path / "environment.json").read_text())
     assert environment["packages"]["jax"]
     summary = json.loads((path / "summary.json").read_text())
     assert summary["comparison"]["num_identical"] == 80
     expected = found["speculative"].total.mean_acceptance_length
     assert summary["speculative"]["total"]["mean_acceptance_length"] == expected
+
+
+def test_the_page_of_run_directories_names_every_key(whole):
+    path, _, _ = whole
+    page = pathlib.Path(record.__file__).parents[1] / "docs" / "run_directory.md"
+    named = set(re.findall(r"`(\w+(?:\.\w+)?)`", page.read_text()))
+    summary = json.loads((path / "summary.json").read_text())
+    (first, *_) = record.load(path)[1]
+    for keys in (
+        first,
+        first["metrics"],
+        first["metrics"]["kv_tokens_read"],
+        summary,
+        summary["comparison"],
+        summary["plain"],
+        [file.name for file in path.iterdir()],
+    ):
+        assert keys and set(keys) <= named
 
 
 class Interruption(Exception):
@@ -305,9 +358,14 @@ def test_unfinished_requests_go_on_from_the_journal(
         assert len(row["logprobs"]) == len(row["token_ids"])
 
 
+ROWS = [
+    {"mode": mode, "index": index, "sample": 0}
+    for mode in equality.MODES
+    for index in range(len(PROMPTS))
+]
 ENTRY = {
-    "mode": "plain", "index": 1, "first": 0, "token_ids": [1], "logprobs": [0],
-    "params_versions": [[0, 1]], "metrics": RequestMetrics().to_dict(),
+    "mode": "plain", "index": 1, "sample": 0, "first": 0, "token_ids": [1],
+    "logprobs": [0], "params_versions": [[0, 1]], "metrics": RequestMetrics().to_dict(),
 }  # fmt: skip
 
 
@@ -325,7 +383,7 @@ def test_a_damaged_journal_is_refused_before_the_work(tmp_path, entries, message
     with open_run(tmp_path / "run", tiny()) as directory:
         directory.append_to_journal(entries)
         with pytest.raises(record.RunError, match=message):
-            generate.check_records(directory, len(PROMPTS))
+            generate.check_records(directory, ROWS)
 
 
 def test_damaged_results_are_refused_before_the_work(tmp_path, whole):
@@ -333,10 +391,10 @@ def test_damaged_results_are_refused_before_the_work(tmp_path, whole):
     for number, changed in enumerate((good[0], {"index": 0}, good[1] | {"index": -1})):
         with open_run(tmp_path / str(number), tiny()) as directory:
             directory.append(good[0])
-            generate.check_records(directory, len(PROMPTS))
+            generate.check_records(directory, ROWS)
             directory.append(changed)
             with pytest.raises(record.RunError, match=r"results\.jsonl:2 is damaged"):
-                generate.check_records(directory, len(PROMPTS))
+                generate.check_records(directory, ROWS)
 
 
 def test_resuming_a_finished_run_decodes_nothing(whole, tiny_model):
@@ -360,6 +418,53 @@ def test_sessions_add_up_in_the_statistics():
     total = equality.stats_of(records, like=stats([]))
     assert (total.num_steps, total.wall_time_s) == (15, 3.0)
     assert total.tokens_per_s == 5.0
+
+
+@pytest.mark.parametrize("num_records", [1, 5, 9])
+def test_samples_modes_and_keys_of_lines_survive_an_interruption(
+    tmp_path, tiny_model, num_records
+):
+    """Three samples of a prompt, in one mode; each is there once and different."""
+    config = tiny(n=3, mode="speculative", journal_seconds=0.0)
+    path = tmp_path / "run"
+    made = generate.Generate(config, model=tiny_model, prompts=PROMPTS)
+    made.lines = [
+        dataclasses.replace(line, rest={"id": f"p{i}", "answer": [i]})
+        for i, line in enumerate(made.lines)
+    ]
+    with open_run(path, config, kind=InterruptedDirectory) as directory:
+        directory.max_records = num_records
+        with pytest.raises(Interruption):
+            experiment.measure(made, directory)
+    with open_run(path, config, resume=True) as directory:
+        assert {entry["sample"] for entry in directory.journal} == {0, 1, 2}
+        made.check(directory)
+        assert experiment.measure(made, directory) == ""
+        records = directory.records
+    found = {(r["index"], r["sample"]): tuple(r["token_ids"]) for r in records}
+    assert len(found) == len(records) == 3 * len(PROMPTS) == len(set(found.values()))
+    assert all(r["id"] == f"p{r['index']}" for r in records)
+    assert all(r["answer"] == [r["index"]] for r in records)
+    law = config.sampling(2)
+    assert (law.n, law.seed) == (3, 2)
+    options = made._options("speculative")
+    wanted = decode(
+        tiny_model, [PROMPTS[2]], sampling=law, speculation=options[0],
+        engine=options[1],
+    )  # fmt: skip
+    assert [found[2, i] for i in range(3)] == [r.token_ids for r in wanted]
+    summary = json.loads((path / "summary.json").read_text())
+    assert "comparison" not in summary and "plain" not in summary
+    assert summary["speculative"]["total"]["num_requests"] == 12
+    assert not reader.read(path).is_complete or evidence.read(path).why_not()
+
+
+def test_keys_that_a_result_has_of_its_own_are_refused(tmp_path, tiny_model):
+    path = tmp_path / "ids.jsonl"
+    for name in ("text", "index", "row"):
+        path.write_text(json.dumps({"token_ids": [1], name: 0}))
+        with pytest.raises(ValueError, match=f"prompt 0 has the key '{name}'.*rename"):
+            generate.Generate(tiny(prompts=str(path)), model=tiny_model)
 
 
 def test_a_prompt_too_long_for_the_model_names_it(tmp_path, tiny_model):
@@ -480,8 +585,11 @@ def test_a_planted_difference_fails_the_command(tmp_path, resumed):
     lines = [json.dumps(r) + "\n" for r in rows]
     (copy / "results.jsonl").write_text("".join(lines))
     arguments = [str(copy) if word == str(path) else word for word in arguments]
-    done = subprocess.run([*arguments, "--resume"], capture_output=True, text=True)
+    arguments += ["--resume", "--quiet"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
+    short = [line for line in done.stdout.splitlines() if line.startswith("prompt ")]
+    assert len(short) == 12 and all(len(line) < 110 for line in short)
     assert "NOT LOSSLESS: first differences at prompt 4 token 7" in done.stdout
     assert "1439 of 1440 tokens identical" in done.stdout
     # Nothing was left to do, and that is said.

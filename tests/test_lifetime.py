@@ -393,6 +393,55 @@ def test_a_notebooks_bar_ends_at_its_end(
     assert widget.max == bars[0].n == bars[0].total == count
 
 
+def test_the_bar_says_for_how_long_it_compiles(tiny_model, prompts, monkeypatch):
+    said, warm_up = [], Engine.warm_up
+    import tqdm.auto
+
+    class Bar(tqdm.auto.tqdm):
+        def __init__(self, **options):
+            file = io.StringIO()
+            file.isatty = lambda: is_terminal
+            super().__init__(file=file, **options)
+
+        def set_description_str(self, text=None, refresh=True):
+            said.append(text)
+            super().set_description_str(text, refresh)
+
+        def update(self, n=1):
+            said.append(n)
+            super().update(n)
+
+    def slow_warm_up(engine):
+        time.sleep(1.2)
+        said.append("compiled")
+        warm_up(engine)
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    monkeypatch.setattr(Engine, "warm_up", slow_warm_up)
+    before, is_terminal = threading.active_count(), False
+    run(tiny_model, prompts[:1], LAWS[:1], progress=True)
+    assert said[:3] == ["compiling 0 s", "compiled", ""]  # a log is not filled
+    said.clear()
+    is_terminal = True
+    results = run(tiny_model, prompts[:1], LAWS[:1], progress=True)
+    assert said[0] == "compiling 0 s" and "compiling 1 s" in said
+    told = [s for s in said if isinstance(s, str) and s.startswith("compiling")]
+    # Before the first token, and not after the end of the compilation.
+    assert [s for s in said if s not in told][:2] == ["compiled", ""]
+    assert sum(n for n in said if isinstance(n, int)) == 40
+    assert threading.active_count() <= before + 1  # tqdm's own monitor
+    # Nor is it time of a request.
+    assert results[0].metrics.total_time_s <= results.stats.wall_time_s + 0.1
+
+    def fails(engine):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(Engine, "warm_up", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        run(tiny_model, prompts[:1], LAWS[:1], progress=True)
+    assert not [t for t in threading.enumerate() if t.name == "compiling"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -4,6 +4,7 @@ On its first layers: a step of all thirty compiles for 15 s, which says no more 
 notebook. The README's code runs the whole model (tests/test_repo.py).
 """
 
+import importlib.util
 import json
 import pathlib
 import warnings
@@ -16,9 +17,14 @@ from tests.engine_helpers import first_layers
 
 NUM_LAYERS = 4
 
-NOTEBOOKS = sorted(
-    (pathlib.Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fill_notebooks", ROOT / "tools" / "fill_notebooks.py"
 )
+fill_notebooks = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fill_notebooks)
 
 
 def code_cells(path):
@@ -54,10 +60,37 @@ def test_notebook_runs(path, capsys):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_stored_without_output(path):
-    cells = json.loads(path.read_text())["cells"]
-    assert cells[0]["cell_type"] == "markdown"
-    assert not any(cell.get("outputs") for cell in cells)
+def test_notebooks_are_stored_with_what_they_show(path):
+    """Of the code that is there, and small enough to be shown on a page."""
+    notebook = json.loads(path.read_text())
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    assert notebook["metadata"]["code"] == fill_notebooks.hash_of_code(notebook), (
+        f"run it again: python tools/fill_notebooks.py notebooks/{path.name}"
+    )
+    cells = fill_notebooks.code_cells(notebook)
+    assert len(cells) == len(code_cells(path)) - 1  # the one that installs
+    shown = sum(bool(cell["outputs"]) for cell in cells)
+    assert shown and path.stat().st_size < 200_000
+    assert "/tmp" not in path.read_text() and "/home" not in path.read_text()
+
+
+def test_cells_are_filled_with_texts_and_pictures(tmp_path):
+    cells = ["x = 2", "print(x + 1)", "from matplotlib import pyplot\npyplot.plot([x])"]
+    notebook = {
+        "metadata": {},
+        "cells": [{"cell_type": "code", "source": [cell]} for cell in cells],
+    }
+    path = tmp_path / "a.ipynb"
+    path.write_text(json.dumps(notebook))
+    matplotlib.use("Agg")
+    fill_notebooks.fill(path)
+    filled = json.loads(path.read_text())
+    outputs = [cell["outputs"] for cell in filled["cells"]]
+    assert outputs[0] == [] and outputs[1][0]["text"] == ["3\n"]
+    assert outputs[2][0]["data"]["image/png"].startswith("iVBOR")
+    assert filled["metadata"]["code"] == fill_notebooks.hash_of_code(notebook)
+    filled["cells"][0]["source"] = ["x = 3"]
+    assert filled["metadata"]["code"] != fill_notebooks.hash_of_code(filled)
 
 
 def test_there_are_three():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -270,9 +271,67 @@ def test_readme_code_prints_what_it_says(capsys):
     assert capsys.readouterr().out == output
 
 
+def readme_commands():
+    """[(command, what it prints)] of the console blocks, in their order."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```console\n(.*?)```", text, re.S)
+    parts = "".join(blocks).split("$ ")
+    return [tuple(part.split("\n", 1)) for part in parts if part]
+
+
+def run_readme_commands(folder, commands):
+    """Run them as in a fresh clone; nothing but what they print is compared."""
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    for command, printed in commands:
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=environment, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.stdout == printed, (command, done.stderr)
+
+
+def test_readme_commands_print_what_it_says(tmp_path):
+    """Those of a tiny model; the last one loads weights, and is slow."""
+    *cheap, _ = readme_commands()
+    assert len(cheap) == 3
+    run_readme_commands(tmp_path, cheap)
+
+
+@pytest.mark.slow
+def test_readme_command_with_weights_prints_what_it_says(tmp_path):
+    run_readme_commands(tmp_path, readme_commands()[-1:])
+
+
+def test_readme_says_how_the_demo_ends():
+    path = ROOT / "experiments/results/demo_cpu/summary.json"
+    summary = json.loads(path.read_text())
+    same, total = summary["comparison"], summary["speculative"]["total"]
+    length, drafts = total["mean_acceptance_length"], total["max_draft_tokens"]
+    accepted = total["mean_accepted_draft_tokens"]
+    assert (ROOT / "README.md").read_text().split("```")[3].strip().splitlines() == [
+        f"{same['num_identical']} of {same['num_tokens']} tokens identical to plain "
+        "decoding",
+        f"acceptance length {length:.2f} of {drafts + 1} "
+        f"({accepted:.2f} of {drafts} drafts accepted)",
+        f"KV bytes per token: {total['kv_read_ratio']:.3f} of plain decoding",
+    ]
+
+
+def test_readme_installs_extras_that_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"pip install -e \"\.\[(\w+)\]\"", text))
+    assert {"cuda", "tpu", "notebook"} <= named
+    assert named <= project["optional-dependencies"].keys()
+    assert any("ipywidgets" in d for d in project["optional-dependencies"]["notebook"])
+    assert ". .venv/bin/activate" in text
+
+
 def test_readme_is_short_and_its_links_exist():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 130
+    assert len(text.splitlines()) <= 160
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert "docs/front_page.svg" in links and "docs/report.md" in links
     for link in links:

@@ -7,7 +7,13 @@ import pickle
 import pytest
 import tokenizers
 
-from sparsespec_jax import SamplingParams, decode
+from sparsespec_jax import (
+    Engine,
+    EngineConfig,
+    SamplingParams,
+    SpeculationConfig,
+    decode,
+)
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.results import DecodeResult
 from sparsespec_jax.host.text import OutputText
@@ -82,10 +88,51 @@ def test_representations_are_short_and_begin_with_the_text(model, results):
     assert repr(model).startswith("Model('tiny', 2 layers, 0.0 M parameters, float32")
     assert repr(results[0]).startswith(f"DecodeResult({results[0].text!r}, 8 tokens")
     lines = repr(results).splitlines()
-    assert len(lines) == 5 and lines[-1].strip() == "and 1 more"
+    assert len(lines) == 6 and lines[-1].strip() == "and 1 more"
     assert "32 tokens in" in lines[0] and "drafts accepted" in lines[0]
+    assert lines[1] == results.stats.hint
     many = dataclasses.replace(
         results[0], output_text=OutputText(None, ()), token_ids=tuple(range(10**4))
     )
     assert len(repr(many)) < 200
     assert len(repr(results.stats)) < 200
+
+
+def test_a_floor_that_covers_the_context_is_told_with_the_way_out(model, results):
+    assert results.stats.total.kv_read_ratio > 1
+    found = results.stats.hint
+    assert found == (
+        "drafts read the whole context: min_budget 192 >= 38 tokens; "
+        "use longer outputs or min_budget=8"
+    )
+    assert results.stats.to_dict()["hint"] == found
+    assert found in repr(results.stats)
+    # The floor that is named is one: no more is told then.
+    stats = dataclasses.replace(results.stats, min_budget=8)
+    assert stats.hint == "" and "\n" not in repr(stats)
+    # Of some texts only, and of half of them.
+    stats = dataclasses.replace(stats, min_budget=20)
+    assert [r.num_prompt_tokens for r in stats.requests] == [2, 2, 30, 30]
+    assert stats.hint == ""
+    stats = dataclasses.replace(stats, requests=stats.requests[:3])
+    assert stats.hint == (
+        "drafts read the whole context of 2 of 3 texts: min_budget 20 >= 10 tokens; "
+        "use longer outputs"
+    )
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        SpeculationConfig(num_draft_tokens=0),
+        SpeculationConfig(proposer="ngram"),
+        SpeculationConfig(policy="full"),
+    ],
+    ids=["plain", "at once", "all by intention"],
+)
+def test_drafts_without_a_selection_have_no_floor(tiny_model, speculation):
+    config = EngineConfig(max_length=64, num_slots=1, page_size=4)
+    with Engine(tiny_model, speculation=speculation, engine=config) as engine:
+        assert engine.stats(0.0).min_budget == 0
+    with Engine(tiny_model, engine=config) as engine:
+        assert engine.stats(0.0).min_budget == 192

@@ -565,18 +565,6 @@ def test_bad_input_ends_before_any_work(tmp_path, run_module):
     assert not (tmp_path / "x").exists()
 
 
-def test_lines_of_a_figure_name_what_else_varies():
-    def found(policy, s, mean):
-        row = as_json(Row(policy=policy, budget_ratio=s))
-        return row | {"recall": {"mean": mean, "interval": [mean, mean]}}
-
-    summary = {"x": "budget_ratio", "y": "recall", "series": "policy"}
-    records = [found("pillar", 0.1, 1.0), found("window", 0.1, 2.0)]
-    lines = figures.lines_of(summary, [*records, found("pillar", 0.2, 3.0)])
-    assert lines["pillar"] == [(0.1, 1.0, 1.0, 1.0), (0.2, 3.0, 3.0, 3.0)]
-    assert set(lines) == {"pillar", "window"}
-
-
 def test_smoke_rows_are_few_and_small():
     rows = smoke_rows(load_study("policies")[0].rows)
     assert len(rows) == 4 and all(r.num_draft_tokens == 2 for r in rows)

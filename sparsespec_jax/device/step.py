@@ -173,7 +173,9 @@ def _read_prompts(context, params, state, plan):
     state, tokens, _, _ = _pass(context, params, state, lanes, guesses)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
-    return state, StepOutcome.packed_of_none(jnp, context.shape, context.extras.num_top)
+    return state, StepOutcome.packed_of_none(
+        jnp, context.shape, context.extras.top_logprobs
+    )
 
 
 def _pass(context, params, state, lanes, guesses):

@@ -33,15 +33,17 @@ class PreparedPrompt:
         return len(self.token_ids) + self.sampling.max_tokens
 
 
-def prepare(model, prompt, sampling=None):
+def prepare(model, prompt, sampling=None, chat_template_kwargs=None):
     """PreparedPrompt of a prompt: text, chat messages or token ids.
+
+    `chat_template_kwargs` as `encode_prompt` takes them.
 
     Raises:
       ValueError: as `encode_prompt`; or stop strings without a tokenizer, or a stop
         token id outside the vocabulary; or as `prepare_edits`.
     """
     sampling = sampling or SamplingParams()
-    tokens = encode_prompt(prompt, model)
+    tokens = encode_prompt(prompt, model, chat_template_kwargs)
     if sampling.stop and model.tokenizer is None:
         raise no_tokenizer(model, "stop strings need", instead="stop_token_ids")
     largest, vocab = max(sampling.stop_token_ids, default=0), model.config.vocab_size
@@ -58,16 +60,20 @@ def prepare(model, prompt, sampling=None):
     )
 
 
-def prepare_all(model, prompts, sampling):
-    """PreparedPrompt of each prompt; `sampling` is a list of as many SamplingParams.
+def prepare_all(model, prompts, sampling, chat_template_kwargs=None):
+    """PreparedPrompt of each prompt.
+
+    `sampling` is a list of as many SamplingParams, `chat_template_kwargs` None or a
+    list of as many dicts or Nones.
 
     Raises:
       ValueError: as `prepare`, with the number of the prompt in front.
     """
+    variables = chat_template_kwargs or [None] * len(prompts)
     prepared = []
-    for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+    for number, given in enumerate(zip(prompts, sampling, variables, strict=True)):
         try:
-            prepared.append(prepare(model, prompt, params))
+            prepared.append(prepare(model, *given))
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from error
     return prepared

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 
 from sparsespec_jax.host.cost_model import ratio, speed_of_light
 
+_LEAST_BUDGET = 8  # tokens that are worth a name as a floor
+
 
 @dataclass(kw_only=True)
 class KvTokens:
@@ -228,6 +230,7 @@ class DecodeStats:
     kv_usage: dict | None = None  # of the KV cache, as Engine.kv_usage at the end
     forced_acceptance: float | None = None  # mean asked for; then the text is lossy
     numerics: str = "fast"  # of the engine
+    min_budget: int = 0  # tokens that a draft reads at least; 0 without a selection
 
     @property
     def total(self) -> RequestMetrics:
@@ -277,6 +280,24 @@ class DecodeStats:
             balance_tokens=balance_tokens,
         )
 
+    @property
+    def hint(self) -> str:
+        """Why drafts save nothing where all they can read is read, and the way out.
+
+        "" unless the floor of the budget covers most of the texts.
+        """
+        lengths = [r.num_prompt_tokens + r.num_output_tokens for r in self.requests]
+        covered = [n for n in lengths if n <= self.min_budget]
+        if not self.total.num_draft_tokens or 2 * len(covered) <= len(lengths):
+            return ""
+        of = f" of {len(covered)} of {len(lengths)} texts"
+        less = 2 ** max(0, (max(covered) // 4).bit_length() - 1)
+        return (
+            f"drafts read the whole context{of * (len(covered) < len(lengths))}: "
+            f"min_budget {self.min_budget} >= {max(covered)} tokens; use longer outputs"
+            + (f" or min_budget={less}" if less >= _LEAST_BUDGET else "")
+        )
+
     def __repr__(self):
         total = self.total
         drafts = ""
@@ -288,6 +309,7 @@ class DecodeStats:
         return (
             f"{total.num_requests} requests, {total.num_output_tokens} tokens in "
             f"{self.wall_time_s:.2f} s ({self.tokens_per_s:.1f} tokens/s){drafts}"
+            + (self.hint and f"\n{self.hint}")
         )
 
     def to_dict(self) -> dict:
@@ -309,6 +331,8 @@ class DecodeStats:
             "kv_bytes_per_output_token",
             "speed_of_light",
             "forced_acceptance",
+            "min_budget",
+            "hint",
             "kv_usage",
         )
         values = {name: getattr(self, name) for name in scalars}

@@ -88,6 +88,14 @@ class Outputs:
         if output.sampling.stop:
             output.text.push(progress.token_ids)
 
+    def start_clock(self):
+        """Count the time of requests from now, unless one has emitted something."""
+        if self.num_emitted:
+            return
+        now = time.perf_counter()
+        for output in self._unfinished.values():
+            output.submitted_s = now
+
     def get(self, request_id):
         """The unfinished Output of a request, or None."""
         return self._unfinished.get(request_id)

@@ -20,23 +20,31 @@ _INSTEAD = {
 }
 
 
-def encode_prompt(prompt, model):
+def encode_prompt(prompt, model, chat_template_kwargs=None):
     """Token ids of a prompt: text, chat messages (dicts) or token ids.
 
     Ids may be a list, a tuple, a range or a one-dimensional array of integers.
+    `chat_template_kwargs` are variables of the chat template, a dict: its own
+    (`enable_thinking`, say), `tools`, `documents`, `add_generation_prompt`.
 
     Raises:
       ValueError: a prompt that is empty or of another type, an id outside the
-        vocabulary, text without a tokenizer, a chat that its template refuses.
+        vocabulary, text without a tokenizer, a chat that its template refuses,
+        variables that the template never reads or of a prompt that is no chat.
     """
-    if isinstance(prompt, str):
+    variables = _variables(chat_template_kwargs)
+    items = None if isinstance(prompt, str) else _items(prompt)
+    if items and all(isinstance(item, Mapping) for item in items):
+        tokens = _tokenizer(model, "a chat prompt").encode_chat(items, **variables)
+    elif variables:
+        raise ValueError(
+            f"chat_template_kwargs ({', '.join(variables)}) are of chats, and "
+            f"{short(prompt)} is none: write it as [{{'role': 'user', 'content': ...}}]"
+        )
+    elif items is None:
         tokens = _tokenizer(model, "a text prompt").encode(str(prompt))
     else:
-        items = _items(prompt)
-        if items and all(isinstance(item, Mapping) for item in items):
-            tokens = _tokenizer(model, "a chat prompt").encode_chat(items)
-        else:
-            tokens = [_as_id(item) for item in items]
+        tokens = [_as_id(item) for item in items]
     if not tokens:
         raise ValueError(f"the prompt {short(prompt)} has no tokens; give at least one")
     vocab_size = model.config.vocab_size
@@ -47,6 +55,19 @@ def encode_prompt(prompt, model):
             f"[0, {vocab_size}): was the prompt made for another model?"
         )
     return tokens
+
+
+def _variables(chat_template_kwargs):
+    """The variables of a chat template as a dict; ValueError if they are none."""
+    given = {} if chat_template_kwargs is None else chat_template_kwargs
+    if not isinstance(given, Mapping) or not all(isinstance(k, str) for k in given):
+        raise ValueError(
+            "chat_template_kwargs must be a dict of template variables such as "
+            f"{{'enable_thinking': False}}, got {short(given)}"
+        )
+    if "messages" in given:
+        raise ValueError("chat_template_kwargs holds 'messages', which the prompt is")
+    return dict(given)
 
 
 def no_tokenizer(model, needs, *, instead):

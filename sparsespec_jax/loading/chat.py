@@ -6,12 +6,13 @@ import datetime
 import functools
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -88,8 +89,31 @@ def _place(error: Exception) -> str:
     return f" in line {line}" if line else ""
 
 
+def check_variables(source: str, names: Iterable[str]) -> None:
+    """ValueError if the template never reads one of these variables.
+
+    A template that is damaged reads nothing; `render` says what is wrong with it.
+    """
+    environment = _environment()
+    try:
+        read = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError:
+        return
+    if unknown := sorted(set(names) - read):
+        known = sorted(read - set(environment.globals) - {"messages"})
+        raise ValueError(
+            f"the chat template reads no variable {unknown[0]!r}; beside the messages "
+            f"it reads {', '.join(known) or 'nothing'}"
+        )
+
+
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
     """Jinja as chat templates expect it; sandboxed, since they come with weights."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
@@ -99,7 +123,7 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
-    return environment.from_string(source)
+    return environment
 
 
 class _Generation(jinja2.ext.Extension):

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from sparsespec_jax.loading.chat import chat_messages, render
+from sparsespec_jax.loading.chat import chat_messages, check_variables, render
 from sparsespec_jax.loading.decoder_rules import DecoderRule, decoder_rule
 from sparsespec_jax.loading.tokenizer_config import TokenizerConfig
 
@@ -142,12 +142,15 @@ class Tokenizer:
 
         Raises:
             ValueError: there is no template, a message is no text (see
-                ``chat_messages``), or the template fails on them.
+                ``chat_messages``), the template never reads a variable, or it fails.
         """
         known = {"tools": None, "documents": None} | self.special_tokens | variables
         known["messages"] = chat_messages(messages)
         known["add_generation_prompt"] = add_generation_prompt
-        return render(self._template(known["tools"]), known)
+        template = self._template(known["tools"])
+        if variables:
+            check_variables(template, variables)
+        return render(template, known)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Any
