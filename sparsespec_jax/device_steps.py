@@ -10,16 +10,29 @@ import weakref
 
 import jax
 
+from sparsespec_jax.device.attention_probe import check_attention
 from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.editing import load_slot, slot_edits
 from sparsespec_jax.device.offload import HostPages, sent_first
+from sparsespec_jax.device.row_probe import check_rows
 from sparsespec_jax.device.state import committed, new_state
-from sparsespec_jax.device.step import make_step
+from sparsespec_jax.device.step import make_step, step_compiler_options
 from sparsespec_jax.host.dispatcher import Dispatcher
 from sparsespec_jax.models.draft_weights import with_draft_weights
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.edits import NO_EXTRAS, neutral_arrays
 from sparsespec_jax.tuning import compile_cache
+
+
+def check_exact(model, shapes, impl):
+    """Look whether rows of a model stand alone in steps of these StepShapes.
+
+    Raises:
+      RuntimeError: they do not; names the part.
+    """
+    how = dict(impl=impl, compiler_options=step_compiler_options(impl, exact=True))
+    check_rows(model.config, model.params, shapes, **how)
+    check_attention(model.config, shapes, **how)
 
 
 class DeviceSteps:

@@ -7,10 +7,7 @@ from collections import deque
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
-from sparsespec_jax.device.attention_probe import check_attention
-from sparsespec_jax.device.row_probe import check_rows
-from sparsespec_jax.device.step import step_compiler_options
-from sparsespec_jax.device_steps import DeviceSteps
+from sparsespec_jax.device_steps import DeviceSteps, check_exact
 from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.dispatcher import HostClock
 from sparsespec_jax.host.edits import EditLoads
@@ -67,19 +64,17 @@ class Engine(contextlib.AbstractContextManager):
         self.speculation = speculation or SpeculationConfig()
         self.config = engine or EngineConfig()
         sizes.check_types(model, self.speculation, self.config)
-        self.model = model
-        self.params_version = 0
+        self.model, self.params_version = model, 0
         resolved = sizes.resolve(model, self.speculation, self.config)
         self.impl, self.max_length = resolved.impl, resolved.max_length
         self.policy, self.proposer = resolved.policy, resolved.proposer
-        self.shape = resolved.shape
-        self.kv_bytes_per_token = resolved.kv_bytes_per_token
+        self.shape, self.kv_bytes_per_token = (
+            resolved.shape,
+            resolved.kv_bytes_per_token,
+        )
         if resolved.exact:
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
-            options = step_compiler_options(self.impl, exact=True)
-            how = dict(impl=self.impl, compiler_options=options)
-            check_rows(model.config, model.params, shapes, **how)
-            check_attention(model.config, shapes, **how)
+            check_exact(model, shapes, self.impl)
         self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
         self.params = self.device_steps.params_of(model.params)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
