@@ -95,7 +95,7 @@ class Probe:
             quantised=quantised,
             products=products,
         )
-        self.engine.fill_pages()
+        made_up.fill_pages(self.engine)
         self.choices, self.context = choices, context
         shape = self.engine.shape
         self.draft = self._plan(aligned_steps.draft_shape(shape))

@@ -147,33 +147,10 @@ class AlignedEngine(Engine):
             raise ValueError(f"weights must be one of {DRAFT_WEIGHTS}, got {weights!r}")
         self._weights[0] = weights
 
-    def fill_pages(self, seed=0):
-        """Put made-up values in place of all pages: attention over zeros is no load."""
-        steps = self.device_steps
-        steps.settle()
-        layers = tuple(
-            layer._replace(kv_pages=_noise(layer.kv_pages, jnp.uint32(seed + i)))
-            for i, layer in enumerate(steps.state.layers)
-        )
-        steps.replace_state(layers=layers)
-
     def set_num_drafted(self, count):
         """Say that every slot has drafted so many tokens in this cycle."""
         counts = jnp.full(self.shape.num_slots, count, jnp.int32)
         self.device_steps.replace_state(num_drafted=counts)
-
-
-@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def _noise(pages, seed):
-    """Values like those of normed heads, about 1 large, as cheap as they can be."""
-    number = jax.lax.iota(jnp.uint32, pages.shape[-1]) * jnp.uint32(0x9E3779B1)
-    for axis, size in enumerate(pages.shape[:-1]):
-        place = jax.lax.iota(jnp.uint32, size) * jnp.uint32(0x85EBCA6B + 2 * axis)
-        place = place.reshape(-1, *[1] * (pages.ndim - 1 - axis))
-        number = (number ^ (place + seed)) * jnp.uint32(0x7FEB352D)
-        number = number ^ (number >> 15)
-    uniform = (number >> 8).astype(jnp.float32) * 2.0**-24
-    return ((uniform - 0.5) * 12**0.5).astype(pages.dtype)
 
 
 @functools.cache

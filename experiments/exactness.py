@@ -43,6 +43,9 @@ _SETTINGS = (
     ("k = 8, a third of the pool, recompute", dict(),
      dict(share=0.34, kv_policy="recompute")),
     ("k = 8, stopped and resumed", dict(), dict(resumed=True)),
+    ("k = 8, aligned", dict(schedule="aligned"), dict(prefill_lanes=2)),
+    ("k = 8, aligned, drafts of 8 bits, a third of the pool",
+     dict(schedule="aligned", draft_weights="int8"), dict(share=0.34)),
 )  # fmt: skip
 _KV_ROWS, _SCORE = "k = 8, KV rows half way", "score of plain decoding's texts"
 

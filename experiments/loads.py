@@ -8,7 +8,9 @@ from experiments.models import DTYPES
 from experiments.options import Options, option
 from sparsespec_jax import sizes
 from sparsespec_jax.config import (
+    DRAFT_WEIGHTS,
     NUMERICS,
+    SCHEDULES,
     EngineConfig,
     SamplingParams,
     SpeculationConfig,
@@ -46,6 +48,10 @@ class Load(Options):
     chooses_k: bool = option(
         False, "Let the cost model turn speculation off and on, every 64 steps."
     )
+    schedule: str = option("mixed", "Of drafts.", choices=SCHEDULES)
+    draft_weights: str | None = option(
+        None, "Weights that draft, beside the model's.", choices=DRAFT_WEIGHTS
+    )
     policy: str = option("pillar", "Selection policy.")
     mass_rows: str = option("all", "Verify rows whose attention counts: all or edges.")
     scope: str = option("kv_head", "One selection per kv_head or per layer.")
@@ -82,6 +88,8 @@ class Load(Options):
             draft_token_choices=(0,) if self.chooses_k else (),
             budget_ratio=self.budget_ratio,
             min_budget=self.min_budget,
+            schedule=self.schedule,
+            draft_weights=self.draft_weights,
             policy=self.policy,
             mass_rows=self.mass_rows,
             scope=self.scope,

@@ -433,5 +433,6 @@ class Engine(contextlib.AbstractContextManager):
             kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
             numerics=self.config.numerics,
+            **sizes.of_drafts(self.model, self.speculation, self.impl),
             min_budget=sizes.floor_of_drafts(self.speculation, self.shape),
         )

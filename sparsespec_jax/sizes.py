@@ -387,6 +387,14 @@ def free_memory_bytes():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def of_drafts(model, speculation, impl):
+    """What DecodeStats says of drafts: their schedule, weights and bytes."""
+    kind = speculation.draft_weights
+    read = num_bytes(model.config, model.params, impl=impl) if kind else None
+    names = "schedule", "draft_weights", "draft_weight_bytes"
+    return dict(zip(names, (speculation.schedule, kind, read), strict=True))
+
+
 def weight_bytes(model):
     """Weights that one step reads; of an untied embedding it gathers rows only."""
     total = sum(x.nbytes for x in jax.tree.leaves(model.params))

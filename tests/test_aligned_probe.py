@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import aligned_steps, int8_product, models, row_bits
+from experiments import aligned_steps, int8_product, made_up, models, row_bits
 from pallas_kernels import int8_matmul
 from pallas_kernels.aot import compile_for
 from pallas_kernels.int8_matmul.tiling import Tiling
@@ -48,7 +48,7 @@ def engine():
 def start(engine, weights="bfloat16"):
     engine.draft_with(weights)
     calibrate.made_up_cycle(engine, K, LENGTH)
-    engine.fill_pages()
+    made_up.fill_pages(engine)
     engine.device_steps.replace_state(tokens=jnp.zeros((3, K + 1), jnp.int32))
 
 

@@ -46,6 +46,7 @@ def test_texts_scores_and_kv_rows_have_the_bits_of_plain_decoding(
         make_engine(gpu_model, num_draft_tokens=0),
         make_engine(gpu_model, num_draft_tokens=2),
     )
+    aligned = make_engine(gpu_model, num_draft_tokens=2, schedule="aligned")
     with engines[0] as plain, engines[1] as speculative:
         for engine in engines:
             for index, prompt in enumerate(prepared):
@@ -56,6 +57,9 @@ def test_texts_scores_and_kv_rows_have_the_bits_of_plain_decoding(
         assert found["identical_kv_rows"] == found["kv_rows"] > 70
         wanted = run(plain)
         assert bits(run(speculative)) == bits(wanted)
+        for index, prompt in enumerate(prepared):
+            aligned.submit(prompt, prompt_index=index)
+        assert bits(run(aligned)) == bits(wanted)
         for index, result in enumerate(wanted):
             speculative.submit(
                 prepared[index], prompt_index=index, scored=result.token_ids

@@ -164,6 +164,16 @@ def test_weights_count_as_more_where_arithmetic_takes_longer():
     assert found == pytest.approx(7 / 17)
 
 
+def test_aligned_steps_read_the_weights_of_drafts_by_hand():
+    # Eight times 0.5 W, then W: 7 * 2 / (4 + 1 + 1.5).
+    aligned = dict(is_aligned=True, draft_weight_bytes=0.5)
+    assert bound(**aligned) == pytest.approx(14 / 6.5)
+    assert bound(is_aligned=True) == bound()
+    # 64 slots of a balance of 100: drafts take 0.64 of W, verifications 64 * 9 / 100.
+    found = bound(**aligned, num_slots=64, balance_tokens=100.0)
+    assert found == pytest.approx(14 / (8 * 0.64 + 5.76 + 1.5))
+
+
 def test_speed_of_light_of_plain_decoding_is_one():
     plain = dict(num_draft_tokens=0, mean_accepted_draft_tokens=0, budget_ratio=0.3)
     for overhead in (None, 0.0):

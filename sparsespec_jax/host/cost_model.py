@@ -89,6 +89,8 @@ def speed_of_light(
     overhead_ratio: float | None = None,
     num_slots: int = 1,
     balance_tokens: float = math.inf,
+    is_aligned: bool = False,
+    draft_weight_bytes: float | None = None,
 ) -> float:
     """Bound on the speed-up over plain decoding when every step is bound by memory.
 
@@ -99,6 +101,7 @@ def speed_of_light(
 
     A step of more than `balance_tokens` is bound by arithmetic instead, and its W
     counts as more: a plain step has S tokens, one of a cycle S (2k + 1) / (k + 1).
+    Aligned, k of a cycle have S and read the weights of drafts, the last S (k + 1).
 
     Args:
         num_draft_tokens: k; of a proposer or a cascade the draft steps of a cycle.
@@ -111,6 +114,8 @@ def speed_of_light(
         num_slots: S, requests of a step.
         balance_tokens: tokens whose products with all weights take as long as reading
             these.
+        is_aligned: whether drafts and verifications have steps of their own.
+        draft_weight_bytes: what an aligned draft step reads of weights; None: W.
     """
     k, s = num_draft_tokens, budget_ratio
     m = (2 * s if k else 0.0) if overhead_ratio is None else overhead_ratio
@@ -118,8 +123,14 @@ def speed_of_light(
     def weights(tokens):
         return weight_bytes * max(1.0, tokens / balance_tokens)
 
-    in_cycle = weights(num_slots * (2 * k + 1) / (k + 1))
-    cycle_bytes = (k + 1) * in_cycle + (k * s + 1 + m) * kv_bytes
+    if is_aligned:
+        share = (draft_weight_bytes or weight_bytes) / weight_bytes
+        # The products take as long, whatever the weights are read as.
+        draft = weights(num_slots) * max(share, min(1.0, num_slots / balance_tokens))
+        all_weights = k * draft + weights(num_slots * (k + 1))
+    else:
+        all_weights = (k + 1) * weights(num_slots * (2 * k + 1) / (k + 1))
+    cycle_bytes = all_weights + (k * s + 1 + m) * kv_bytes
     committed = mean_accepted_draft_tokens + 1
     return ratio(committed * (weights(num_slots) + kv_bytes), cycle_bytes)
 

@@ -230,6 +230,9 @@ class DecodeStats:
     kv_usage: dict | None = None  # of the KV cache, as Engine.kv_usage at the end
     forced_acceptance: float | None = None  # mean asked for; then the text is lossy
     numerics: str = "fast"  # of the engine
+    schedule: str = "mixed"  # of SpeculationConfig
+    draft_weights: str | None = None  # likewise
+    draft_weight_bytes: int | None = None  # that a step with such weights reads
     min_budget: int = 0  # tokens that a draft reads at least; 0 without a selection
 
     @property
@@ -278,6 +281,8 @@ class DecodeStats:
             overhead_ratio=ratio(2 * total.kv_tokens_read.gather, verify),
             num_slots=self.num_slots,
             balance_tokens=balance_tokens,
+            is_aligned=self.schedule == "aligned",
+            draft_weight_bytes=self.draft_weight_bytes,
         )
 
     @property
@@ -322,6 +327,8 @@ class DecodeStats:
         )
         scalars = (
             "numerics",
+            "schedule",
+            "draft_weights",
             "num_slots",
             "num_steps",
             "wall_time_s",

@@ -115,7 +115,8 @@ def room_for(num_draft_tokens) -> int:
 
 def _full_pages(shape):
     """Pages of a slot's full table when all slots share the pool evenly."""
-    return shape.num_pages // shape.num_slots - shape.draft_table_width
+    drafts = shape.draft_table_width if shape.num_draft_steps else 0
+    return shape.num_pages // shape.num_slots - drafts
 
 
 def made_up_cycle(engine, k, length):
@@ -158,7 +159,9 @@ def _state_fields(engine, length, *, idle=False):
     draft = np.arange(slots * shape.draft_table_width, dtype=np.int32)
     draft = slots * full + draft.reshape(slots, -1)
     if idle:
-        table[:], draft = shape.num_pages, np.full_like(draft, shape.num_pages)
+        table[:] = shape.num_pages
+    if idle or not shape.num_draft_steps:
+        draft = np.full_like(draft, shape.num_pages)
     return {
         "full_table": jnp.asarray(table),
         "draft_table": jnp.asarray(draft),
