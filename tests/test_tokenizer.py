@@ -258,14 +258,14 @@ def test_other_places_of_templates_and_special_tokens(saved):
     described = {
         "eos_token": {"content": "</s>", "lstrip": False},
         "chat_template": [
-            {"name": "tool_use", "template": "tools"},
+            {"name": "tool_use", "template": "tools{{ tools | length }}"},
             {"name": "default", "template": "plain"},
         ],
     }
     path.write_text(json.dumps(described))
     again = tokenizer_from_directory(folder)
     assert again.chat_text([]) == "plain"
-    assert again.chat_text([], tools=[{"name": "f"}]) == "tools"
+    assert again.chat_text([], tools=[{"name": "f"}]) == "tools1"
     assert (again.bos_id, again.eos_ids) == (None, tokenizer.eos_ids)
     (folder / "chat_template.jinja").write_text("beside")
     assert tokenizer_from_directory(folder).chat_template == "beside"
