@@ -20,6 +20,8 @@ from sparsespec_jax.device import editing
 from sparsespec_jax.device import step as step_lib
 from sparsespec_jax.host.edits import prepare_edits
 from sparsespec_jax.host.intake import prepare
+from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.results import RequestProgress
 from sparsespec_jax.loading.tokenizer import Tokenizer
 from sparsespec_jax.models.transformer import causal_attend, forward, logits
 from sparsespec_jax.plan.buffer import StepPlan
@@ -478,8 +480,17 @@ def test_what_a_model_refuses_before_any_work(model, options, wanted):
 def test_what_needs_a_tokenizer_or_decoding(model, tiny_model):
     with pytest.raises(ValueError, match="bad_words need a tokenizer.*logit_bias"):
         run(tiny_model, [[1]], SamplingParams(bad_words=["w1"]))
-    prepared = prepare(model, [1], SamplingParams(max_tokens=1, top_logprobs=1))
+    law = SamplingParams(max_tokens=1, top_logprobs=1)
+    prepared = prepare(model, [1], law)
     with tight_engine(model) as engine:
+        law = dataclasses.replace(law, max_tokens=3)
+        told = dict(logprobs=(-1.0,), params_versions=((0, 1),))
+        progress = RequestProgress(
+            request_id=0, prompt_index=0, sample_index=0, token_ids=(1,),
+            metrics=RequestMetrics(max_draft_tokens=3), **told,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="1 tokens are emitted, 0 of them with"):
+            engine.resume_request([1], law, progress)
         with pytest.raises(ValueError, match="top_logprobs is 1, but scored tokens"):
             engine.submit(prepared, scored=[1])
         sizes = dict(num_slots=2**40)
