@@ -85,7 +85,7 @@ def check_length(prepared, model, max_length):
 
 
 def check_progress(progress, sampling):
-    """ValueError if a request of this RequestProgress had ended or lacks what is told."""
+    """ValueError if a request of this RequestProgress has ended or lacks values."""
     if (count := len(progress.token_ids)) >= sampling.max_tokens:
         raise ValueError(
             f"{count} tokens are emitted, max_tokens is {sampling.max_tokens}: the "
