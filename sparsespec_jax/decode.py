@@ -130,6 +130,8 @@ def score(
     """Log-probabilities of the tokens of given outputs, each behind its prompt.
 
     Texts go through the step that decodes: prompts by chunks, outputs by verifications.
+    A prompt's own tokens behind its first one are an output too: `score(model,
+    [ids[:1]], [ids[1:]])`.
 
     >>> results = decode(model, prompts, engine=engine)  # doctest: +SKIP
     >>> outputs = [result.token_ids for result in results]  # doctest: +SKIP

@@ -8,15 +8,10 @@ from collections import deque
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device_steps import DeviceSteps, check_exact
+from sparsespec_jax.host import intake
 from sparsespec_jax.host.commit import commit
 from sparsespec_jax.host.dispatcher import HostClock
 from sparsespec_jax.host.edits import EditLoads
-from sparsespec_jax.host.intake import (
-    make_output,
-    make_request,
-    prepare,
-    samples_to_queue,
-)
 from sparsespec_jax.host.interrupts import Whole
 from sparsespec_jax.host.metrics import DecodeStats
 from sparsespec_jax.host.outputs import Outputs
@@ -132,7 +127,7 @@ class Engine(contextlib.AbstractContextManager):
           ValueError: what is wrong with the prompt or its SamplingParams, or that the
             request could never be served; nothing is queued then.
         """
-        prepared = prepare(self.model, prompt, sampling, chat_template_kwargs)
+        prepared = intake.prepare(self.model, prompt, sampling, chat_template_kwargs)
         more = dict(prompt_index=prompt_index, expected_tokens=expected_tokens)
         return self.submit(prepared, **more)
 
@@ -148,7 +143,7 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           ValueError: as `add_request`, or more tokens than `max_tokens`.
         """
-        prepared = prepare(self.model, prompt, sampling, chat_template_kwargs)
+        prepared = intake.prepare(self.model, prompt, sampling, chat_template_kwargs)
         return self.submit(prepared, prompt_index=prompt_index, progress=progress)
 
     def submit(
@@ -162,17 +157,15 @@ class Engine(contextlib.AbstractContextManager):
         decoded: the result has these tokens and their log-probabilities (see `score`).
         """
         self._require_open()
-        samples, emitted = samples_to_queue(
+        samples, emitted = intake.samples_to_queue(
             prepared, self.model, self.max_length, self.shape, progress, scored
         )
-        extras = self.device_steps.extras.joined(prepared.extras)
-        sizes.check_edits(self.model, self.shape, self.device_steps.extras, extras)
-        self.device_steps.use(extras)
+        self._prepare_steps(prepared)
         first = self._next_id
         prompt_index = first if prompt_index is None else prompt_index
         with self._whole:
             for sample in samples:
-                request = make_request(
+                request = intake.make_request(
                     prepared,
                     self.speculation,
                     self._next_id,
@@ -184,13 +177,21 @@ class Engine(contextlib.AbstractContextManager):
                 )
                 self._scheduler.add(request)
                 self._next_id += 1
-                output = make_output(
+                output = intake.make_output(
                     self.model, request, prepared, self.speculation,
                     prompt_index=prompt_index, sample=sample,
                 )  # fmt: skip
                 self._outputs.add(output, progress)
-            self._filters |= prepared.sampling.filters
         return first if len(samples) == 1 else list(range(first, self._next_id))
+
+    def _prepare_steps(self, prepared):
+        """Let the steps to come do what a request asks for beside the plain law."""
+        steps = self.device_steps
+        extras = steps.extras.joined(prepared.extras)
+        sizes.check_edits(self.model, self.shape, steps.extras, extras)
+        with self._whole:
+            steps.use(extras)
+        self._filters |= prepared.sampling.filters
 
     def abort(self, request_id):
         """End a request now; returns its DecodeResult so far ("cancelled").
@@ -279,9 +280,7 @@ class Engine(contextlib.AbstractContextManager):
             self._choose_num_draft_tokens()
         with self._whole:
             plan, planned, moves = self._scheduler.plan()
-            extras = self.device_steps.extras
-            loads = self._edits.before(plan, planned, extras)
-            planned = planned._replace(num_top=extras.top_logprobs)
+            planned, loads = self._edits.before(plan, planned, self.device_steps.extras)
             outcome = self._dispatch(plan, moves, loads)
             if plan is not None:
                 self._in_flight.append((planned, outcome, self.params_version))
@@ -312,8 +311,8 @@ class Engine(contextlib.AbstractContextManager):
             packed.block_until_ready()  # an interrupt while waiting loses nothing
             with self._whole:
                 self._in_flight.popleft()
-                sizes_of = planned.num_queries, planned.num_top
-                outcome = StepOutcome.from_packed(packed, *sizes_of)
+                widths = planned.num_queries, planned.num_top
+                outcome = StepOutcome.from_packed(packed, *widths)
                 events = self._events if with_events else None
                 commit(
                     self._scheduler, self._outputs, planned, outcome, version,
@@ -399,14 +398,17 @@ class Engine(contextlib.AbstractContextManager):
         )
         self.set_num_draft_tokens(num_draft_tokens)
 
-    def warm_up(self, *, filters=False):
+    def warm_up(self, *, filters=False, sampling=()):
         """Compile every variant of the step, so that nothing compiles afterwards.
 
-        `filters` says whether requests to come use top-k, top-p or min-p. Before the
+        `filters` says whether requests to come use top-k, top-p or min-p, `sampling`
+        are SamplingParams with the other options that they will have. Before the
         first step, the time of requests counts from its end.
         """
         self._require_open()
         self._filters |= filters
+        for params in sampling:
+            self._prepare_steps(intake.prepare(self.model, [0], params))
         plans = [
             StepPlan.empty(self.shape.with_draft_tokens(k), prefill=prefill)
             for k in self.draft_token_choices

@@ -16,6 +16,7 @@ from sparsespec_jax.device import (
     acceptance,
     attention,
     cascade,
+    editing,
     per_step,
     proposing,
     row_places,
@@ -27,6 +28,7 @@ from sparsespec_jax.device.state import new_state
 from sparsespec_jax.models import transformer
 from sparsespec_jax.models.transformer import init_params
 from sparsespec_jax.plan.buffer import StepPlan
+from sparsespec_jax.plan.edits import StepExtras
 from sparsespec_jax.policies import base, keys, mass, select
 from sparsespec_jax.proposers import eagle
 from sparsespec_jax.proposers.base import (
@@ -127,7 +129,14 @@ def device_borders():
     _, fill = attention.make_attend(per_step_context, others)
     attend_drafts = partial(per_step.attend_drafts, per_step_context, OPTIONS, 0)
     counts = zeros(S, TINY.num_kv_heads)
+    extras = StepExtras(bias=True, penalties=True, num_words=2, word_tokens=5)
+    edits = editing.slot_edits(extras, S, TINY.vocab_size, None)
+    lane_slots, after, included = zeros(3), zeros(3, 6), zeros(3, 4)
+    edited = edits, floats(12, TINY.vocab_size), lane_slots, lane_slots, after, included
+    verified = lanes.verify.tokens, lanes.verify.slots
     return [
+        (editing.edit, *edited),
+        (editing.advance, edits, lanes.verify, *verified),
         (partial(cascade.guess, context), state, lanes.draft),
         (cascade.num_kept, guesses, drafts, lanes.draft),
         (cascade.record, state, lanes.draft, drafts, drafts[:, 0]),
@@ -157,6 +166,7 @@ def sampling_borders():
         (partial(sampling.choose, filters=True), logits, law, ids),
         (partial(sampling.logprobs, filters=True), logits, law, ids),
         (partial(sampling.probabilities, filters=True), logits, law),
+        (partial(sampling.top_logprobs, count=2, filters=True), logits, law),
         (sampling.keep_mask, logits, law),
         (partial(sampling.uniform, stream=0), law.seed, ids),
         (sampling.gumbel, law.seed, ids, zeros(R, 3)),

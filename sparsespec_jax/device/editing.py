@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsespec_jax.array_types import (
-    Array,
     LaneTokens,
     Logits,
     PerLane,
+    PerVerify,
     RowCounts,
     SlotBiases,
     SlotLengths,
@@ -52,9 +52,9 @@ class SlotEdits(NamedTuple):
 
 
 def slot_edits(
-    extras: StepExtras, num_slots: int, vocab_size: int, old: SlotEdits | None
+    extras: StepExtras, num_slots: int, vocab_size: int, old: Any
 ) -> SlotEdits:
-    """SlotEdits of the sizes of `extras`, with what the smaller `old` holds."""
+    """SlotEdits of the sizes of `extras`, with what `old`, smaller or None, holds."""
 
     def grown(name, neutral):
         array = jnp.tile(jnp.asarray(neutral), (num_slots,) + (1,) * neutral.ndim)
@@ -162,7 +162,7 @@ def _without_bad_words(own, x, output, included):
 
 
 def advance(
-    edits: SlotEdits, verify: VerifyLanes, tokens: VerifyTokens, accepted: Array
+    edits: SlotEdits, verify: VerifyLanes, tokens: VerifyTokens, accepted: PerVerify
 ) -> SlotEdits:
     """The arrays, with what verifications committed: `accepted` + 1 of `tokens`."""
     slots = verify.slots

@@ -89,13 +89,15 @@ class EditLoads:
         self._edited = set()  # slots whose last holder changed its logits
 
     def before(self, plan, planned, extras):
-        """(slot, arrays by name) of each slot to load ahead of a step of `extras`.
+        """What goes with a step of `extras`: (PlannedVerifies, slots to load).
 
-        Each seed verify of a request that changes its logits: it may be one that came
-        back, and what the device has counted since is not known of other holders.
+        A slot to load is (slot, arrays by name). It is due at each seed verify of a
+        request that changes its logits, also of one that came back; and of the next
+        holder of its slot, which may change nothing.
         """
+        planned = planned._replace(num_top=extras.top_logprobs)
         if plan is None or not extras.edits:
-            return ()
+            return planned, ()
         loads, is_seed = [], plan.views["seed_counts"] >= 0
         for lane, request in enumerate(planned.requests):
             edits, slot = request.edits, request.slot
@@ -105,4 +107,4 @@ class EditLoads:
             known = request.tokens, request.num_prompt, int(planned.seed_starts[lane])
             arrays = edit_arrays(extras, self._vocab_size, edits, *known)
             loads.append((slot, arrays))
-        return loads
+        return planned, loads

@@ -91,11 +91,16 @@ def check_length(prepared, model, max_length):
 
 
 def check_progress(progress, sampling):
-    """ValueError if a request of this RequestProgress had ended."""
+    """ValueError if a request of this RequestProgress has ended or lacks values."""
     if (count := len(progress.token_ids)) >= sampling.max_tokens:
         raise ValueError(
             f"{count} tokens are emitted, max_tokens is {sampling.max_tokens}: the "
             "request had ended"
+        )
+    if sampling.top_logprobs and len(progress.top_logprobs) != count:
+        raise ValueError(
+            f"{count} tokens are emitted, {len(progress.top_logprobs)} of them with "
+            "top_logprobs: resume it with top_logprobs=0, or from a progress with all"
         )
 
 
