@@ -9,8 +9,10 @@ from experiments.equality import MODES
 from experiments.models import DTYPES
 from experiments.options import Options, option
 from sparsespec_jax.config import (
+    DRAFT_WEIGHTS,
     KV_POLICIES,
     NUMERICS,
+    SCHEDULES,
     EngineConfig,
     SamplingParams,
     SpeculationConfig,
@@ -74,6 +76,10 @@ class GenerateConfig(Options):
     # The paper's floor of 192 tokens is for contexts of many thousands; at the few
     # hundred tokens of the built-in prompts it would make most drafts dense.
     min_budget: int = option(64, "Tokens that a draft reads at least.")
+    schedule: str = option("mixed", "Of drafts.", choices=SCHEDULES)
+    draft_weights: str | None = option(
+        None, "Weights that draft, beside the model's.", choices=DRAFT_WEIGHTS
+    )
     policy: str = option("pillar", "Selection policy.")
     acceptor: str = option("shared_noise", "shared_noise or ratio_test.")
     mass_rows: str = option("all", "Verify rows whose attention counts: all or edges.")
@@ -148,6 +154,8 @@ class GenerateConfig(Options):
             num_draft_tokens=self.num_draft_tokens,
             budget_ratio=self.budget_ratio,
             min_budget=self.min_budget,
+            schedule=self.schedule,
+            draft_weights=self.draft_weights,
             policy=self.policy,
             acceptor=self.acceptor,
             mass_rows=self.mass_rows,

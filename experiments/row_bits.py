@@ -20,7 +20,6 @@ from absl import app, flags
 from jax import lax
 
 from experiments import launch, record
-from experiments.product_times import median_us
 
 # in, out, and cuts that are tried; the vocabulary's are cut nowhere.
 _MODELS = {
@@ -56,6 +55,8 @@ _MODELS = {
 _SEEN = 8  # rows that are compared, all if there are fewer
 _MOST_SCORES = 600  # rows of a vocabulary's product
 _FORMS = ("batched", "dot", "separate")
+_REPEATS, _SECONDS = 5, 0.04
+
 
 _NAMES = flags.DEFINE_list("models", list(_MODELS), "Whose products.")
 _ROWS = flags.DEFINE_list(
@@ -66,6 +67,35 @@ _FORM = flags.DEFINE_multi_enum("form", _FORMS, _FORMS, "Forms, see `product`.")
 _SECONDS = flags.DEFINE_integer("seconds", 100_000, "Begin nothing after so long.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to record if git cannot say.")
 _OUTPUT = flags.DEFINE_string("output", None, "Results file.", required=True)
+
+
+def median_us(function, *args, is_serial=False):
+    """Microseconds of a call of a function, compiled, many in flight; and its result.
+
+    Each call takes the result of the last one: a graph of the same places stays.
+    is_serial: nothing runs beside each other, whatever XLA's flags say (GPU).
+    """
+    options = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+    program = jax.jit(
+        lambda old, *args: function(*args),
+        donate_argnums=0,
+        keep_unused=True,
+        compiler_options=options if is_serial else None,
+    )
+    old = jax.eval_shape(function, *args)
+    made = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), old)
+
+    def seconds(count):
+        nonlocal made
+        start = time.perf_counter()
+        for _ in range(count):
+            made = program(made, *args)
+        jax.block_until_ready(made)
+        return (time.perf_counter() - start) / count
+
+    seconds(2)
+    count = max(4, int(_SECONDS / seconds(2)))
+    return 1e6 * float(np.median([seconds(count) for _ in range(_REPEATS)])), made
 
 
 def product(x, kernel, *, parts, form, is_tied=False):

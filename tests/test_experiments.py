@@ -23,7 +23,7 @@ NAMES = sorted(
 )
 # Probes of one device keep flags and files of their own.
 COMMON = ("output", "commit", "smoke", "resume", "part", "take")
-PROBES = ("aligned_probe.py", "row_bits.py")
+PROBES = ("row_bits.py",)
 
 
 def begin(kind, path, **options):

@@ -23,6 +23,7 @@ from sparsespec_jax.device.context import step_options
 from sparsespec_jax.device.state import new_state
 from sparsespec_jax.models import layer
 from sparsespec_jax.models.config import PRESETS
+from sparsespec_jax.models.draft_weights import with_draft_weights
 from sparsespec_jax.models.transformer import param_shapes
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.policies.select import resolve_policy
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("optimized_programs")
 
 _RESULTS = re.compile(r"[a-z0-9]+\[([\d,]*)\]")
 _LAYERS = 3
+INT8 = (("schedule", "aligned"), ("draft_weights", "int8"))
 _CHUNKS_CLOCKED = dict(prefill=(2, 512), wrap=step_clock.with_clock, num_pages=1000)
 # The step whose pool and weights fill a GPU.
 _FILLING, _FULL = ("h100", 7, "self"), dict(num_pages=50_000)
@@ -51,7 +53,7 @@ def compile_step(
     wrap=lambda step: step,
     num_layers=_LAYERS,
     exact=False,
-    schedule="mixed",
+    drafts=(),
     **engine,
 ):
     """The step of a small model for `target`, and the bytes of one layer's pool.
@@ -67,7 +69,7 @@ def compile_step(
         num_draft_tokens=num_draft_tokens,
         policy=policy,
         proposer=proposer,
-        schedule=schedule,
+        **dict(drafts),
     )
     config = EngineConfig(num_slots=16, page_size=128, max_length=2000, **engine)
     if prefill:
@@ -95,11 +97,17 @@ def compile_step(
             policy=policy,
         )
     )
+    params = jax.eval_shape(
+        functools.partial(
+            with_draft_weights, model, kind=speculation.draft_weights, impl=impl
+        ),
+        param_shapes(model, jnp.bfloat16),
+    )
     buffer = StepPlan.empty(shape, prefill=bool(prefill)).buffer
     compiled = compile_for(
         target,
         functools.partial(wrap(step.__wrapped__), prefill=bool(prefill)),
-        param_shapes(model, jnp.bfloat16),
+        params,
         state,
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
         compiler_options=step_lib.step_compiler_options(impl, exact=exact) or None,
@@ -256,9 +264,11 @@ def test_a_cycle_compiles_in_place(target, k):
     """Drafts run in a loop: a pool that is no place of it would be copied by each."""
     pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
     compiled, pool_bytes = compile_step(
-        target, k, schedule="aligned", num_layers=1, num_pages=10_000
+        target, k, drafts=INT8, num_layers=1, num_pages=10_000
     )
     assert compiled.temp_bytes < pool_bytes / 8
     assert compiled.alias_bytes >= pool_bytes
-    loops = re.findall(r" while\(", compiled.compiled.as_text())
-    assert len(loops) >= 1
+    text = compiled.compiled.as_text()
+    assert " while(" in text
+    if target == "h100":  # each product of a layer and the vocabulary's, once
+        assert len(re.findall(r"custom-call\(.*jit\(int8_matmul_gpu\)", text)) == 5
