@@ -241,7 +241,10 @@ TIGHT = dict(num_pages=30, host_chunk_pages=2)
 RUNS = {
     "recomputed": (dict(), dict(**TIGHT, lag=0, kv_policy="recompute")),
     "spilled, lag 2": (dict(), dict(**TIGHT, lag=2)),
-    "eight drafts": (dict(num_draft_tokens=8), dict(num_slots=4)),
+    "eight aligned drafts in 8 bits": (
+        dict(num_draft_tokens=8, schedule="aligned", draft_weights="int8"),
+        dict(num_slots=4),
+    ),
     "cascade": (
         dict(proposer="cascade", num_draft_tokens=4, draft_steps=2, num_guesses=3),
         dict(),
