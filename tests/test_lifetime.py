@@ -216,8 +216,8 @@ def test_decode_and_stream_hand_over_at_any_moment(
     for turn in range(20):
         finished, when = {}, rng.uniform(0, longest)
         timer = threading.Timer(when, signal.pthread_kill, [main, signal.SIGINT])
-        timer.start()
         try:
+            timer.start()  # which may be late enough to be interrupted itself
             if turn % 2:
                 for event in stream(tiny_model, prompts, **options):
                     if event.finish_reason:
