@@ -16,13 +16,11 @@ import dataclasses
 import functools
 import gc
 
-import numpy as np
-
 from experiments import experiment, made_up, models
 from experiments.experiment import Experiment
 from experiments.loads import LOADS
 from experiments.options import Options, option
-from pallas_kernels.timing import measure_flop_rate, measure_rates
+from experiments.throughput import device_rates
 from sparsespec_jax import Engine, sizes
 from sparsespec_jax.config import NUMERICS
 from sparsespec_jax.host.cost_model import speed_of_light
@@ -141,13 +139,8 @@ class Drafts(Experiment):
 
     @functools.cached_property
     def rates(self):
-        """What the device reaches."""
-        read_rate, _ = measure_rates()
-        flop_rate = measure_flop_rate(self.config.dtype)
-        size = np.dtype(self.config.dtype).itemsize
-        balance = flop_rate / read_rate * size / 2
-        found = dict(read_tb_per_s=read_rate / 1e12, tflop_per_s=flop_rate / 1e12)
-        return found | {"balance_tokens": balance}
+        """See `device_rates`."""
+        return device_rates(self.config.dtype)
 
     def describe(self, records):
         """Every row with its speed-up over plain decoding, and the best of each way."""

@@ -236,6 +236,19 @@ def _trace(engine, clock, trace_dir, num_steps):
     return time_split.split_of_steps(trace_dir, plan_size, engine.num_steps - first)
 
 
+def device_rates(dtype) -> dict:
+    """What the device reaches, and how many tokens take as long as reading weights."""
+    read_rate, copy_rate = measure_rates()
+    flop_rate = measure_flop_rate(dtype)
+    size = np.dtype(dtype).itemsize
+    return {
+        "read_tb_per_s": read_rate / 1e12,
+        "copy_tb_per_s": copy_rate / 1e12,
+        "tflop_per_s": flop_rate / 1e12,
+        "balance_tokens": flop_rate / read_rate * size / 2,
+    }
+
+
 def metrics_of(plain: list[dict], spec: list[dict], load: Load) -> dict:
     """The figures that tables quote, medians over the repeats."""
 
@@ -319,16 +332,8 @@ class Throughput(Experiment):
 
     @functools.cached_property
     def rates(self):
-        """What the device reaches; recorded with every run, as sessions may differ."""
-        read_rate, copy_rate = measure_rates()
-        flop_rate = measure_flop_rate(self.config.dtype)
-        size = np.dtype(self.config.dtype).itemsize
-        return {
-            "read_tb_per_s": read_rate / 1e12,
-            "copy_tb_per_s": copy_rate / 1e12,
-            "tflop_per_s": flop_rate / 1e12,
-            "balance_tokens": flop_rate / read_rate * size / 2,
-        }
+        """See `device_rates`; recorded with every run, as sessions may differ."""
+        return device_rates(self.config.dtype)
 
     def measure(self, row):
         """One run."""

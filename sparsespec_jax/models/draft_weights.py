@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import is_for_gpu
 from pallas_kernels.int8_matmul import choose_parts, pack, quantise
 from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.products import weight_shapes
 from sparsespec_jax.models.transformer import Params, params_dtype
 
 # The key among parameters under which the compiled step finds the tree.
@@ -66,27 +67,21 @@ def _packed(kernel, *, impl):
 def num_bytes(config: ModelConfig, params: Any, *, impl: str) -> int:
     """Bytes that `in_8_bits` takes beside the parameters."""
     make = functools.partial(in_8_bits, config, impl=impl)
-    made = jax.eval_shape(make, params)
-    leaves = jax.tree_util.tree_leaves_with_path(made)
-    new = (x for path, x in leaves if path[-2:] and _is_new(path))
-    return sum(x.size * x.dtype.itemsize for x in new)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shared = [x for path, x in leaves if path[-1].key != "kernel"]
+    return _bytes(jax.tree.leaves(jax.eval_shape(make, params))) - _bytes(shared)
 
 
-def _is_new(path):
-    """True for values, and for the scales beside them: norms have scales too."""
-    names = [getattr(key, "key", None) for key in path]
-    return names[-1] == "values" or (names[-1] == "scale" and "norm" not in names[-2])
+def _bytes(arrays):
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def check_served(config: ModelConfig, num_rows: int, dtype: Any, impl: str) -> None:
     """ValueError if no kernel makes the products of so many rows in 8 bits."""
     if not is_for_gpu(impl) or dtype != jnp.bfloat16:
         return
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_kv_heads * (config.group_size + 2) * config.head_dim
-    mixed = config.num_kv_heads * config.group_size * config.head_dim
-    shapes = (hidden, heads), (mixed, hidden), (hidden, 2 * inner), (inner, hidden)
-    for size_in, size_out in (*shapes, (hidden, config.vocab_size)):
+    vocabulary = config.hidden_size, config.vocab_size
+    for size_in, size_out in (*weight_shapes(config), vocabulary):
         try:
             choose_parts(num_rows, size_in, size_out)
         except NotImplementedError as error:

@@ -65,22 +65,27 @@ def exact_parts(size_in: int, size_out: int) -> int:
     )
 
 
-def check_products(config):
-    """ValueError if a product of a ModelConfig has no exact form."""
+def weight_shapes(config):
+    """(in, out) of the four weights of a layer of a ModelConfig."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_kv_heads * (config.group_size + 2) * config.head_dim
     mixed = config.num_kv_heads * config.group_size * config.head_dim
-    weights = (hidden, heads), (mixed, hidden), (hidden, 2 * inner), (inner, hidden)
-    for size_in, size_out in weights:
+    return (hidden, heads), (mixed, hidden), (hidden, 2 * inner), (inner, hidden)
+
+
+def check_products(config):
+    """ValueError if a product of a ModelConfig has no exact form."""
+    for size_in, size_out in weight_shapes(config):
         exact_parts(size_in, size_out)
         if size_in % _PROMPT_UNIT or size_out % _PROMPT_UNIT:
             raise ValueError(
                 f"the exact product of prompt rows with a weight [{size_in}, "
                 f"{size_out}] needs multiples of {_PROMPT_UNIT}: use numerics='fast'"
             )
-    if exact_parts(hidden, config.vocab_size) > 1:
+    if exact_parts(config.hidden_size, config.vocab_size) > 1:
         raise ValueError(
-            f"a vocabulary of {config.vocab_size} tokens behind {hidden} elements has "
+            f"a vocabulary of {config.vocab_size} tokens behind "
+            f"{config.hidden_size} elements has "
             "no exact product: use numerics='fast'"
         )
 
