@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 try:
-    from jaxtyping import AbstractDtype, Float32, Int8, Int32
+    from jaxtyping import AbstractDtype, Bool, Float32, Int8, Int32
 except ImportError:  # an extra of the tests
 
     class AbstractDtype:
@@ -30,7 +30,7 @@ except ImportError:  # an extra of the tests
             """Returns the type of the array."""
             return array_and_shape[0]
 
-    Float32 = Int8 = Int32 = AbstractDtype
+    Bool = Float32 = Int8 = Int32 = AbstractDtype
 
 Array = jax.Array | np.ndarray  # a call puts numpy's on the device
 
@@ -50,6 +50,13 @@ TargetTable = Int32[Array, "lanes Wd"]
 # Numbers of lanes, and of their heads.
 PerLane = Int32[Array, "lanes"]
 PerHead = Int32[Array, "lanes H"]
+
+# Codes of keys, by groups of a page: an index (`score_select/codes.py`).
+KeyCodes = Int32[Array, "P H groups code_words"]
+GroupKeys = KvFloat[Array, "... group D"]
+GroupFlags = Bool[Array, "... group"]
+GroupCodes = Int32[Array, "... code_words"]
+RoundedKeys = KvFloat[Array, "... group D"]
 
 # Attention.
 Queries = KvFloat[Array, "T N D"]

@@ -26,6 +26,7 @@ from pallas_kernels.matmul import bench as product
 from pallas_kernels.paged_attention import bench as attention
 from pallas_kernels.paged_attention import bench_pieces as pieces
 from pallas_kernels.rotate_heads import bench as rotate
+from pallas_kernels.score_select import bench as scoring
 from pallas_kernels.select_tokens import bench as selection
 from pallas_kernels.write_rows import bench as write
 
@@ -33,7 +34,8 @@ _LAYERS = 32  # of one program, as models have; half as many selections
 
 # Each has the `CASES` that it times, and `bench`, which times one of them.
 OPERATIONS = (
-    attention, pieces, selection, gather, write, rotate, norm, product, int8_product
+    attention, pieces, selection, scoring, gather, write, rotate, norm, product,
+    int8_product,
 )  # fmt: skip
 CASES = {
     case.name: (operation, case) for operation in OPERATIONS for case in operation.CASES

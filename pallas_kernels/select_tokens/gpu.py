@@ -15,19 +15,22 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, gpu, memref, nvvm, scf, vector
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.array_types import PerLane, Scores
+from pallas_kernels.gpu_counting import (
+    THREADS,
+    add_warp_sums,
+    append_chosen,
+    synchronize,
+    warp_scan,
+    write_warp_sums,
+)
 from pallas_kernels.gpu_layouts import interpreter_of
 from pallas_kernels.select_tokens.api import SelectedTokens
 
 _LARGEST, _SMALLEST = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
-_THREADS = 128  # of one warpgroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,12 @@ class SelectConfig:
     @property
     def slab(self) -> int:
         """Candidates that the registers of a CTA hold, at most 32768."""
-        return self.num_warpgroups * _THREADS * self.per_thread
+        return self.num_warpgroups * THREADS * self.per_thread
 
     @property
     def piece(self) -> int:
         """Candidates that a CTA reads again at a time."""
-        return self.num_warpgroups * _THREADS * self.again
+        return self.num_warpgroups * THREADS * self.again
 
     def pieces(self, num_candidates):
         """Returns how many pieces lie behind the slab."""
@@ -113,7 +116,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
     pieces = config.pieces(num_candidates)
     # One row of the arrays per thread.
     layout = plgpu.Layout.TILED(
-        plgpu.Tiling(((_THREADS, 4), (32, 4))),
+        plgpu.Tiling(((THREADS, 4), (32, 4))),
         warp_dims=(-4,),
         lane_dims=(-2,),
         vector_dim=-1,
@@ -140,10 +143,10 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         def load_scores(ref, first_row):
             """Returns the scores of a row of candidates for every thread."""
             per_thread = ref.shape[3]
-            shape = (_THREADS, per_thread)
-            first_row = pl.multiple_of(first_row + wg * _THREADS, _THREADS)
+            shape = (THREADS, per_thread)
+            first_row = pl.multiple_of(first_row + wg * THREADS, THREADS)
             x = plgpu.load(
-                ref.at[lane, row, pl.ds(first_row, _THREADS)],
+                ref.at[lane, row, pl.ds(first_row, THREADS)],
                 layout=layout,
                 optimized=False,
             )
@@ -154,7 +157,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             return jnp.where(position < length, x, -jnp.inf)
 
         def load_piece(piece):
-            return load_scores(view_refs[1], slab_rows + piece * (W * _THREADS))
+            return load_scores(view_refs[1], slab_rows + piece * (W * THREADS))
 
         kept = load_scores(view_refs[0], 0)
         # No candidates lie behind the length.
@@ -167,7 +170,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             def add(total, x):
                 return total + jnp.where(is_counted(x), 1.0, 0.0).sum(axis=1)
 
-            total = plgpu.layout_cast(jnp.zeros((_THREADS,), jnp.float32), by_thread)
+            total = plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), by_thread)
             if pieces:
                 total = lax.fori_loop(
                     0, used, lambda i, t: add(t, load_piece(i)), total
@@ -176,9 +179,9 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             total = total.astype(jnp.int32)
             # Two sets in turn: a slow warp may still read the last one.
             sums = sums_s.at[lax.rem(turn, 2)]
-            _write_warp_sums(sums, wg, total, by_thread, interpret)
-            _synchronize(bar, interpret)
-            return _add_warp_sums(sums, W, interpret)
+            write_warp_sums(sums, wg, total, by_thread, interpret)
+            synchronize(bar, interpret)
+            return add_warp_sums(sums, W, interpret)
 
         def halve(carry):
             bit, low, at_low = carry
@@ -199,13 +202,13 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
 
         def before_thread(scan):
             """Returns sums over earlier threads of the CTA, and over all of them."""
-            _synchronize(bar, interpret)  # the sums before have been read
+            synchronize(bar, interpret)  # the sums before have been read
             scan_s[wg] = scan
-            _synchronize(bar, interpret)
-            thread = plgpu.broadcasted_iota(jnp.int32, (_THREADS,), 0, layout=by_thread)
+            synchronize(bar, interpret)
+            thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=by_thread)
             total = jnp.int32(0)
             for w in range(W):
-                for warp in range(_THREADS // 32):
+                for warp in range(THREADS // 32):
                     warp_total = scan_s[w, 32 * warp + 31]
                     total += warp_total
                     is_later = jnp.where(thread >= 32 * (warp + 1), 1, 0)
@@ -220,15 +223,15 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
             kind = is_larger + jnp.where(x == _repeat(threshold, x), 1, 0)
             # Both counts in one word: they are at most 2**15 candidates.
             both = kind.sum(axis=1)
-            scan, total = before_thread(_warp_scan(both, by_thread, interpret))
+            scan, total = before_thread(warp_scan(both, by_thread, interpret))
             scan -= both
             larger_before = larger + lax.shift_right_logical(scan, 16)
             equal_before = equal + (scan & 0xFFFF)
-            thread = plgpu.broadcasted_iota(jnp.int32, (_THREADS,), 0, layout=by_thread)
-            first = first + (wg * _THREADS + thread) * x.shape[1]
+            thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=by_thread)
+            first = first + (wg * THREADS + thread) * x.shape[1]
             row_ref = out_ref.at[lane, row]
             refs = (row_ref, larger_before, equal_before, first, kind)
-            _append(*refs, wanted - num_larger, layout, by_thread, interpret)
+            append_chosen(*refs, wanted - num_larger, layout, by_thread, interpret)
             total_larger = lax.shift_right_logical(total, 16)
             return larger + total_larger, equal + (total & 0xFFFF)
 
@@ -255,7 +258,7 @@ def _select(scores, lengths, budgets, *, cap, num_recent, config, interpret):
         kernel_name="select_tokens",
         scratch_types=[
             plgpu.SMEM((2, 32), jnp.int32),
-            plgpu.SMEM((W, _THREADS), jnp.int32),
+            plgpu.SMEM((W, THREADS), jnp.int32),
             plgpu.Barrier(num_arrivals=W),
         ],
         interpret=interpreter_of(interpret),
@@ -268,181 +271,10 @@ def _score_of(key, by_thread):
     It is repeated, one for each thread.
     """
     bits = jnp.where(key < 0, key ^ jnp.int32(_LARGEST), key)
-    bits = plgpu.layout_cast(jnp.full((_THREADS,), bits), by_thread)
+    bits = plgpu.layout_cast(jnp.full((THREADS,), bits), by_thread)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _repeat(score, x):
     """Returns one score per thread in the shape of x [threads, candidates]."""
     return lax.broadcast_in_dim(score, x.shape, [0])
-
-
-# What follows has no Pallas form: it names single threads. The interpreter runs the
-# same steps on whole arrays instead.
-
-
-def _synchronize(bar, interpret):
-    """Waits for all warpgroups."""
-    if interpret:
-        plgpu.barrier_arrive(bar)
-        plgpu.barrier_wait(bar)
-        return
-
-    @plgpu.inline_mgpu()
-    def synchronize(ctx):
-        del ctx
-        gpu.barrier()
-
-    synchronize()
-
-
-def _write_warp_sums(sums, wg, value, by_thread, interpret):
-    """Writes the sum of a value per thread over every warp of this warpgroup."""
-    if interpret:
-        for warp in range(4):
-            sums[wg * 4 + warp] = jnp.sum(value[32 * warp : 32 * warp + 32])
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), by_thread))
-    def write(ctx, sums, value):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        total = utils.redux(
-            _element(value.registers.flat[0], 0),
-            mgpu.c(0xFFFFFFFF, i32),
-            utils.ReductionKind.ADD,
-        )
-        warp = arith.shrui(mgpu.thread_idx(), mgpu.c(5, i32))
-        memref.store(total, sums, [arith.index_cast(ir.IndexType.get(), warp)])
-
-    write(sums, value)
-
-
-def _add_warp_sums(sums, num_warpgroups, interpret):
-    """Returns the total of the sums of all warps."""
-    num_warps = 4 * num_warpgroups
-    if interpret:
-        return sum(sums[warp] for warp in range(num_warps))
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(
-            (), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())
-        ),
-    )
-    def add(ctx, sums):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        lane = arith.andi(mgpu.thread_idx(), mgpu.c(31, i32))
-        value = memref.load(sums, [arith.index_cast(ir.IndexType.get(), lane)])
-        is_warp = arith.cmpi(arith.CmpIPredicate.ult, lane, mgpu.c(num_warps, i32))
-        value = arith.select(is_warp, value, mgpu.c(0, i32))
-        total = utils.redux(value, mgpu.c(0xFFFFFFFF, i32), utils.ReductionKind.ADD)
-        return mgpu.FragmentedArray.splat(total, (), is_signed=True)
-
-    return add(sums)
-
-
-def _warp_scan(count, by_thread, interpret):
-    """Returns the inclusive sums of one value per thread over the threads of a warp."""
-    if interpret:
-        return jnp.cumsum(count.reshape(-1, 32), axis=1).reshape(-1)
-
-    @plgpu.inline_mgpu(
-        arg_types=(by_thread,),
-        return_type=plgpu.ShapeDtypeStruct((_THREADS,), jnp.int32, layout=by_thread),
-    )
-    def scan(ctx, x):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        x_type = x.registers.flat[0].type
-        value = _element(x.registers.flat[0], 0)
-        lane = arith.andi(mgpu.thread_idx(), mgpu.c(31, i32))
-        for distance in (1, 2, 4, 8, 16):
-            other = nvvm.shfl_sync(
-                mgpu.c(0xFFFFFFFF, i32),
-                value,
-                mgpu.c(distance, i32),
-                mgpu.c(0, i32),
-                nvvm.ShflKind.up,
-            )
-            has_other = arith.cmpi(arith.CmpIPredicate.uge, lane, mgpu.c(distance, i32))
-            other = arith.select(has_other, other, mgpu.c(0, i32))
-            value = arith.addi(value, other)
-        x.registers.flat[0] = vector.broadcast(x_type, value)
-        return x
-
-    return scan(count)
-
-
-def _append(
-    out_ref, larger, equal, first, kind, num_equal, layout, by_thread, interpret
-):
-    """Writes the chosen positions of every thread at their ranks.
-
-    Args:
-      out_ref: int32 [cap].
-      larger: larger keys before the first position of every thread.
-      equal: equal keys before it, of which the first `num_equal` are chosen.
-      first: that position.
-      kind: 1 << 16 where the key is larger, 1 where it is equal, else 0.
-      num_equal: number of equal keys that are chosen.
-      layout: of `kind`.
-      by_thread: layout of the arrays with one value per thread.
-      interpret: run on whole arrays.
-    """
-    if interpret:
-        is_larger, is_equal = kind >> 16, kind & 1
-        larger = larger[:, None] + jnp.cumsum(is_larger, axis=1) - is_larger
-        equal = equal[:, None] + jnp.cumsum(is_equal, axis=1) - is_equal
-        rank = (larger + jnp.minimum(equal, num_equal)).reshape(-1)
-        chosen = ((is_larger | (is_equal & (equal < num_equal))) != 0).reshape(-1)
-        position = (first[:, None] + jnp.arange(kind.shape[1])[None, :]).reshape(-1)
-
-        def write(i, _):
-            @pl.when(chosen[i])
-            def _write():
-                out_ref[rank[i]] = position[i]
-
-        lax.fori_loop(0, chosen.shape[0], write, None)
-        return
-
-    rank = larger + jnp.minimum(equal, num_equal)
-    left = num_equal - jnp.minimum(equal, num_equal)  # equal keys still to choose
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), by_thread, by_thread, by_thread, layout)
-    )
-    def append(ctx, out, rank, left, first, kind):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        zero, one = mgpu.c(0, i32), mgpu.c(1, i32)
-        at, left, position = (
-            _element(x.registers.flat[0], 0) for x in (rank, left, first)
-        )
-        for register in kind.registers.flat:
-            for i in range(ir.VectorType(register.type).shape[0]):
-                what = _element(register, i)
-                is_equal = arith.cmpi(arith.CmpIPredicate.eq, what, one)
-                is_larger = arith.cmpi(arith.CmpIPredicate.ugt, what, one)
-                is_left = arith.cmpi(arith.CmpIPredicate.sgt, left, zero)
-                is_taken = arith.andi(is_equal, is_left)
-                is_chosen = arith.ori(is_larger, is_taken)
-                store = scf.IfOp(is_chosen)
-                with ir.InsertionPoint(store.then_block):
-                    index = arith.index_cast(ir.IndexType.get(), at)
-                    memref.store(position, out, [index])
-                    scf.yield_([])
-                at = arith.addi(at, arith.select(is_chosen, one, zero))
-                left = arith.subi(left, arith.select(is_taken, one, zero))
-                position = arith.addi(position, one)
-
-    append(out_ref, rank, left, first, kind)
-
-
-def _element(register, i):
-    return vector.extract(
-        register,
-        dynamic_position=[],
-        static_position=ir.DenseI64ArrayAttr.get([i]),
-    )
