@@ -75,7 +75,7 @@ def make_codes(case: ScoreCase, key: jax.Array) -> jax.Array:
     size, lead = case.head_size, codes.shape[:-1]
     scale = jnp.exp(jax.random.normal(keys[0], (codes.shape[1], 1, size)))
     step = scale * jax.random.uniform(keys[1], (*lead, size), minval=0.8) / 8
-    low = -step * (2**case.bits - 1) / 2
+    low = -step * 1.5 * 2**case.bits
     bits = [
         jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
         for x in (low, step)

@@ -6,8 +6,10 @@ Of a group and KV head, one row of int32 words:
 
     [ range of channel 0 .. D-1 | words of channel 0 | words of channel 1 | ... ]
 
-A range is the smallest value in bfloat16 (low half) and the step between levels in
-bfloat16 (high half). Words hold up to 32 bits of one channel. Neighbouring keys lie in
+A range is what level -2**bits would be in bfloat16 (low half) and the step between
+levels in bfloat16 (high half): 2**bits + level is one operation from the bits of a
+level, so a key is widened by one multiplication and addition. Words hold up to 32 bits
+of one channel. Neighbouring keys lie in
 neighbouring words, so that the lanes of a warp, which take a word each, have
 neighbouring keys in every field:
 
@@ -43,6 +45,11 @@ class CodeLayout:
                 f"group is {self.group}, page_size {self.page_size}: groups of keys "
                 "must divide a page"
             )
+
+    @property
+    def levels(self) -> int:
+        """Levels of a code."""
+        return 2**self.bits
 
     @property
     def groups(self) -> int:
@@ -92,21 +99,21 @@ def encode(keys: jax.Array, is_used: jax.Array, layout: CodeLayout) -> jax.Array
     keys = jnp.where(is_used, keys, 0).astype(jnp.float32)
     low = jnp.where(is_used, keys, _LARGE).min(-2)
     high = jnp.where(is_used, keys, -_LARGE).max(-2)
-    has_keys = is_used.any(-2)
-    low = jnp.where(has_keys, low, 0.0).astype(jnp.bfloat16)
-    top = 2**layout.bits - 1
-    wide_low = low.astype(jnp.float32)
-    step = jnp.where(has_keys, (high - wide_low) / top, 0.0).astype(jnp.bfloat16)
-    wide_step = jnp.maximum(step.astype(jnp.float32), _LEAST_STEP)
-    level = jnp.round((keys - wide_low[..., None, :]) / wide_step[..., None, :])
-    level = jnp.where(is_used, jnp.clip(level, 0, top), 0).astype(jnp.uint32)
+    has_keys, levels = is_used.any(-2), layout.levels
+    step = jnp.where(has_keys, (high - low) / (levels - 1), 0.0).astype(jnp.bfloat16)
+    wide_step = step.astype(jnp.float32)
+    base = jnp.where(has_keys, low - levels * wide_step, 0.0).astype(jnp.bfloat16)
+    level = keys - base.astype(jnp.float32)[..., None, :]
+    level /= jnp.maximum(wide_step, _LEAST_STEP)[..., None, :]
+    level = jnp.clip(jnp.round(level) - levels, 0, levels - 1)
+    level = jnp.where(is_used, level, 0).astype(jnp.uint32)
     lead, size = level.shape[:-2], layout.head_size
     fields, block = layout.fields, layout.block_words
     level = level.reshape(*lead, -1, fields, block, size)
     shift = layout.bits * jnp.arange(fields, dtype=jnp.uint32)
     words = (level << shift[:, None, None]).sum(-3, dtype=jnp.uint32)
     words = words.reshape(*lead, layout.words, size).swapaxes(-1, -2)
-    ranges = _bits_of(low) | _bits_of(step) << 16
+    ranges = _bits_of(base) | _bits_of(step) << 16
     parts = (ranges, words.reshape(*lead, -1))
     return jax.lax.bitcast_convert_type(jnp.concatenate(parts, -1), jnp.int32)
 
@@ -116,22 +123,22 @@ def _bits_of(x):
 
 
 def ranges_of(rows: jax.Array, layout: CodeLayout) -> tuple[jax.Array, jax.Array]:
-    """Returns (smallest values, steps) float32 [..., D] of rows of words."""
+    """Returns (values of level -2**bits, steps) float32 [..., D] of rows of words."""
     words = rows[..., : layout.head_size]
-    low = jax.lax.bitcast_convert_type(words << 16, jnp.float32)
+    base = jax.lax.bitcast_convert_type(words << 16, jnp.float32)
     step = jax.lax.bitcast_convert_type(words & jnp.int32(-65536), jnp.float32)
-    return low, step
+    return base, step
 
 
 def decode(rows: jax.Array, layout: CodeLayout) -> jax.Array:
     """Returns the rounded keys of rows of words, bfloat16 [..., group, D]."""
     lead, size = rows.shape[:-1], layout.head_size
-    low, step = ranges_of(rows, layout)
+    base, step = ranges_of(rows, layout)
     words = rows[..., size:].reshape(*lead, size, layout.words).swapaxes(-1, -2)
     fields, block = layout.fields, layout.block_words
     words = words.reshape(*lead, -1, 1, block, size)
     shift = layout.bits * jnp.arange(fields, dtype=jnp.int32)
-    level = (words >> shift[:, None, None]) & (2**layout.bits - 1)
+    level = (words >> shift[:, None, None]) & (layout.levels - 1)
     level = level.reshape(*lead, layout.group, size).astype(jnp.float32)
-    keys = level * step[..., None, :] + low[..., None, :]
+    keys = (level + layout.levels) * step[..., None, :] + base[..., None, :]
     return keys.astype(jnp.bfloat16)

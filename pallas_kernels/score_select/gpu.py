@@ -34,10 +34,7 @@ from pallas_kernels.score_select import gpu_ranks
 from pallas_kernels.score_select.codes import CodeLayout
 from pallas_kernels.score_select.gpu_scores import CHANNELS, TileSpec, score_tile
 from pallas_kernels.score_select.reference import (
-    LOWEST_RANK,
     NUM_RANKS,
-    RANK_SHIFT,
-    RECENT_RANK,
 )
 from pallas_kernels.select_tokens.api import SelectedTokens
 
@@ -62,7 +59,7 @@ _BY_THREAD = _ROWS.reduce(1)
 class ScoreConfig:
     """Tunables of one launch."""
 
-    num_warpgroups: int = 2
+    num_warpgroups: int = 1
     at_once: int = 2  # tiles of a warpgroup whose loads are under way together
 
     def __post_init__(self):
@@ -293,10 +290,6 @@ class _Cta:
     def _by_column(self):
         return self.select.tile.layout.reduce(0)
 
-    @property
-    def _by_key(self):
-        return self.select.tile.layout.reduce(1)
-
     def _tiles(self, refs, middle, use, carry):
         """Calls `use(carry, terms, tile)` for every tile of this warpgroup.
 
@@ -313,7 +306,7 @@ class _Cta:
                 score_tile(
                     tile_spec,
                     refs,
-                    (self.lane, self.head, tile),
+                    (self.lane, self.head, tile, self.length),
                     _BY_THREAD,
                     self.select.interpret,
                 )
@@ -323,12 +316,7 @@ class _Cta:
                 shape = values.shape
                 power = values * self.select.scale
                 power -= lax.broadcast_in_dim(middle, shape, [1])
-                terms = jnp.exp2(jnp.minimum(power, _LARGEST_POWER))
-                position = plgpu.broadcasted_iota(
-                    jnp.int32, shape, 0, layout=tile_spec.layout
-                )
-                is_used = tile * keys + position < self.length
-                carry = use(carry, jnp.where(is_used, terms, 0.0), tile)
+                carry = use(carry, jnp.exp2(jnp.minimum(power, _LARGEST_POWER)), tile)
             return carry
 
         return lax.fori_loop(0, lax.div(num_tiles + (each - 1), each), some, carry)
@@ -368,24 +356,17 @@ class _Cta:
         tile_spec = self.select.tile
         recent = self.length - jnp.minimum(self.select.num_recent, self.wanted)
 
-        def note(_, terms, tile):
-            score = (terms * lax.broadcast_in_dim(inverse, terms.shape, [1])).sum(1)
-            bits = lax.bitcast_convert_type(score, jnp.int32) >> RANK_SHIFT
-            rank = jnp.clip(bits - LOWEST_RANK, 0, RECENT_RANK - 1)
-            position = plgpu.broadcasted_iota(
-                jnp.int32, rank.shape, 0, layout=self._by_key
-            )
-            position += tile * tile_spec.keys
-            rank = jnp.where(position >= recent, RECENT_RANK, rank)
+        def note(carry, terms, tile):
             gpu_ranks.note_ranks(
                 tile_spec,
                 (self.scratch["ranks"], self.mine("counts")),
-                jnp.where(position < self.length, rank, -1),
-                tile,
-                (self._by_key, _BY_THREAD),
+                terms,
+                inverse,
+                (tile, recent, self.length),
+                (tile_spec.layout, self._by_column, _BY_THREAD),
                 self.select.interpret,
             )
-            return jnp.int32(0)
+            return carry
 
         self._tiles(refs, middle, note, jnp.int32(0))
 

@@ -15,8 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_counting import element
 from pallas_kernels.score_select.codes import CodeLayout, ranges_of
-from pallas_kernels.score_select.gpu_scores import CHANNELS, TileSpec
-from pallas_kernels.score_select.reference import SAMPLED_GROUPS
+from pallas_kernels.score_select.gpu_scores import CHANNELS, TileSpec, key_of_register
+from pallas_kernels.score_select.reference import (
+    LOWEST_RANK,
+    RANK_SHIFT,
+    RECENT_RANK,
+    SAMPLED_GROUPS,
+    ranks_of,
+)
 
 
 def _const(value):
@@ -56,7 +62,7 @@ def sampled_ranges(layout: CodeLayout, refs, place, layouts, interpret):
       layouts: of [D], and of one value per thread.
       interpret: run on whole arrays.
     """
-    half = (2**layout.bits - 1) / 2
+    half = layout.levels + (layout.levels - 1) / 2  # steps from the base
     if interpret:
         codes_ref, table_ref = refs
         lane, head, length = place
@@ -224,76 +230,96 @@ def write_column_sums(sums, values, layout, interpret):
     write(sums, values)
 
 
-def note_ranks(spec: TileSpec, refs, ranks, tile, layouts, interpret):
-    """Writes the ranks of a tile's keys, and counts them; those below 0 are left out.
+def note_ranks(spec: TileSpec, refs, terms, inverse, place, layouts, interpret):
+    """Ranks the keys of a tile by the mean of their shares, and counts the ranks.
 
     Args:
       spec: of the tile.
       refs: ranks int16 [rows, 8] of all keys, counts int32 [threads, n].
-      ranks: int32 [keys].
-      tile: int32.
-      layouts: of ranks, and of an array with one value per thread.
+      terms: float32 [keys, columns], of the softmax of every head.
+      inverse: float32 [columns], what makes them shares of the mean.
+      place: tile, first recent position and length, int32.
+      layouts: of terms, of inverse, and of an array with one value per thread.
       interpret: run on whole arrays.
     """
     if interpret:
-        ranks_s, counts_s = refs
-        rows = spec.keys // ranks_s.shape[1]
-        is_used = ranks >= 0
-
-        @pl.when(is_used.any())
-        def _note():
-            place = pl.ds(tile * rows, rows)
-            ranks_s[place] = ranks.astype(jnp.int16).reshape(rows, -1)
-            counts = counts_s[...]
-            where = jnp.where(is_used, ranks, counts.size)
-            counted = counts.reshape(-1).at[where].add(1, mode="drop")
-            counts_s[...] = counted.reshape(counts.shape)
-
+        _note_ranks_of_arrays(spec, refs, terms, inverse, *place)
         return
-    by_key, by_thread = layouts
+    of_terms, by_column, by_thread = layouts
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 2, by_key, by_thread))
-    def note(ctx, ranks_s, counts_s, ranks, tile):
+    @plgpu.inline_mgpu(
+        arg_types=(*[plgpu.RefType()] * 2, of_terms, by_column, *[by_thread] * 3)
+    )
+    def note(ctx, ranks_s, counts_s, terms, inverse, *place):
         del ctx
-        (tile,), thread = _values(tile), mgpu.thread_idx()
-        lane = arith.andi(thread, _const(31))
-        warp = arith.andi(arith.shrui(thread, _const(5)), _const(3))
-        row, column = arith.shrui(lane, _const(2)), arith.andi(lane, _const(3))
-        block, fields = spec.codes.block_words, spec.codes.fields
+        tile, recent, length = (_values(x)[0] for x in place)
+        factors, held = _values(inverse), _values(terms)
+        scores = [
+            arith.addf(arith.mulf(x, factors[0]), arith.mulf(y, factors[1]))
+            for x, y in zip(held[::2], held[1::2], strict=True)
+        ]
+        copies = 4 // spec.sets  # lanes that have columns of the same keys
+        copy = arith.andi(mgpu.thread_idx(), _const(copies - 1))
         first = arith.muli(tile, _const(spec.keys))
-        first = arith.addi(first, arith.muli(warp, _const(8 * fields)))
-        of_block = arith.muli(arith.divui(row, _const(block)), _const(block * fields))
-        first = arith.addi(first, of_block)
-        first = arith.addi(first, arith.remui(row, _const(block)))
-        copies = 4 // spec.sets  # lanes that hold the same keys
-        if spec.sets == 2:
-            key_set = arith.shrui(column, _const(1))
-            first = arith.addi(first, arith.muli(key_set, _const(block)))
-        copy = arith.andi(column, _const(copies - 1))
-        for i, rank in enumerate(_values(ranks)):
-            key = arith.addi(first, _const(i * spec.sets * block))
-            is_mine = arith.cmpi(arith.CmpIPredicate.eq, copy, _const(i % copies))
-            is_used = arith.cmpi(arith.CmpIPredicate.sge, rank, _const(0))
+        first = arith.addi(first, key_of_register(spec, copy))
+        for i, score in enumerate(_sums_by_lane(scores, copies)):
+            key = arith.addi(
+                first, _const(i * copies * spec.sets * spec.codes.block_words)
+            )
+            rank = arith.shrui(arith.bitcast(copy.type, score), _const(RANK_SHIFT))
+            rank = arith.subi(rank, _const(LOWEST_RANK))
+            rank = arith.maxsi(rank, _const(0))
+            rank = arith.minsi(rank, _const(RECENT_RANK - 1))
+            is_recent = arith.cmpi(arith.CmpIPredicate.sge, key, recent)
+            rank = arith.select(is_recent, _const(RECENT_RANK), rank)
 
             def write(key=key, rank=rank):
                 small = arith.trunci(ir.IntegerType.get_signless(16), rank)
-                place = arith.shrui(key, _const(3)), arith.andi(key, _const(7))
-                memref.store(small, ranks_s, [_index(x) for x in place])
-                width = ir.MemRefType(counts_s.type).shape[1]
-                place = (
-                    arith.divui(rank, _const(width)),
-                    arith.remui(rank, _const(width)),
-                )
-                memref.atomic_rmw(
-                    arith.AtomicRMWKind.addi,
-                    _const(1),
-                    counts_s,
-                    [_index(x) for x in place],
-                )
+                at = arith.shrui(key, _const(3)), arith.andi(key, _const(7))
+                memref.store(small, ranks_s, [_index(x) for x in at])
+                width = _const(ir.MemRefType(counts_s.type).shape[1])
+                at = arith.divui(rank, width), arith.remui(rank, width)
+                at = [_index(x) for x in at]
+                memref.atomic_rmw(arith.AtomicRMWKind.addi, _const(1), counts_s, at)
 
-            _if(arith.andi(is_mine, is_used), write)
+            _if(arith.cmpi(arith.CmpIPredicate.slt, key, length), write)
 
-    note(*refs, ranks, plgpu.layout_cast(jnp.full((128,), tile), by_thread))
+    values = (plgpu.layout_cast(jnp.full((128,), x), by_thread) for x in place)
+    note(*refs, terms, inverse, *values)
+
+
+def _sums_by_lane(values, copies):
+    """Sums over `copies` neighbouring lanes, of which lane i has every i-th one."""
+    distance = 1
+    while distance < copies:
+        lane = arith.shrui(mgpu.thread_idx(), _const(distance.bit_length() - 1))
+        is_odd = arith.trunci(ir.IntegerType.get_signless(1), lane)
+        halved = []
+        for even, odd in zip(values[::2], values[1::2], strict=True):
+            mine = arith.select(is_odd, odd, even)
+            theirs = arith.select(is_odd, even, odd)
+            received = utils.shfl_bfly(theirs, _const(distance))
+            halved.append(arith.addf(mine, received))
+        values, distance = halved, 2 * distance
+    return values
+
+
+def _note_ranks_of_arrays(spec, refs, terms, inverse, tile, recent, length):
+    ranks_s, counts_s = refs
+    rows = spec.keys // ranks_s.shape[1]
+    position = tile * spec.keys + jnp.arange(spec.keys)
+    ranks = ranks_of((terms * inverse).sum(1))
+    ranks = jnp.where(position >= recent, RECENT_RANK, ranks)
+    is_used = position < length
+
+    @pl.when(is_used.any())
+    def _note():
+        place = pl.ds(tile * rows, rows)
+        ranks_s[place] = ranks.astype(jnp.int16).reshape(rows, -1)
+        counts = counts_s[...]
+        where = jnp.where(is_used, ranks, counts.size)
+        counted = counts.reshape(-1).at[where].add(1, mode="drop")
+        counts_s[...] = counted.reshape(counts.shape)
 
 
 def find_rank(found, counts, above, wanted, layouts, interpret):

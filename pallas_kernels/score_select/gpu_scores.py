@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, vector
+from jax._src.lib.mlir.dialects import arith, memref, scf, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
@@ -33,6 +33,9 @@ from pallas_kernels.score_select.codes import CodeLayout, decode
 _WARPS = 4
 _LANES_OF_WORDS = 8  # of a warp: each takes a word of the same channels
 CHANNELS = 16  # of one product
+_MANTISSA = 7  # bits of a bfloat16
+_POWERS_OF_2 = {2: 0x4080, 4: 0x4180}  # 2**bits in bfloat16
+_MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +99,13 @@ class TileSpec:
 def score_tile(spec: TileSpec, refs, place, by_thread, interpret):
     """Returns logits float32 [keys, columns] of a tile of keys, without a scale.
 
-    What lies past the last page is anything.
+    Those past the length are very small.
 
     Args:
       spec: sizes.
       refs: codes [P, H, groups, row], table [lanes, W], channels int32 [16], queries
         bfloat16 [8, 16], zero behind the last head.
-      place: lane, head and tile, int32.
+      place: lane, head, tile and length, int32.
       by_thread: layout of an array with one value per thread.
       interpret: run on whole arrays.
     """
@@ -110,7 +113,7 @@ def score_tile(spec: TileSpec, refs, place, by_thread, interpret):
         return _score_tile_of_arrays(spec, *refs, *place)
     shape = spec.keys, spec.columns
     score = plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * 4, *[by_thread] * 3),
+        arg_types=(*[plgpu.RefType()] * 4, *[by_thread] * 4),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=spec.layout),
     )(functools.partial(_score, spec))
     values = (plgpu.layout_cast(jnp.full((128,), x), by_thread) for x in place)
@@ -118,7 +121,7 @@ def score_tile(spec: TileSpec, refs, place, by_thread, interpret):
 
 
 def _score_tile_of_arrays(spec, codes_ref, table_ref, channels_s, queries_s, *place):
-    lane, head, tile = place
+    lane, head, tile, length = place
     codes = spec.codes
     num_pages, width = codes_ref.shape[0], table_ref.shape[1]
     channels, queries = channels_s[...], queries_s[: spec.columns]
@@ -137,7 +140,8 @@ def _score_tile_of_arrays(spec, codes_ref, table_ref, channels_s, queries_s, *pl
                 precision=lax.Precision.HIGHEST,
             )
         )
-    return jnp.concatenate(logits)
+    position = tile * spec.keys + jnp.arange(spec.keys)[:, None]
+    return jnp.where(position < length, jnp.concatenate(logits), _MASKED)
 
 
 def _score(spec: TileSpec, ctx, codes, table, channels, queries, *place):
@@ -162,6 +166,7 @@ def _score(spec: TileSpec, ctx, codes, table, channels, queries, *place):
                 keys = [fields[pair][i + n] for n in (0, 2, 1, 3)]
                 sums = _multiply(keys, factors[pair], sums)
             made += sums
+    made = thread.mask(made)
     layout = spec.layout.to_mgpu()
     registers = np.empty(layout.registers_shape((spec.keys, spec.columns)), object)
     two = ir.VectorType.get((2,), f32)
@@ -174,9 +179,9 @@ def _score(spec: TileSpec, ctx, codes, table, channels, queries, *place):
 class _Thread:
     """What one thread loads and widens."""
 
-    def __init__(self, spec: TileSpec, lane, head, tile):
+    def __init__(self, spec: TileSpec, lane, head, tile, length):
         self.spec, self.codes = spec, spec.codes
-        self.lane, self.head, self.tile = lane, head, tile
+        self.lane, self.head, self.length = lane, head, length
         i32 = self.i32 = ir.IntegerType.get_signless(32)
         thread = mgpu.thread_idx()
         in_warp = arith.andi(thread, mgpu.c(31, i32))
@@ -186,6 +191,7 @@ class _Thread:
         word = arith.addi(arith.muli(warp, mgpu.c(_LANES_OF_WORDS, i32)), self.row)
         first = arith.muli(tile, mgpu.c(spec.words, i32))
         self.word = arith.addi(first, word)
+        self.first = arith.muli(tile, mgpu.c(spec.keys, i32))
 
     def const(self, value):
         """An int32."""
@@ -221,34 +227,47 @@ class _Thread:
     def widen(self, loaded, pair):
         """Keys of every field, two channels side by side, bfloat16 in 32 bits."""
         (first, second), (low, high) = ((x[2 * pair : 2 * pair + 2]) for x in loaded)
-        lows, steps = _halves(low, high, 0), _halves(low, high, 1)
+        bases, steps = _halves(low, high, 0), _halves(low, high, 1)
         bits, made = self.codes.bits, []
-        mask = 2**bits - 1
-        mask |= mask << 16
+        # A level is as many highest bits of the mantissa of 2**bits + level.
+        below = _MANTISSA - bits
+        mask, one = (self.codes.levels - 1) << below, _POWERS_OF_2[bits]
+        mask, one = (self.const(x << 16 | x) for x in (mask, one))
         for field in range(self.codes.fields):
             half, place = divmod(field, 16 // bits)
-            words = _halves(first, second, half)
-            words = arith.shrui(words, self.const(bits * place))
-            level = arith.ori(
-                arith.andi(words, self.const(mask)), self.const(0x43004300)
-            )
+            words, shift = _halves(first, second, half), bits * place - below
+            if shift > 0:
+                words = arith.shrui(words, self.const(shift))
+            elif shift < 0:
+                words = arith.shli(words, self.const(-shift))
+            level = arith.ori(arith.andi(words, mask), one)
             made.append(
                 utils.inline_ptx(
-                    """
-                    {
-                    .reg .b32 level;
-                    sub.bf16x2 level, $1, $2;
-                    fma.rn.bf16x2 $0, level, $3, $4;
-                    }
-                    """,
+                    "fma.rn.bf16x2 $0, $1, $2, $3;",
                     level,
-                    self.const(0x43004300),
                     steps,
-                    lows,
+                    bases,
                     result_types=self.i32,
                 )
             )
         return made
+
+    def mask(self, logits):
+        """Logits with those of keys past the length very small, in the last tile."""
+        end = arith.addi(self.first, self.const(self.spec.keys))
+        is_edge = arith.cmpi(arith.CmpIPredicate.ugt, end, self.length)
+        branch = scf.IfOp(is_edge, [x.type for x in logits], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            small, masked = arith.constant(ir.F32Type.get(), _MASKED), []
+            for i in range(0, len(logits), 2):
+                key = arith.addi(self.first, key_of_register(self.spec, i // 2))
+                is_used = arith.cmpi(arith.CmpIPredicate.ult, key, self.length)
+                pair = logits[i : i + 2]
+                masked += [arith.select(is_used, x, small) for x in pair]
+            scf.yield_(masked)
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(logits)
+        return list(branch.results)
 
     def load_queries(self, queries):
         """What the matrix unit wants of the queries: two registers of each product."""
@@ -275,6 +294,25 @@ class _Thread:
             [arith.select(is_second, zero, x), arith.select(is_second, x, zero)]
             for x in found
         ]
+
+
+def key_of_register(spec: TileSpec, number):
+    """Which of a tile's keys a thread has in a register of the logits."""
+    i32 = ir.IntegerType.get_signless(32)
+    const = functools.partial(mgpu.c, ty=i32)
+    thread = mgpu.thread_idx()
+    warp = arith.andi(arith.shrui(thread, const(5)), const(_WARPS - 1))
+    row = arith.andi(arith.shrui(thread, const(2)), const(_LANES_OF_WORDS - 1))
+    block, fields = spec.codes.block_words, spec.codes.fields
+    key = arith.muli(warp, const(_LANES_OF_WORDS * fields))
+    in_blocks = arith.muli(arith.divui(row, const(block)), const(block * fields))
+    key = arith.addi(key, arith.addi(in_blocks, arith.remui(row, const(block))))
+    if spec.sets == 2:  # the lanes of the upper columns have the second set
+        is_second = arith.andi(arith.shrui(thread, const(1)), const(1))
+        key = arith.addi(key, arith.muli(is_second, const(block)))
+    if isinstance(number, int):
+        number = const(number)
+    return arith.addi(key, arith.muli(number, const(spec.sets * block)))
 
 
 def _index(value):
