@@ -7,6 +7,8 @@ Each operation is a package with the same modules: `api` (public function),
 
     from pallas_kernels.paged_attention import LaneGroup, paged_attention
     from pallas_kernels.select_tokens import select_tokens
+    from pallas_kernels.score_select import code_layout, encode, score_select
+    from pallas_kernels.code_keys import code_keys
     from pallas_kernels.gather_kv import gather_kv
     from pallas_kernels.write_rows import write_rows
     from pallas_kernels.rotate_heads import rotate_heads

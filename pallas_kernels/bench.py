@@ -19,6 +19,7 @@ import numpy as np
 
 from pallas_kernels import timing
 from pallas_kernels.add_norm import bench as norm
+from pallas_kernels.code_keys import bench as coding
 from pallas_kernels.common import default_impl
 from pallas_kernels.gather_kv import bench as gather
 from pallas_kernels.int8_matmul import bench as int8_product
@@ -35,7 +36,7 @@ _LAYERS = 32  # of one program, as models have; half as many selections
 # Each has the `CASES` that it times, and `bench`, which times one of them.
 OPERATIONS = (
     attention, pieces, selection, scoring, gather, write, rotate, norm, product,
-    int8_product,
+    int8_product, coding,
 )  # fmt: skip
 CASES = {
     case.name: (operation, case) for operation in OPERATIONS for case in operation.CASES

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.cases import H100, SMALL, TIMED, Case, int32
 from pallas_kernels.score_select.codes import CodeLayout, code_layout
 
-_GROUP = {4: 128, 2: 64}  # most keys that are rounded together, by bits
+LARGEST_GROUP = {4: 128, 2: 64}  # most keys that are rounded together, by bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,9 @@ class ScoreCase(Case):
     @property
     def layout(self) -> CodeLayout:
         """Of the codes."""
-        return code_layout(self.page_size, self.head_size, self.bits, _GROUP[self.bits])
+        return code_layout(
+            self.page_size, self.head_size, self.bits, LARGEST_GROUP[self.bits]
+        )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 WORD_BITS = 32
 WORDS_AT_ONCE = 8  # of a block: lanes of a warp that share a channel
 _LARGE = 1e30
-_LEAST_STEP = 1e-30  # of a channel whose keys are all alike
+LEAST_STEP = 1e-30  # of a channel whose keys are all alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def encode(keys: jax.Array, is_used: jax.Array, layout: CodeLayout) -> jax.Array
     wide_step = step.astype(jnp.float32)
     base = jnp.where(has_keys, low - levels * wide_step, 0.0).astype(jnp.bfloat16)
     level = keys - base.astype(jnp.float32)[..., None, :]
-    level /= jnp.maximum(wide_step, _LEAST_STEP)[..., None, :]
+    level /= jnp.maximum(wide_step, LEAST_STEP)[..., None, :]
     level = jnp.clip(jnp.round(level) - levels, 0, levels - 1)
     level = jnp.where(is_used, level, 0).astype(jnp.uint32)
     lead, size = level.shape[:-2], layout.head_size
