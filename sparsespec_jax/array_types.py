@@ -28,6 +28,7 @@ Terms::
     full table        page table of all tokens of a slot, read by verification
     draft table       page table of the compact copy that drafting reads
     selection         the positions copied into the draft cache (PillarAttn: top mass)
+    index             codes of all keys in few bits, by which some policies select
     mass              softmax probability of a key, averaged over query rows and group
     seed verify       the first verification of a request: it feeds the last prompt
                       tokens, so it gives the first token and the first selection
@@ -43,6 +44,7 @@ from pallas_kernels.array_types import (
     Array,
     Float32,
     Int32,
+    KeyCodes,
     KvFloat,
     KvPages,
     KvPagesOfD,
@@ -57,6 +59,7 @@ from pallas_kernels.array_types import (
 
 __all__ = [
     "Array",
+    "KeyCodes",
     "KvPages",
     "KvPagesOfD",
     "NewRows",

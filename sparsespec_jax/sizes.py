@@ -11,8 +11,13 @@ import numpy as np
 
 from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
+from pallas_kernels.score_select import check_served as check_selection
 from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
-from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.device.state import (
+    bytes_per_page,
+    index_layout,
+    pool_bytes_per_page,
+)
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.draft_weights import check_served, num_bytes
 from sparsespec_jax.models.products import check_products
@@ -67,7 +72,8 @@ def resolve(model, speculation, config):
         check_exact(model.config, shape, kv_dtype, impl)
     check_kernels(model.config, shape, kv_dtype, impl)
     per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
-    page_bytes = shape.page_size * per_token
+    check_index(model.config, shape, kv_dtype, policy, speculation, impl)
+    page_bytes = bytes_per_page(model.config, shape, kv_dtype, policy)
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
     staged = shape.restore_pages if num_chunks else 0
     drafts = 0
@@ -135,10 +141,8 @@ def with_length(model, speculation, config, longest):
     """
     rounded = rounded_length(longest, model.config.max_length)
     shape = make_shape(speculation, config, rounded, "reference")
-    per_page = pool_bytes_per_page(
-        model.config, shape.page_size, params_dtype(model.params)
-    )
     policy = resolve_policy(speculation.policy)
+    per_page = bytes_per_page(model.config, shape, params_dtype(model.params), policy)
     wanted = shape.num_pages * per_page + policy_bytes(model.config, shape, policy)
     is_small = wanted < free_memory_bytes() // 2
     return dataclasses.replace(config, max_length=rounded if is_small else longest)
@@ -162,6 +166,31 @@ def check_kernels(model_config, shape, dtype, impl):
         )
     except NotImplementedError as error:
         raise ValueError(f"model and engine do not fit {impl!r}: {error}") from error
+
+
+def check_index(model_config, shape, dtype, policy, speculation, impl):
+    """ValueError, naming the value, where a policy's index cannot be selected by."""
+    layout = index_layout(policy, shape.page_size, model_config.head_dim)
+    if layout is None or not shape.num_draft_steps:
+        return
+    if speculation.scope == "layer":
+        raise ValueError(
+            f"scope='layer' does not go with policy {policy.name!r}, whose kernels "
+            "select for each KV head: use scope='kv_head', or another policy"
+        )
+    num_keys = shape.table_width * shape.page_size
+    try:
+        check_selection(
+            dtype=dtype,
+            group_size=model_config.group_size,
+            layout=layout,
+            num_keys=num_keys,
+            impl=impl,
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"model and engine do not fit policy {policy.name!r} on {impl!r}: {error}"
+        ) from error
 
 
 def check_exact(model_config, shape, dtype, impl):
@@ -329,7 +358,7 @@ def check_memory(model_config, shape, kv_dtype, policy, num_staged, draft_bytes=
     `num_staged` pages on their way from and to host memory, and `draft_bytes` of
     weights for drafts.
     """
-    per_page = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
+    per_page = bytes_per_page(model_config, shape, kv_dtype, policy)
     remembered = policy_bytes(model_config, shape, policy)
     free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered - draft_bytes
     # Rows of a pool are numbered in int32.

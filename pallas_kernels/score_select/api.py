@@ -1,11 +1,35 @@
 """Public entry of scoring by an index of keys and selecting: checks, implementation."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.array_types import KeyCodes, PageTable, PerLane, Queries
-from pallas_kernels.common import check_dtype, check_shape, load_implementation
+from pallas_kernels.common import (
+    check_dtype,
+    check_shape,
+    is_for_gpu,
+    load_implementation,
+)
 from pallas_kernels.score_select.codes import CodeLayout
 from pallas_kernels.select_tokens.api import SelectedTokens
+
+
+def check_served(
+    *,
+    dtype: DTypeLike,
+    group_size: int,
+    layout: CodeLayout,
+    num_keys: int,
+    impl: str,
+) -> None:
+    """NotImplementedError if an implementation cannot serve these, before any call.
+
+    `num_keys` is the room of a table. What it says names the value.
+    """
+    if is_for_gpu(impl):
+        from pallas_kernels.score_select.gpu import check_supported
+
+        check_supported(dtype, group_size, layout, num_keys)
 
 
 def score_select(

@@ -95,15 +95,8 @@ def score_select_gpu(
     config = config or ScoreConfig()
     num_heads = codes.shape[1]
     group_size = q.shape[1] // num_heads
-    check_supported(q.dtype, group_size, layout)
     num_keys = page_table.shape[1] * layout.page_size
-    if _shared_bytes(num_keys, config) > _SHARED_BYTES:
-        most = (_SHARED_BYTES - _shared_bytes(0, config)) // 2
-        raise NotImplementedError(
-            f"page_table has room for {num_keys} keys: the GPU kernel selects among at "
-            f"most {most // config.slab * config.slab}; impl='reference' serves every "
-            "number"
-        )
+    check_supported(q.dtype, group_size, layout, num_keys, config)
     select = _Select(
         tile=TileSpec(layout, group_size),
         config=config,
@@ -132,8 +125,15 @@ def score_select_gpu(
     return SelectedTokens(*made)
 
 
-def check_supported(dtype, group_size: int, layout: CodeLayout) -> None:
+def check_supported(
+    dtype,
+    group_size: int,
+    layout: CodeLayout,
+    num_keys: int,
+    config: ScoreConfig | None = None,
+) -> None:
     """NotImplementedError, naming the value, if the kernel cannot serve these."""
+    config = config or ScoreConfig()
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise NotImplementedError(
             f"q is {jnp.dtype(dtype).name}: the GPU kernel multiplies bfloat16; "
@@ -152,6 +152,13 @@ def check_supported(dtype, group_size: int, layout: CodeLayout) -> None:
         raise NotImplementedError(
             f"codes have {layout.bits} bits in groups of {layout.group} keys: the GPU "
             "kernel serves 2 and 4 bits, and pages of a multiple of 8 keys"
+        )
+    if _shared_bytes(num_keys, config) > _SHARED_BYTES:
+        most = (_SHARED_BYTES - _shared_bytes(0, config)) // 2
+        raise NotImplementedError(
+            f"a table has room for {num_keys} keys: the GPU kernel selects among at "
+            f"most {most // config.slab * config.slab}; impl='reference' serves every "
+            "number"
         )
 
 

@@ -55,8 +55,8 @@ class _Attention:
         fixed = self.has_fixed_counts
         counts = self.lanes.draft_counts if fixed else cache.draft_counts
         kv_pages = self._write(rows, cache.kv_pages, counts)
-        out, mass = self._read(layer_index, q, kv_pages, counts)
-        cache = cache._replace(kv_pages=kv_pages)
+        cache = self.filler.before(q, cache._replace(kv_pages=kv_pages))
+        out, mass = self._read(layer_index, q, cache.kv_pages, counts)
         seen = Attended(q, out, rows, mass)
         return self.filler.layer(layer_index, seen, cache)
 

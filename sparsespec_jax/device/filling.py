@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.code_keys import code_keys
 from pallas_kernels.gather_kv import gather_kv_layers
+from pallas_kernels.score_select import score_select
 from pallas_kernels.write_rows import write_rows
 from sparsespec_jax.array_types import (
     KvPages,
@@ -24,7 +26,7 @@ from sparsespec_jax.device import per_step
 from sparsespec_jax.device.context import StepContext
 from sparsespec_jax.device.lanes import StepLanes, put, take, token_rows
 from sparsespec_jax.device.row_places import tail_places
-from sparsespec_jax.device.state import LayerCache, read_rows
+from sparsespec_jax.device.state import LayerCache, index_layout, read_rows
 from sparsespec_jax.policies.base import SelectionOptions, SelectionView, run_policy
 
 _ROWS_AT_ONCE = 264  # that a GPU selects as fast as fewer
@@ -45,6 +47,8 @@ class Attended(NamedTuple):
 def make_filler(context: StepContext, lanes: StepLanes):
     """The filler of a step for its policy."""
     is_draft_step = not context.shape.verify_lanes
+    if context.policy.kind == "index":
+        return FillByIndex(context, lanes)
     if not context.is_drafting or is_draft_step and not context.policy.per_step:
         return FillNothing()
     kinds = {"together": FillTogether, "layer": FillByLayer, "step": FillPerStep}
@@ -63,6 +67,10 @@ class FillNothing:
     ) -> tuple[MassOfLayers | None, int]:
         """The buffer (or None) that a layer writes its mass to, and its place."""
         return None, 0
+
+    def before(self, q: Queries, cache: LayerCache) -> LayerCache:
+        """The LayerCache that a layer's attention reads; new rows are in it already."""
+        return cache
 
     def layer(
         self, layer_index: int, seen: Attended, cache: LayerCache
@@ -96,13 +104,13 @@ class _Filler(FillNothing):
         kv_pages, out = jax.lax.optimization_barrier((cache.kv_pages, out))
         return out, cache._replace(kv_pages=kv_pages)
 
-    def _gather(self, pools, indices, counts):
+    def _gather(self, pools, indices, counts, slots=None):
         """Copy the selected rows of some layers to the head of their draft caches.
 
         indices [L, E, H, cap] and counts [L, E, H], or one list for all heads
-        ([L, E, 1]).
+        ([L, E, 1]), of the verify lanes' slots unless others are given.
         """
-        slots = self.lanes.verify.slots
+        slots = self.lanes.verify.slots if slots is None else slots
         source = take(self.lanes.full_table, slots)
         target = take(self.lanes.draft_table, slots)
         return gather_kv_layers(pools, source, target, indices, counts, impl=self.impl)
@@ -291,3 +299,71 @@ class FillPerStep(FillByLayer):
             return out, cache
         self.picked = per_step.nothing(self.shape)
         return out, self._fill(seen.rows, cache)
+
+
+class FillByIndex(_Filler):
+    """Policies with a stored index pick before every draft step, and copy their picks.
+
+    A draft lane's picks replace those of its last draft at the head of its draft cache.
+    Codes follow behind attention: of the keys that were committed when a verification
+    began, which are those that its drafts select among, and of prompt chunks; in steps
+    of no drafts too, if the engine also has others.
+    """
+
+    def __init__(self, context, lanes):
+        super().__init__(context, lanes)
+        page_size, head_size = self.shape.page_size, context.model.head_dim
+        self.layout = index_layout(self.policy, page_size, head_size)
+
+    def before(self, q: Queries, cache: LayerCache) -> LayerCache:
+        """See FillNothing: picks for this step's drafts."""
+        # Of draft lanes beside all verifications of a cycle none drafts.
+        if not self.shape.draft_lanes or self.shape.part == "verify":
+            return cache
+        draft = self.lanes.draft
+        is_active, zero = draft.is_active, jnp.int32(0)
+        with jax.named_scope("select"):
+            picks = score_select(
+                q,
+                cache.codes,
+                take(self.lanes.full_table, draft.slots),
+                jnp.where(is_active, draft.starts, zero),
+                jnp.where(is_active, draft.budgets, zero),
+                layout=self.layout,
+                cap=self.selection.cap,
+                num_recent=self.selection.num_recent,
+                impl=self.impl,
+            )
+        with jax.named_scope("gather"):
+            lists = (x[None] for x in picks)
+            (pool,) = self._gather((cache.kv_pages,), *lists, slots=draft.slots)
+        return cache._replace(kv_pages=pool)
+
+    def layer(
+        self, layer_index: int, seen: Attended, cache: LayerCache
+    ) -> tuple[Queries, LayerCache]:
+        """See FillNothing; codes of committed keys."""
+        verify, prefill, shape = self.lanes.verify, self.lanes.prefill, self.shape
+        num_chunks = prefill.slots.size
+        if cache.codes is None or not verify.slots.size + num_chunks:
+            return seen.out, cache
+        most = max(
+            shape.most_committed * (verify.slots.size > 0),
+            shape.prefill_chunk * (num_chunks > 0),
+        )
+        live = jnp.where(verify.num_rows > 0, verify.starts, 0)
+        starts = jnp.maximum(live - shape.most_committed, 0), prefill.starts
+        ends = live, prefill.starts + prefill.counts
+        slots = jnp.concatenate([verify.slots, prefill.slots])
+        with jax.named_scope("index"):
+            codes = code_keys(
+                cache.codes,
+                cache.kv_pages,
+                take(self.lanes.full_table, slots),
+                jnp.concatenate(starts),
+                jnp.concatenate(ends),
+                layout=self.layout,
+                most_keys=most,
+                impl=self.impl,
+            )
+        return seen.out, cache._replace(codes=codes)

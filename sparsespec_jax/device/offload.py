@@ -35,7 +35,8 @@ class HostPages:
     """
 
     def __init__(self, state: DecodeState, num_chunks: int, chunk_pages: int):
-        pool = state.layers[0].kv_pages
+        pools = _pools(state.layers[0])
+        pool = pools[0]
         self._num_pages, self._chunk_pages = pool.shape[0], chunk_pages
         device = next(iter(pool.devices()))
         check_flags(device.platform, os.environ.get("XLA_FLAGS", ""))
@@ -43,8 +44,11 @@ class HostPages:
         self._on_host = jax.sharding.SingleDeviceSharding(
             device, memory_kind=_HOST_MEMORY
         )
-        shape = (len(state.layers), chunk_pages, *pool.shape[1:])
-        empty = jnp.zeros(shape, pool.dtype)
+        # Of each kind of pages: KV, and codes of its keys if there is an index.
+        empty = tuple(
+            jnp.zeros((len(state.layers), chunk_pages, *x.shape[1:]), x.dtype)
+            for x in pools
+        )
         # Pinned memory is slow to get and fast to use again.
         self._chunks = [
             jax.device_put(empty, self._on_host) for _ in range(num_chunks + 1)
@@ -54,7 +58,10 @@ class HostPages:
         # What passes through the device takes the places of what passed before: were
         # they free in between, steps would find their own buffers elsewhere and their
         # graphs would have to be updated, for milliseconds.
-        self._staged = [(self._page_ids(()), empty + 0) for _ in range(RESTORE_CHUNKS)]
+        self._staged = [
+            (self._page_ids(()), tuple(x + 0 for x in empty))
+            for _ in range(RESTORE_CHUNKS)
+        ]
         self._next = 0  # of the staged
         self._arriving = []  # staged chunks on their way into the pool
 
@@ -95,7 +102,7 @@ class HostPages:
             pages = self._page_ids(move.pages)
             if move.to_host:
                 self._chunks[move.chunk] = None
-                chunk = _gather(_pools(state), pages)
+                chunk = _gather(_all_pools(state), pages)
                 self._chunks[move.chunk] = jax.device_put(chunk, self._on_host)
             else:
                 chunk = jax.device_put(self._chunks[move.chunk], self._on_device)
@@ -106,7 +113,7 @@ class HostPages:
     def _place_arrived(self, state):
         for place in self._arriving:
             pages, chunk = self._staged[place]
-            state = _with_pools(state, _scatter(_pools(state), chunk, pages))
+            state = _with_pools(state, _scatter(_all_pools(state), chunk, pages))
         self._arriving = []
         return state
 
@@ -147,14 +154,21 @@ def check_flags(platform: str, xla_flags: str) -> None:
         )
 
 
-def _pools(state):
-    return tuple(layer.kv_pages for layer in state.layers)
+def _pools(layer):
+    """What of a layer lies in pages: KV, and codes of its keys if there is an index."""
+    return (layer.kv_pages, *(() if layer.codes is None else (layer.codes,)))
+
+
+def _all_pools(state):
+    """The pools of all layers, by their kind."""
+    return tuple(zip(*(_pools(layer) for layer in state.layers), strict=True))
 
 
 def _with_pools(state, pools):
+    names = ("kv_pages", "codes")[: len(pools)]
     layers = (
-        layer._replace(kv_pages=pool)
-        for layer, pool in zip(state.layers, pools, strict=True)
+        layer._replace(**dict(zip(names, of_layer, strict=True)))
+        for layer, of_layer in zip(state.layers, zip(*pools, strict=True), strict=True)
     )
     return state._replace(layers=tuple(layers))
 
@@ -166,15 +180,24 @@ def _touched(buffer):
 
 @jax.jit
 def _gather(pools, pages):
-    """Pages of every layer, [L, C, H, ps, 2 * D]; what pads the ids is arbitrary."""
-    return jnp.stack([pool.at[pages].get(mode="clip") for pool in pools])
+    """Pages of every layer, [L, C, H, ps, 2 * D]; what pads the ids is arbitrary.
+
+    And their codes, if there is an index.
+    """
+
+    def gather(of_kind):
+        return jnp.stack([pool.at[pages].get(mode="clip") for pool in of_kind])
+
+    return tuple(gather(of_kind) for of_kind in pools)
 
 
 def _scatter_pages(pools, chunk, pages):
-    return tuple(
-        pool.at[pages].set(rows, mode="drop")
-        for pool, rows in zip(pools, chunk, strict=True)
-    )
+    def scatter(of_kind, rows):
+        return tuple(
+            pool.at[pages].set(rows[i], mode="drop") for i, pool in enumerate(of_kind)
+        )
+
+    return tuple(scatter(*both) for both in zip(pools, chunk, strict=True))
 
 
 _scatter = jax.jit(_scatter_pages, donate_argnums=0)

@@ -1,14 +1,17 @@
 """The device state: one donated pytree that only the compiled step replaces."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.score_select import CodeLayout, code_layout
 from sparsespec_jax.array_types import (
     DraftTable,
     FullTable,
     HeadCounts,
+    KeyCodes,
     KvPages,
     PageTable,
     PerSlot,
@@ -36,6 +39,8 @@ class LayerCache(NamedTuple):
     # Selected rows at the head of a draft cache; None if counts are fixed.
     draft_counts: HeadCounts | None
     policy_state: SlotMemory  # what the policy remembers; often empty
+    # The index of a policy's keys, page by page like the pool; None without one.
+    codes: KeyCodes | None = None
 
 
 class DecodeState(NamedTuple):
@@ -81,11 +86,16 @@ def new_state(
     if policy.state_shape and shape.draft_lanes:
         remembered = policy.state_shape(model_config.num_kv_heads, num_keys)
 
+    index = None
+    if shape.num_draft_steps:
+        index = index_layout(policy, shape.page_size, model_config.head_dim)
+
     def layer():
         counts = jnp.zeros((slots, model_config.num_kv_heads), jnp.int32)
         memory = jnp.zeros((slots, *remembered), jnp.float32)
         counts = None if fixed_counts else counts
-        return LayerCache(jnp.zeros(pool, kv_dtype), counts, memory)
+        codes = None if index is None else jnp.zeros(index.shape(*pool[:2]), jnp.int32)
+        return LayerCache(jnp.zeros(pool, kv_dtype), counts, memory, codes)
 
     return DecodeState(
         layers=tuple(layer() for _ in range(model_config.num_layers)),
@@ -110,6 +120,15 @@ def new_state(
     )
 
 
+def index_layout(policy: Policy, page_size: int, head_size: int) -> CodeLayout | None:
+    """The layout of a policy's stored index, None if it has none."""
+    if policy.index is None:
+        return None
+    return code_layout(
+        page_size, head_size, policy.index.bits, policy.index.largest_group
+    )
+
+
 def read_rows(kv_pages: KvPages, tables: PageTable) -> RowsOfTables:
     """Rows of page tables; junk where no page is."""
     pages = take(kv_pages, tables).swapaxes(1, 2)
@@ -123,6 +142,18 @@ def pool_bytes_per_page(
     row = 2 * model_config.head_dim * jnp.dtype(kv_dtype).itemsize
     heads = model_config.num_kv_heads * model_config.num_layers
     return heads * page_size * row
+
+
+def bytes_per_page(
+    model_config: ModelConfig, shape: StepShape, kv_dtype: Any, policy: Policy
+) -> int:
+    """Bytes of one page over all layers, those of an index of its keys included."""
+    total = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
+    layout = index_layout(policy, shape.page_size, model_config.head_dim)
+    if layout is None or not shape.num_draft_steps:
+        return total
+    words = math.prod(layout.shape(1, model_config.num_kv_heads))
+    return total + 4 * words * model_config.num_layers
 
 
 def committed(arrays: Any) -> Any:

@@ -58,6 +58,15 @@ class StepShape:
         """The shape of a part of an aligned step."""
         return dataclasses.replace(self, part=part)
 
+    @property
+    def most_committed(self):
+        """Tokens that a verification of the largest K commits, or a few more.
+
+        A draft table has room for twice as many behind the largest selection.
+        """
+        room = self.draft_table_width * self.page_size - self.max_budget
+        return max((room + 1) // 2, self.num_queries)
+
     @functools.cached_property
     def cycle(self):
         """Steps from one verification of a slot to the next: K + 1, or fewer."""

@@ -61,6 +61,17 @@ class SelectionOptions(NamedTuple):
     impl: str
 
 
+class KeyIndex(NamedTuple):
+    """The index of keys that a policy selects by: codes of few bits beside the pool.
+
+    Keys are rounded per channel, by the largest groups of at most `largest_group` keys
+    that divide a page (`pallas_kernels/score_select/codes.py`).
+    """
+
+    bits: int
+    largest_group: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A drafting policy.
@@ -88,7 +99,11 @@ class Policy:
       index_bits: of a per_step policy, the bits per key and KV head that scoring reads
         from an index in each draft step; None: it reads K itself.
       per_step: select before every draft step for that step's query, from the whole
-        cache. A ceiling of quality and never fast: plain jnp on every platform.
+        cache. Without an index a ceiling of quality and never fast: plain jnp on every
+        platform.
+      index: of a per_step policy, the stored index that its kernels select by, in
+        place of `select`, which then serves recorded queries only. Its picks are copied
+        to the draft cache, and counts are fixed.
 
     Raises:
       ValueError: fields that do not fit together.
@@ -103,6 +118,7 @@ class Policy:
     layers_at_once: bool = False
     per_step: bool = False
     index_bits: float | None = None
+    index: KeyIndex | None = None
 
     def __post_init__(self):
         needs = (self.needs,) if isinstance(self.needs, str) else tuple(self.needs)
@@ -126,9 +142,10 @@ class Policy:
             )
         if self.index_bits is not None and not self.per_step:
             raise ValueError("index_bits goes with per_step")
-        if self.per_step and (
-            self.state_shape or self.anchor_every > 1 or self.fixed_counts
-        ):
+        if self.index is not None and not (self.per_step and self.fixed_counts):
+            raise ValueError("an index goes with per_step and fixed_counts")
+        has_fixed = self.fixed_counts and self.index is None
+        if self.per_step and (self.state_shape or self.anchor_every > 1 or has_fixed):
             raise ValueError(
                 "a per_step policy remembers nothing, selects in every layer and "
                 "copies nothing: drop state_shape, anchor_every and fixed_counts"
@@ -138,10 +155,11 @@ class Policy:
     def kind(self) -> str:
         """When it selects: "together" for several layers, by "layer", by draft "step".
 
-        Each kind has its own way to fill the draft caches (device/filling.py).
+        By draft step with an "index" too. Each kind has its own way to fill the draft
+        caches (device/filling.py).
         """
         if self.per_step:
-            return "step"
+            return "step" if self.index is None else "index"
         return "together" if self.layers_at_once else "layer"
 
     @property

@@ -18,6 +18,7 @@ from sparsespec_jax.array_types import (
     VerifyMass,
 )
 from sparsespec_jax.policies.base import (
+    KeyIndex,
     Policy,
     SelectionView,
     candidates,
@@ -25,6 +26,7 @@ from sparsespec_jax.policies.base import (
 )
 
 _LARGE = 1e30
+NUM_CHANNELS = 16  # that the kernels of a stored index read
 
 
 def _queries_by_group(view):
@@ -172,14 +174,28 @@ def index_step(
     |q| times the channel's range (SparQ, arXiv 2312.04985, chooses by |q|), of keys
     rounded per channel and page (as KIVI, arXiv 2402.02750, stores them). The estimated
     attention, the mean of the group, ranks the keys. Nothing is trained, and no mass is
-    needed of a verification. This implementation codes the keys when it scores them.
+    needed of a verification.
+
+    With 16 channels an engine keeps the index and its kernels select by it
+    (`pallas_kernels/score_select`), where keys are rounded by groups that divide a page
+    of the cache, at most `page_size` keys. `select`, which codes the keys when it
+    scores them, serves recorded queries, and engines with another number of channels.
     """
     select = functools.partial(
         _index, num_channels=num_channels, bits=bits, page_size=page_size
     )
     # Two bounds of 16 bits per page and channel.
     read = num_channels * (bits + 32 / page_size)
-    return Policy(name, ("queries", "keys"), select, per_step=True, index_bits=read)
+    is_stored = num_channels == NUM_CHANNELS
+    return Policy(
+        name,
+        ("queries", "keys"),
+        select,
+        fixed_counts=is_stored,
+        per_step=True,
+        index_bits=read,
+        index=KeyIndex(bits, page_size) if is_stored else None,
+    )
 
 
 def _streaming_heads(view, options, *, page_size, num_streaming):
