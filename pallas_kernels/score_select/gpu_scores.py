@@ -124,24 +124,23 @@ def _score_tile_of_arrays(spec, codes_ref, table_ref, channels_s, queries_s, *pl
     lane, head, tile, length = place
     codes = spec.codes
     num_pages, width = codes_ref.shape[0], table_ref.shape[1]
-    channels, queries = channels_s[...], queries_s[: spec.columns]
-    logits = []
-    for i in range(spec.keys // codes.group):
-        group = tile * (spec.keys // codes.group) + i
+    channels = channels_s[...]
+    queries = queries_s[: spec.columns].astype(jnp.float32)
+    in_tile = spec.keys // codes.group
+
+    def score(i, logits):
+        group = tile * in_tile + i
         column = jnp.minimum(lax.div(group, codes.groups), width - 1)
         page = jnp.clip(table_ref[lane, column], 0, num_pages - 1)
         row = codes_ref[page, head, lax.rem(group, codes.groups)]
         keys = jnp.take(decode(row, codes), channels, axis=1).astype(jnp.float32)
-        logits.append(
-            lax.dot_general(
-                keys,
-                queries.astype(jnp.float32),
-                (((1,), (1,)), ((), ())),
-                precision=lax.Precision.HIGHEST,
-            )
-        )
+        products = jnp.dot(keys, queries.T, precision=lax.Precision.HIGHEST)
+        return lax.dynamic_update_slice(logits, products, (i * codes.group, 0))
+
+    logits = jnp.zeros((spec.keys, spec.columns), jnp.float32)
+    logits = lax.fori_loop(0, in_tile, score, logits)
     position = tile * spec.keys + jnp.arange(spec.keys)[:, None]
-    return jnp.where(position < length, jnp.concatenate(logits), _MASKED)
+    return jnp.where(position < length, logits, _MASKED)
 
 
 def _score(spec: TileSpec, ctx, codes, table, channels, queries, *place):
