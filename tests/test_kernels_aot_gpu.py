@@ -20,6 +20,8 @@ from pallas_kernels.add_norm import add_norm
 from pallas_kernels.add_norm.cases import NORM_CASES
 from pallas_kernels.aot import compile_for
 from pallas_kernels.cases import by_name, int32, num_bytes, tagged
+from pallas_kernels.code_keys import code_keys
+from pallas_kernels.code_keys.cases import CODE_CASES
 from pallas_kernels.gather_kv import gather_kv_layers
 from pallas_kernels.gather_kv.cases import GATHER_CASES
 from pallas_kernels.int8_matmul import Int8Weight, int8_matmul, pack
@@ -32,6 +34,8 @@ from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.cases import ATTENTION_CASES, AttentionCase
 from pallas_kernels.rotate_heads import rotate_heads
 from pallas_kernels.rotate_heads.cases import ROTATE_CASES
+from pallas_kernels.score_select import score_select
+from pallas_kernels.score_select.cases import SCORE_CASES
 from pallas_kernels.select_tokens import select_tokens
 from pallas_kernels.select_tokens.cases import SELECT_CASES
 from pallas_kernels.write_rows import write_rows
@@ -159,6 +163,27 @@ def test_selection_compiles(compile_h100, case):
     scores, lengths, _ = case.shapes
     summed = num_bytes(scores) // case.num_heads + 4 * lengths.size * (case.cap + 64)
     assert result.temp_bytes <= (2 * summed if case.per_layer else 0)
+
+
+@ki.each_case(
+    tuple(by_name(SCORE_CASES, n) for n in ("score_344_15k", "score_1_5b_8k"))
+    + tuple(by_name(SCORE_CASES, n) for n in ("score_456_2k_2_bits", "score_g7"))
+)
+def test_scoring_compiles(compile_h100, case):
+    """Four CTAs of a multiprocessor: all of a step's lanes and heads at a time."""
+    select = functools.partial(score_select, **case.options, impl="gpu")
+    result, kernels = compile_h100(select, case.shapes)
+    assert_fits(kernels["score_select"], blocks=4)
+    assert result.temp_bytes <= 64  # the addresses of two results
+
+
+@h100_cases(CODE_CASES)
+def test_coding_compiles_in_place(compile_h100, case):
+    code = functools.partial(code_keys, **case.options, impl="gpu")
+    result, kernels = compile_h100(code, case.shapes, donate_argnums=0)
+    assert_fits(kernels["code_keys"], blocks=2)
+    assert result.temp_bytes == 0
+    assert result.alias_bytes == num_bytes(case.shapes[0])
 
 
 def assert_gather_is_in_place(compile_h100, case, num_layers):

@@ -156,6 +156,26 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
         assert sum(f"({name}_gpu)" in path for path in of_layer) == count
 
 
+@pytest.mark.parametrize("policy", ["index", "index_2bit"])
+def test_an_index_adds_three_launches_and_no_copies(policy):
+    """Scoring and selecting are one; the others copy the picks and code new keys."""
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, pool_bytes = compile_step("h100", 7, policy=policy)
+    assert compiled.temp_bytes < min(pool_bytes / 8, 20e6)
+    bits = {"index": 4, "index_2bit": 2}[policy]
+    largest = {4: 128, 2: 64}[bits]
+    groups = 128 // largest
+    row = 4 * 128 * (1 + largest * bits // 32)  # of a group and head of 128 channels
+    index_bytes = pool_bytes // (128 * 256 * 2) * groups * row
+    assert compiled.alias_bytes >= _LAYERS * (pool_bytes + index_bytes)
+    paths = [path for _, path in launches_of(compiled)]
+    layers = [[p for p in paths if f"/layer_{i}/" in p] for i in range(_LAYERS)]
+    of_layer = min(layers[1:], key=len)
+    assert len(of_layer) <= 11 + 3
+    for name in ("score_select", "gather_kv", "code_keys", "write_rows"):
+        assert sum(f"({name}_gpu)" in path for path in of_layer) == 1
+
+
 def test_prompt_chunks_are_attended_in_a_launch_of_their_own_without_copies():
     pytest.importorskip("jax_cuda13_plugin")
     compiled, _ = compile_step("h100", 8, **_CHUNKS_CLOCKED)

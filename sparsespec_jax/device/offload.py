@@ -50,9 +50,7 @@ class HostPages:
             for x in pools
         )
         # Pinned memory is slow to get and fast to use again.
-        self._chunks = [
-            jax.device_put(empty, self._on_host) for _ in range(num_chunks + 1)
-        ]
+        self._chunks = [_put(empty, self._on_host) for _ in range(num_chunks + 1)]
         jax.block_until_ready(self._chunks)
         self._chunks[-1] = None  # a copy under way while its chunk is still read
         # What passes through the device takes the places of what passed before: were
@@ -103,9 +101,9 @@ class HostPages:
             if move.to_host:
                 self._chunks[move.chunk] = None
                 chunk = _gather(_all_pools(state), pages)
-                self._chunks[move.chunk] = jax.device_put(chunk, self._on_host)
+                self._chunks[move.chunk] = _put(chunk, self._on_host)
             else:
-                chunk = jax.device_put(self._chunks[move.chunk], self._on_device)
+                chunk = _put(self._chunks[move.chunk], self._on_device)
                 self._arriving.append(place)
             self._staged[place] = (pages, chunk)
         return state
@@ -152,6 +150,10 @@ def check_flags(platform: str, xla_flags: str) -> None:
             f"with {flag} pages for host memory would stay on the device: leave it out "
             "of XLA_FLAGS, or set EngineConfig.kv_policy to 'recompute' or 'reserve'"
         )
+
+
+def _put(chunk, where):
+    return tuple(jax.device_put(pages, where) for pages in chunk)
 
 
 def _pools(layer):
