@@ -13,11 +13,7 @@ from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
 from pallas_kernels.score_select import check_served as check_selection
 from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
-from sparsespec_jax.device.state import (
-    bytes_per_page,
-    index_layout,
-    pool_bytes_per_page,
-)
+from sparsespec_jax.device.state import bytes_per_page, pool_bytes_per_page
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.draft_weights import check_served, num_bytes
 from sparsespec_jax.models.products import check_products
@@ -170,7 +166,7 @@ def check_kernels(model_config, shape, dtype, impl):
 
 def check_index(model_config, shape, dtype, policy, speculation, impl):
     """ValueError, naming the value, where a policy's index cannot be selected by."""
-    layout = index_layout(policy, shape.page_size, model_config.head_dim)
+    layout = policy.index_layout(shape.page_size, model_config.head_dim)
     if layout is None or not shape.num_draft_steps:
         return
     if speculation.scope == "layer":

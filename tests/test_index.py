@@ -11,18 +11,15 @@ from experiments.kv_rows import ReadableEngine
 from pallas_kernels.score_select import encode
 from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, sizes
 from sparsespec_jax.device import offload
-from sparsespec_jax.device.state import index_layout
 from sparsespec_jax.host.request import Status
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.keys import index_step
 from sparsespec_jax.policies.select import POLICIES
 from tests.engine_helpers import SPECULATION, first_layers, run, tokens_of
 
-CONFIG = EngineConfig(
-    num_slots=4, page_size=8, prefill_chunk=16, max_length=96, host_chunk_pages=2
-)
+CONFIG = EngineConfig(num_slots=4, page_size=8, prefill_chunk=16, max_length=96)
 INDEX = dataclasses.replace(SPECULATION, policy="index")
-PRESSED = dict(num_pages=46)  # of 68
+PRESSED = dict(num_pages=46, host_chunk_pages=4)  # of 68
 OPTIONS = {
     "mixed": (INDEX, {}),
     "two_bits": (dataclasses.replace(INDEX, policy="index_2bit"), {}),
@@ -63,7 +60,7 @@ def wrong_groups(engine):
     state = jax.device_get(engine.device_steps.state)
     shape, layer = engine.shape, state.layers[0]
     model, policy = engine.model.config, engine.policy
-    layout = index_layout(policy, shape.page_size, model.head_dim)
+    layout = policy.index_layout(shape.page_size, model.head_dim)
     rows, used, found = [], [], []
     for request in engine.running().values():
         if request.status is not Status.RUNNING:

@@ -26,7 +26,7 @@ from sparsespec_jax.device import per_step
 from sparsespec_jax.device.context import StepContext
 from sparsespec_jax.device.lanes import StepLanes, put, take, token_rows
 from sparsespec_jax.device.row_places import tail_places
-from sparsespec_jax.device.state import LayerCache, index_layout, read_rows
+from sparsespec_jax.device.state import LayerCache, read_rows
 from sparsespec_jax.policies.base import SelectionOptions, SelectionView, run_policy
 
 _ROWS_AT_ONCE = 264  # that a GPU selects as fast as fewer
@@ -313,7 +313,7 @@ class FillByIndex(_Filler):
     def __init__(self, context, lanes):
         super().__init__(context, lanes)
         page_size, head_size = self.shape.page_size, context.model.head_dim
-        self.layout = index_layout(self.policy, page_size, head_size)
+        self.layout = self.policy.index_layout(page_size, head_size)
 
     def before(self, q: Queries, cache: LayerCache) -> LayerCache:
         """See FillNothing: picks for this step's drafts."""

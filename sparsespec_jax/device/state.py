@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.score_select import CodeLayout, code_layout
 from sparsespec_jax.array_types import (
     DraftTable,
     FullTable,
@@ -88,7 +87,7 @@ def new_state(
 
     index = None
     if shape.num_draft_steps:
-        index = index_layout(policy, shape.page_size, model_config.head_dim)
+        index = policy.index_layout(shape.page_size, model_config.head_dim)
 
     def layer():
         counts = jnp.zeros((slots, model_config.num_kv_heads), jnp.int32)
@@ -120,15 +119,6 @@ def new_state(
     )
 
 
-def index_layout(policy: Policy, page_size: int, head_size: int) -> CodeLayout | None:
-    """The layout of a policy's stored index, None if it has none."""
-    if policy.index is None:
-        return None
-    return code_layout(
-        page_size, head_size, policy.index.bits, policy.index.largest_group
-    )
-
-
 def read_rows(kv_pages: KvPages, tables: PageTable) -> RowsOfTables:
     """Rows of page tables; junk where no page is."""
     pages = take(kv_pages, tables).swapaxes(1, 2)
@@ -149,7 +139,7 @@ def bytes_per_page(
 ) -> int:
     """Bytes of one page over all layers, those of an index of its keys included."""
     total = pool_bytes_per_page(model_config, shape.page_size, kv_dtype)
-    layout = index_layout(policy, shape.page_size, model_config.head_dim)
+    layout = policy.index_layout(shape.page_size, model_config.head_dim)
     if layout is None or not shape.num_draft_steps:
         return total
     words = math.prod(layout.shape(1, model_config.num_kv_heads))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels.score_select import CodeLayout, code_layout
 from pallas_kernels.select_tokens import select_tokens
 from sparsespec_jax.array_types import (
     CandidateFlags,
@@ -161,6 +162,13 @@ class Policy:
         if self.per_step:
             return "step" if self.index is None else "index"
         return "together" if self.layers_at_once else "layer"
+
+    def index_layout(self, page_size: int, head_size: int) -> CodeLayout | None:
+        """The layout of its stored index, None if it has none."""
+        if self.index is None:
+            return None
+        sizes = self.index.bits, self.index.largest_group
+        return code_layout(page_size, head_size, *sizes)
 
     @property
     def needs_mass(self) -> bool:
