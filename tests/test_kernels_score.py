@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from gpu_interpreter import PLAIN, RACES, compile_interpreted
 
+from pallas_kernels import timing
 from pallas_kernels.cases import by_name, tagged
+from pallas_kernels.code_keys import bench as code_bench
 from pallas_kernels.code_keys import code_keys
 from pallas_kernels.code_keys.cases import CODE_CASES
 from pallas_kernels.code_keys.gpu import code_keys_gpu
+from pallas_kernels.score_select import bench as score_bench
 from pallas_kernels.score_select import code_layout, encode, score_select
 from pallas_kernels.score_select.cases import SCORE_CASES
 from pallas_kernels.score_select.codes import decode
@@ -307,3 +310,21 @@ def test_what_cannot_be_served_is_said_before_work():
             impl="gpu",
             **layouts,
         )
+
+
+@pytest.mark.parametrize(
+    ("bench", "case"), [(score_bench, SCORE[0]), (code_bench, CODE[0])]
+)
+def test_the_benchmarks_compare_with_the_reference(monkeypatch, bench, case):
+    for name, value in (("MIN_PROGRAMS", 1), ("REPEATS", 1), ("SECONDS", 0.0)):
+        monkeypatch.setattr(timing, name, value)
+    rates = timing.Rates(read=1e12, copy=1e12)
+    result = bench.bench(case, impl="reference", rates=rates, num_layers=2)
+    assert result["us"] > 0
+    if bench is score_bench:
+        assert result["same_picks"] == 1 and result["worst_miss"] <= 0
+        # Two lanes of 300 and 64 keys: 16 channels, ranges of 5 and 1 groups, lists.
+        words = (5 + 1 + 1) * 16 * (1 + 8) + (5 + 1 + 1) * 128 + 40 + 40 + 1
+        assert result["bytes"] == 2 * 4 * words
+    else:
+        assert result["same_words"] == 1

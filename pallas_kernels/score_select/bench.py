@@ -27,19 +27,19 @@ from pallas_kernels.score_select.reference import (
 from pallas_kernels.timing import Rates, device_us, time_us
 
 CASES = (*tagged(SCORE_CASES, "h100"), by_name(SCORE_CASES, "score_456_2k_page_16"))
-_INDEXES = 4  # of a program: more than an L2 cache holds
+INDEXES = 4  # of a program: more than an L2 cache holds
 
 
 def bench(case: ScoreCase, *, impl: str, rates: Rates, num_layers: int) -> dict:
     """Returns time and rate of one case, and how its picks compare."""
-    keys = jax.random.split(jax.random.key(0), num_layers + _INDEXES)
-    indexes = [make_codes(case, key) for key in keys[:_INDEXES]]
+    keys = jax.random.split(jax.random.key(0), num_layers + INDEXES)
+    indexes = [make_codes(case, key) for key in keys[:INDEXES]]
     q, _, table, *_ = case.shapes
     lengths, budgets = (jnp.asarray(x, jnp.int32) for x in (case.lengths, case.budgets))
     shared = make_table(case), lengths, budgets
     layers = [
-        (jax.random.normal(key, q.shape, q.dtype), indexes[i % _INDEXES])
-        for i, key in enumerate(keys[_INDEXES:])
+        (jax.random.normal(key, q.shape, q.dtype), indexes[i % INDEXES])
+        for i, key in enumerate(keys[INDEXES:])
     ]
     del table
     select = functools.partial(score_select, **case.options, impl=impl)
