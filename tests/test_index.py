@@ -194,3 +194,23 @@ def test_what_an_index_cannot_do_is_said_before_work(model):
             sizes.check_index(
                 config, shape, jnp.bfloat16, POLICIES["index"], INDEX, "gpu_interpret"
             )
+
+
+@pytest.mark.slow
+def test_kernels_of_a_gpu_draft_as_the_reference_does(gpu_model):
+    """Interpreted: codes, selection and copies of a whole cycle, and the text."""
+    prompt = np.random.default_rng(0).integers(0, 97, 30).tolist()
+    law = SamplingParams(temperature=0.65, seed=0, max_tokens=9, ignore_eos=True)
+
+    def decoded(impl, **options):
+        engine = dict(num_slots=1, page_size=8, max_length=48, prefill_chunk=32)
+        results = run(
+            gpu_model, [prompt], [law], engine=engine | dict(impl=impl), **options
+        )
+        return tokens_of(results), results.stats.total.accepted_histogram
+
+    options = dict(policy="index", num_draft_tokens=2, budget_ratio=0.3)
+    text, accepted = decoded("gpu_interpret", **options)
+    expected, wanted = decoded("reference", **options)
+    assert text == expected and accepted == wanted
+    assert text == decoded("reference", num_draft_tokens=0)[0]

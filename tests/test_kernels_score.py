@@ -299,6 +299,8 @@ def test_what_cannot_be_served_is_said_before_work():
     for change, message, error in refused:
         with pytest.raises(error, match=message):
             select(*inputs._replace(**change), impl="gpu")
+    with pytest.raises(ValueError, match="scale is -1"):
+        select(*inputs, scale=-1.0, impl="gpu")
     layouts = dict(layout=dataclasses.replace(case.layout, head_size=32))
     with pytest.raises(NotImplementedError, match="head size is 32"):
         code_keys(

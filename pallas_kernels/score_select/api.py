@@ -109,6 +109,8 @@ def score_select(
         raise ValueError(f"cap is {cap}, expected at least 1 index per list")
     if num_recent < 0:
         raise ValueError(f"num_recent is {num_recent}, expected 0 or more")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}, expected more than 0: negate q")
     function = load_implementation("pallas_kernels.score_select", "score_select", impl)
     return function(
         q,

@@ -355,7 +355,8 @@ class _Cta:
         column = plgpu.broadcasted_iota(
             jnp.int32, (tile.columns,), 0, layout=self._by_column
         )
-        is_head = column < tile.group_size
+        # A head all of whose terms vanish has no say.
+        is_head = (column < tile.group_size) & (total > 0)
         return jnp.where(is_head, 1.0 / (total * tile.group_size), 0.0)
 
     def rank(self, refs, middle, inverse):
