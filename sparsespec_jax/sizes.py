@@ -11,11 +11,12 @@ import numpy as np
 
 from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
-from pallas_kernels.score_select import check_served as check_selection
-from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
+from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import bytes_per_page, pool_bytes_per_page
+from sparsespec_jax.host import automatic
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.draft_weights import check_served, num_bytes
+from sparsespec_jax.models.option_fields import MAX_INT
 from sparsespec_jax.models.products import check_products
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import plan_fields
@@ -26,7 +27,7 @@ from sparsespec_jax.plan.shape import (
     budget_tokens,
     pages_for,
 )
-from sparsespec_jax.policies.base import Policy
+from sparsespec_jax.policies.base import Policy, check_index
 from sparsespec_jax.policies.select import resolve_policy
 from sparsespec_jax.proposers.base import resolve_proposer
 
@@ -40,6 +41,7 @@ _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
 class EngineSizes(NamedTuple):
     """What an engine is made of, in place of the options that leave it open."""
 
+    speculation: SpeculationConfig  # without "auto"
     impl: str  # of the kernels
     policy: Policy
     proposer: Any  # None: the model itself
@@ -57,6 +59,7 @@ def resolve(model, speculation, config):
       ValueError: the options do not fit together, the model, the platform or the
         free memory.
     """
+    speculation = settle(model, speculation, config)
     policy = resolve_policy(speculation.policy)
     check_cascade(speculation, policy)
     check_vocabulary(model.config, speculation)
@@ -68,7 +71,8 @@ def resolve(model, speculation, config):
         check_exact(model.config, shape, kv_dtype, impl)
     check_kernels(model.config, shape, kv_dtype, impl)
     per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
-    check_index(model.config, shape, kv_dtype, policy, speculation, impl)
+    if shape.num_draft_steps:
+        check_index(policy, model.config, shape, speculation.scope, kv_dtype, impl)
     page_bytes = bytes_per_page(model.config, shape, kv_dtype, policy)
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
     staged = shape.restore_pages if num_chunks else 0
@@ -78,6 +82,7 @@ def resolve(model, speculation, config):
         drafts = num_bytes(model.config, model.params, impl=impl)
     check_memory(model.config, shape, kv_dtype, policy, staged, drafts)
     return EngineSizes(
+        speculation=speculation,
         impl=impl,
         policy=policy,
         proposer=resolve_proposer(speculation.proposer),
@@ -86,6 +91,24 @@ def resolve(model, speculation, config):
         kv_bytes_per_token=per_token,
         num_host_chunks=num_chunks,
         exact=config.numerics == "exact",
+    )
+
+
+def settle(model, speculation, config):
+    """The SpeculationConfig without "auto", see `automatic.settled`."""
+
+    def fits(wanted):
+        try:
+            resolve(model, wanted, config)
+        except ValueError:  # what is wrong without 8 bits too comes again
+            return False
+        return True
+
+    return automatic.settled(
+        speculation,
+        impl=resolve_impl(config.impl),
+        dtype=str(params_dtype(model.params)),
+        fits=fits,
     )
 
 
@@ -136,12 +159,14 @@ def with_length(model, speculation, config, longest):
     the room is what is needed.
     """
     rounded = rounded_length(longest, model.config.max_length)
+    needed = dataclasses.replace(config, max_length=longest)
+    speculation = settle(model, speculation, needed)
     shape = make_shape(speculation, config, rounded, "reference")
     policy = resolve_policy(speculation.policy)
     per_page = bytes_per_page(model.config, shape, params_dtype(model.params), policy)
     wanted = shape.num_pages * per_page + policy_bytes(model.config, shape, policy)
     is_small = wanted < free_memory_bytes() // 2
-    return dataclasses.replace(config, max_length=rounded if is_small else longest)
+    return dataclasses.replace(config, max_length=rounded) if is_small else needed
 
 
 def rounded_length(tokens, most):
@@ -162,31 +187,6 @@ def check_kernels(model_config, shape, dtype, impl):
         )
     except NotImplementedError as error:
         raise ValueError(f"model and engine do not fit {impl!r}: {error}") from error
-
-
-def check_index(model_config, shape, dtype, policy, speculation, impl):
-    """ValueError, naming the value, where a policy's index cannot be selected by."""
-    layout = policy.index_layout(shape.page_size, model_config.head_dim)
-    if layout is None or not shape.num_draft_steps:
-        return
-    if speculation.scope == "layer":
-        raise ValueError(
-            f"scope='layer' does not go with policy {policy.name!r}, whose kernels "
-            "select for each KV head: use scope='kv_head', or another policy"
-        )
-    num_keys = shape.table_width * shape.page_size
-    try:
-        check_selection(
-            dtype=dtype,
-            group_size=model_config.group_size,
-            layout=layout,
-            num_keys=num_keys,
-            impl=impl,
-        )
-    except NotImplementedError as error:
-        raise ValueError(
-            f"model and engine do not fit policy {policy.name!r} on {impl!r}: {error}"
-        ) from error
 
 
 def check_exact(model_config, shape, dtype, impl):

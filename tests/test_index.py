@@ -13,6 +13,7 @@ from sparsespec_jax import EngineConfig, SamplingParams, SpeculationConfig, size
 from sparsespec_jax.device import offload
 from sparsespec_jax.host.request import Status
 from sparsespec_jax.plan.shape import StepShape
+from sparsespec_jax.policies.base import check_index
 from sparsespec_jax.policies.keys import index_step
 from sparsespec_jax.policies.select import POLICIES
 from tests.engine_helpers import SPECULATION, first_layers, run, tokens_of
@@ -190,10 +191,9 @@ def test_what_an_index_cannot_do_is_said_before_work(model):
         (dict(head_dim=128, num_heads=18, num_kv_heads=2), "9 query heads"),
     ):
         config = dataclasses.replace(model.config, **changes)
+        rest = shape, "kv_head", jnp.bfloat16, "gpu_interpret"
         with pytest.raises(ValueError, match=message):
-            sizes.check_index(
-                config, shape, jnp.bfloat16, POLICIES["index"], INDEX, "gpu_interpret"
-            )
+            check_index(POLICIES["index"], config, *rest)
 
 
 @pytest.mark.slow

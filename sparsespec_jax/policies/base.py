@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels.score_select import CodeLayout, code_layout
+from pallas_kernels.score_select import CodeLayout, check_served, code_layout
 from pallas_kernels.select_tokens import select_tokens
 from sparsespec_jax.array_types import (
     CandidateFlags,
@@ -26,7 +27,9 @@ from sparsespec_jax.array_types import (
     VerifySeeds,
     ViewQueries,
 )
-from sparsespec_jax.config import MAX_INT, put_float, put_int
+from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.option_fields import MAX_INT, put_float, put_int
+from sparsespec_jax.plan.shape import StepShape
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
 _MASS_ALONE = (("mass",), ("edge_mass",))
@@ -182,6 +185,37 @@ class Policy:
     def is_anchor(self, layer_index: int) -> bool:
         """True if the layer selects for itself."""
         return layer_index % self.anchor_every == 0
+
+
+def check_index(
+    policy: Policy,
+    model_config: ModelConfig,
+    shape: StepShape,
+    scope: str,
+    dtype: DTypeLike,
+    impl: str,
+) -> None:
+    """ValueError, naming the value, where a policy's index cannot be selected by."""
+    layout = policy.index_layout(shape.page_size, model_config.head_dim)
+    if layout is None:
+        return
+    if scope == "layer":
+        raise ValueError(
+            f"scope='layer' does not go with policy {policy.name!r}, whose kernels "
+            "select for each KV head: use scope='kv_head', or another policy"
+        )
+    try:
+        check_served(
+            dtype=dtype,
+            group_size=model_config.group_size,
+            layout=layout,
+            num_keys=shape.table_width * shape.page_size,
+            impl=impl,
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"model and engine do not fit policy {policy.name!r} on {impl!r}: {error}"
+        ) from error
 
 
 def run_policy(
