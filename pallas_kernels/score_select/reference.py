@@ -1,5 +1,6 @@
 """The specification of scoring by an index and of the selection, in plain jnp."""
 
+import dataclasses
 import functools
 
 import jax
@@ -60,10 +61,16 @@ def index_scores(
     rows = rows.reshape(lanes, num_heads, -1, layout.row)
     q = q[:lanes].reshape(lanes, num_heads, -1, size).astype(jnp.float32)
     channels = heavy_channels(q, rows, lengths, layout)
-    keys = decode(rows, layout).reshape(lanes, num_heads, -1, size)
-    take = functools.partial(jnp.take_along_axis, axis=-1)
-    q, keys = take(q, channels[:, :, None]), take(keys, channels[:, :, None])
-    keys = keys.astype(jnp.float32)
+    q = jnp.take_along_axis(q, channels[:, :, None], axis=-1)
+    # Decoded as if there were no other channels.
+    kept = channels[:, :, None]
+    ranges = jnp.take_along_axis(rows[..., :size], kept, axis=-1)
+    words = rows[..., size:].reshape(*rows.shape[:3], size, layout.words)
+    words = jnp.take_along_axis(words, kept[..., None], axis=-2)
+    words = words.reshape(*rows.shape[:3], -1)
+    few = dataclasses.replace(layout, head_size=channels.shape[-1])
+    keys = decode(jnp.concatenate([ranges, words], -1), few)
+    keys = keys.reshape(lanes, num_heads, -1, few.head_size).astype(jnp.float32)
     logits = jnp.einsum("lhgc,lhkc->lhgk", q, keys, precision=jax.lax.Precision.HIGHEST)
     is_used = jnp.arange(keys.shape[2]) < lengths[:, None]
     is_used = is_used[:, None, None]

@@ -1,7 +1,8 @@
 """Scoring by an index for TPUs: XLA scores, the kernel of `select_tokens` selects.
 
 Channels of a page are not read alone there: a tile has 8 rows of 128 words. XLA reads
-the codes of all channels, so this form does not save what the index could.
+the codes of all channels and widens those of 16, so this form does not save what the
+index could.
 """
 
 import functools
