@@ -26,6 +26,7 @@ from sparsespec_jax.array_types import (
     ViewQueries,
 )
 from sparsespec_jax.config import MAX_INT, put_float, put_int
+from sparsespec_jax.models.collectives import summed_in_order
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
 _MASS_ALONE = (("mass",), ("edge_mass",))
@@ -59,6 +60,8 @@ class SelectionOptions(NamedTuple):
     num_recent: int
     num_sinks: int
     impl: str
+    # Of a mesh that cuts the KV heads: a view then has those of one device.
+    axis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +161,28 @@ class Policy:
         return layer_index % self.anchor_every == 0
 
 
+def head_axis_of_memory(policy: Policy, num_kv_heads: int, degree: int) -> int:
+    """Which axis of `state_shape` has the KV heads, so that devices can share it.
+
+    Raises:
+      ValueError: none, or more than one.
+    """
+    whole, part = (
+        policy.state_shape(heads, 2 * num_kv_heads + 1)
+        for heads in (num_kv_heads, num_kv_heads // degree)
+    )
+    pairs = list(zip(whole, part, strict=False))
+    axes = [axis for axis, (all_of, own) in enumerate(pairs) if all_of != own]
+    is_cut = len(whole) == len(part) and len(axes) == 1
+    if not is_cut or pairs[axes[0]] != (num_kv_heads, num_kv_heads // degree):
+        raise ValueError(
+            f"policy {policy.name!r} remembers {whole} for {num_kv_heads} KV heads and "
+            f"{part} for {num_kv_heads // degree}, which {degree} devices cannot share: "
+            "give its state_shape one axis of KV heads, or use tensor_parallel=1"
+        )
+    return axes[0]
+
+
 def run_policy(
     policy: Policy, view: SelectionView, options: SelectionOptions
 ) -> tuple[Selected, SelectedCounts, PolicyMemory | None]:
@@ -187,6 +212,9 @@ def top_tokens(
     budgets = view.budgets if budgets is None else budgets
     if budgets.ndim == 2:
         return _top_tokens_by_head(view, scores, options, budgets)
+    if options.per_layer and options.axis is not None:
+        scores = sum_of_heads(scores, options)
+        options = options._replace(per_layer=False)
     indices, counts = select_tokens(
         scores,
         view.lengths,
@@ -197,6 +225,11 @@ def top_tokens(
         impl=options.impl,
     )
     return (indices[:, :1], counts[:, :1]) if options.per_layer else (indices, counts)
+
+
+def sum_of_heads(scores: KeyScores, options: SelectionOptions) -> KeyScores:
+    """Scores [E, 1, X] summed over the KV heads, those of all devices."""
+    return summed_in_order(scores.sum(1, keepdims=True), options.axis)
 
 
 def _top_tokens_by_head(view, scores, options, budgets):
