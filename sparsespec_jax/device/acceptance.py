@@ -141,8 +141,9 @@ def ratio_test(
     rejected = (accepted < num_drafts)[:, None]
     q_probs = jnp.where(rejected, draft_law.probs[lane, place], 0.0)
     q_stop = jnp.zeros_like(p_stop)
-    q_ids = place_of(draft_law.token_ids[lane, place], vocab, axis)
-    q_stop = q_stop.at[lane[:, None], q_ids].add(q_probs)
+    q_stop = q_stop.at[
+        lane[:, None], place_of(draft_law.token_ids[lane, place], vocab, axis)
+    ].add(q_probs)
     residual = jnp.maximum(p_stop - q_stop, 0.0)
     # Rounding can leave nothing of the residual; the law is then p itself.
     left = summed_in_order(residual.sum(-1, keepdims=True), axis)
