@@ -16,7 +16,6 @@ from sparsespec_jax.host.interrupts import Whole
 from sparsespec_jax.host.metrics import DecodeStats
 from sparsespec_jax.host.outputs import Outputs
 from sparsespec_jax.host.scheduler import Scheduler
-from sparsespec_jax.models.draft_weights import without_draft_weights
 from sparsespec_jax.models.same_params import check_same_params
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.plan.outcome import StepOutcome
@@ -365,7 +364,7 @@ class Engine(contextlib.AbstractContextManager):
           ValueError: names, shapes or types differ from those in use.
         """
         self._require_open()
-        check_same_params(without_draft_weights(self.params), params)
+        check_same_params(self.model.params, params)
         self.params = self.device_steps.params_of(params)
         self.params_version += 1
 
@@ -435,6 +434,7 @@ class Engine(contextlib.AbstractContextManager):
             kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
             numerics=self.config.numerics,
+            tensor_parallel=self.config.tensor_parallel,
             **sizes.of_drafts(self.model, self.speculation, self.impl),
             min_budget=sizes.floor_of_drafts(self.speculation, self.shape),
         )

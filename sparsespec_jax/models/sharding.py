@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from sparsespec_jax.array_types import Array
 from sparsespec_jax.models.collectives import MODEL_AXIS
@@ -156,6 +156,14 @@ def loading_specs(config: ModelConfig, params: Any, degree: int) -> Any:
     return jax.tree_util.tree_map_with_path(spec, specs)
 
 
+def loading_shardings(config: ModelConfig, params: Any, mesh: Mesh | None) -> Any:
+    """Shardings of a parameter tree as it is loaded; without a mesh, of one device."""
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: device, params)
+    return shardings(mesh, loading_specs(config, params, mesh.size))
+
+
 def place_params(config: ModelConfig, params: Any, mesh: Mesh) -> Any:
     """A model's parameters on the devices of a mesh, with heads for each of them.
 
@@ -163,8 +171,7 @@ def place_params(config: ModelConfig, params: Any, mesh: Mesh) -> Any:
     part and the norms.
     """
     degree = mesh.shape[MODEL_AXIS]
-    specs = loading_specs(config, params, degree)
-    placed = jax.device_put(params, shardings(mesh, specs))
+    placed = jax.device_put(params, loading_shardings(config, params, mesh))
     copies = degree // config.num_kv_heads
     if copies <= 1:
         return placed
