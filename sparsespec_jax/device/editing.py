@@ -75,7 +75,7 @@ def slot_edits(
 
 
 def put_slot(edits: SlotEdits, slot: Any, arrays: Any) -> SlotEdits:
-    """The arrays of all slots with those of one, a SlotEdits without slots, in place."""
+    """The arrays of all slots with those of one (a SlotEdits without slots) put in."""
     return jax.tree.map(lambda old, new: old.at[slot].set(new), edits, arrays)
 
 

@@ -163,9 +163,7 @@ def _from_gguf(path: Path, *, dtype, name: str, mesh: Mesh | None) -> Model:
     )
 
 
-def _from_directory(
-    directory: Path, *, dtype, name: str, mesh: Mesh | None
-) -> Model:
+def _from_directory(directory: Path, *, dtype, name: str, mesh: Mesh | None) -> Model:
     from sparsespec_jax.loading.hf_config import hf_config
     from sparsespec_jax.loading.hf_weights import load_hf
 

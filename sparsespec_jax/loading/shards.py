@@ -56,7 +56,7 @@ class Destination:
         return jax.device_put(array, NamedSharding(self.mesh, self.spec(name)))
 
     def fused(self, fuse: Callable, raw: dict[str, jax.Array]) -> dict:
-        """`fuse(raw, config=)` of a layer's tensors, on each device of its own parts."""
+        """`fuse(raw, config=)` of a layer's tensors, on each device of its parts."""
         if self.mesh is None:
             return fuse(raw, config=self.config)
         return _fused(fuse, self, tuple(raw))(raw)

@@ -39,11 +39,6 @@ def with_draft_weights(
     return params | {DRAFT_WEIGHTS: in_8_bits(config, params, impl=impl, mesh=mesh)}
 
 
-def without_draft_weights(params: Params) -> Params:
-    """The parameters alone."""
-    return {name: x for name, x in params.items() if name != DRAFT_WEIGHTS}
-
-
 def in_8_bits(
     config: ModelConfig, params: Params, *, impl: str, mesh: Mesh | None = None
 ) -> Params:

@@ -26,7 +26,7 @@ from sparsespec_jax.array_types import (
     ViewQueries,
 )
 from sparsespec_jax.config import MAX_INT, put_float, put_int
-from sparsespec_jax.models.collectives import summed_in_order
+from sparsespec_jax.models.collectives import summed
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
 _MASS_ALONE = (("mass",), ("edge_mass",))
@@ -176,9 +176,9 @@ def head_axis_of_memory(policy: Policy, num_kv_heads: int, degree: int) -> int:
     is_cut = len(whole) == len(part) and len(axes) == 1
     if not is_cut or pairs[axes[0]] != (num_kv_heads, num_kv_heads // degree):
         raise ValueError(
-            f"policy {policy.name!r} remembers {whole} for {num_kv_heads} KV heads and "
-            f"{part} for {num_kv_heads // degree}, which {degree} devices cannot share: "
-            "give its state_shape one axis of KV heads, or use tensor_parallel=1"
+            f"tensor_parallel is {degree}, and policy {policy.name!r} remembers "
+            f"{whole} for {num_kv_heads} KV heads, which devices cannot share: give "
+            "its state_shape one axis of KV heads, or use tensor_parallel=1"
         )
     return axes[0]
 
@@ -229,7 +229,7 @@ def top_tokens(
 
 def sum_of_heads(scores: KeyScores, options: SelectionOptions) -> KeyScores:
     """Scores [E, 1, X] summed over the KV heads, those of all devices."""
-    return summed_in_order(scores.sum(1, keepdims=True), options.axis)
+    return summed(scores.sum(1, keepdims=True), options.axis)
 
 
 def _top_tokens_by_head(view, scores, options, budgets):
