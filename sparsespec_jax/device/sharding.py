@@ -84,7 +84,7 @@ def mesh_of(array: jax.Array) -> Mesh | None:
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
-def state_specs(state: DecodeState, policy: Policy, mesh: Mesh) -> Any:
+def state_specs(state: Any, policy: Policy, mesh: Mesh) -> Any:
     """PartitionSpecs in the place of the arrays of a DecodeState of all devices."""
     specs = jax.tree.map(lambda _: P(), state)
     layers = tuple(_layer_specs(cache, policy, mesh) for cache in state.layers)
