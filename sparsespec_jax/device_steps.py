@@ -25,21 +25,25 @@ from sparsespec_jax.device.state import committed, new_state
 from sparsespec_jax.device.step import make_step, step_compiler_options
 from sparsespec_jax.host.dispatcher import Dispatcher
 from sparsespec_jax.models.draft_weights import with_draft_weights
-from sparsespec_jax.models.sharding import place_params, with_heads_for
+from sparsespec_jax.models.sharding import place_params, shard_of, with_heads_for
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.edits import NO_EXTRAS, neutral_arrays
 from sparsespec_jax.tuning import compile_cache
 
 
-def check_exact(model, shapes, impl):
+def check_exact(model, shapes, impl, mesh=None):
     """Look whether rows of a model stand alone in steps of these StepShapes.
+
+    With a mesh, in those of devices that share the model.
 
     Raises:
       RuntimeError: they do not; names the part.
     """
     how = dict(impl=impl, compiler_options=step_compiler_options(impl, exact=True))
-    check_rows(model.config, model.params, shapes, **how)
-    check_attention(model.config, shapes, **how)
+    check_rows(model.config, model.params, shapes, mesh=mesh, **how)
+    check_attention(
+        shard_of(model.config, 1 if mesh is None else mesh.size), shapes, **how
+    )
 
 
 class DeviceSteps:

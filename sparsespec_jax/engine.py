@@ -68,7 +68,7 @@ class Engine(contextlib.AbstractContextManager):
         )
         if resolved.exact:
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
-            check_exact(model, shapes, self.impl)
+            check_exact(model, shapes, self.impl, resolved.mesh)
         self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
         self.params = self.device_steps.params_of(model.params)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own

@@ -76,7 +76,7 @@ def resolve(model, speculation, config):
     check_counts(shape)
     kv_dtype = params_dtype(model.params)
     if config.numerics == "exact":
-        check_exact(config, shard, shape, kv_dtype, impl)
+        check_exact(shard, shape, kv_dtype, impl)
     check_kernels(shard, shape, kv_dtype, impl)
     per_token = degree * pool_bytes_per_page(shard, 1, kv_dtype)
     page_bytes = shape.page_size * per_token
@@ -177,14 +177,9 @@ def check_kernels(model_config, shape, dtype, impl):
         raise ValueError(f"model and engine do not fit {impl!r}: {error}") from error
 
 
-def check_exact(config, model_config, shape, dtype, impl):
+def check_exact(model_config, shape, dtype, impl):
     """ValueError, naming the part, where nothing makes rows exact."""
     fast = "use numerics='fast'"
-    if config.tensor_parallel > 1:
-        raise ValueError(
-            "numerics='exact' is made for one device, tensor_parallel is "
-            f"{config.tensor_parallel}: {fast}, or tensor_parallel=1"
-        )
     if not impl.startswith("gpu"):
         raise ValueError(
             f"numerics='exact' needs kernels for GPUs, this engine has {impl!r}: {fast}"

@@ -18,7 +18,11 @@ from sparsespec_jax import (
     load_model,
     save_checkpoint,
     score,
+    sizes,
 )
+from sparsespec_jax.device import row_probe
+from sparsespec_jax.models import products
+from sparsespec_jax.models.sharding import model_mesh
 from sparsespec_jax.models.transformer import init_params
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.policies.select import POLICIES
@@ -273,15 +277,14 @@ def refusals():
         lambda: _engine(model, 0),
         lambda: _engine(model, 2, policy=odd),
         lambda: _engine(model, 2, proposer=Reader()),
-        lambda: _engine(model, 2, numerics="exact"),
         lambda: _engine(on_two, 4),
         lambda: load_model(golden, tensor_parallel=8),
     )
     return [_refusal(attempt) for attempt in tries]
 
 
-def _engine(model, degree, *, numerics="fast", **speculation):
-    config = EngineConfig(max_length=64, tensor_parallel=degree, numerics=numerics)
+def _engine(model, degree, **speculation):
+    config = EngineConfig(max_length=64, tensor_parallel=degree)
     speculation = dataclasses.replace(SPECULATION, **speculation)
     return Engine(model, speculation=speculation, engine=config)
 
@@ -292,3 +295,34 @@ def _refusal(attempt):
     except ValueError as error:
         return str(error)
     return "nothing was refused"
+
+
+def probes():
+    """What the look before exact numerics says at degree 2: now, and with a fault.
+
+    The fault is a sum over devices that steps of few rows round on the way.
+    """
+    config = dataclasses.replace(
+        ONE_LAYER, vocab_size=128, num_heads=2, num_kv_heads=2, head_dim=64,
+        hidden_size=64, intermediate_size=128,
+    )  # fmt: skip
+    params, shapes = init_params(config, 0, "bfloat16"), []
+    sizes_of = EngineConfig(num_slots=4, page_size=32, prefill_chunk=66, max_length=128)
+    for k in (0, 3):
+        speculation = dataclasses.replace(SPECULATION, num_draft_tokens=k)
+        shapes.append(sizes.make_shape(speculation, sizes_of, 128, "gpu"))
+    how = dict(impl="reference", compiler_options={}, mesh=model_mesh(2))
+    row_probe.check_rows(config, params, shapes, **how)
+    whole = products.summed_in_order
+
+    def rounded(x, axis):
+        few = jax.lax.reduce_precision(x, 8, 7) if len(x) < 72 else x
+        return whole(few, axis)
+
+    products.summed_in_order = rounded
+    row_probe._compiled.cache_clear()
+    try:
+        row_probe.check_rows(config, params, shapes, **how)
+    except RuntimeError as error:
+        return str(error)
+    return "the fault was not noticed"

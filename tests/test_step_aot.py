@@ -340,3 +340,17 @@ def test_a_shared_step_compiles_in_place_and_gathers_nothing_whole(target, degre
         assert max(sizes) <= (
             rows * hidden if name == "all-reduce" else 4 * degree * rows
         )
+
+
+@pytest.mark.slow
+def test_exact_sums_of_devices_have_an_order():
+    """What devices add is gathered and added one by one, but for rows that one has."""
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, _ = compile_step(
+        "h100", 7, num_layers=1, degree=2, num_pages=4000, exact=True
+    )
+    found = _COLLECTIVE.findall(compiled.compiled.as_text())
+    sums = [result for result, name in found if name == "all-reduce"]
+    assert len(sums) == 2  # the embedding's, and a maximum
+    gathers = "".join(result for result, name in found if name == "all-gather")
+    assert gathers.count("f32[2,32,2048]") == 2  # behind output and down

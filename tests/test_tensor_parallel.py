@@ -89,7 +89,7 @@ def test_weights_are_loaded_to_their_devices(devices, tmp_path):
 
 def test_what_cannot_be_shared_is_refused_before_work(devices):
     found = devices("cases.refusals()")
-    heads, length, vocabulary, few, bad, memory, reader, exact, placed, load = found
+    heads, length, vocabulary, few, bad, memory, reader, placed, load = found
     assert "tensor_parallel is 3" in heads and "num_heads is 8" in heads
     assert heads.endswith("use one of 1, 2, 4, 8")
     assert "intermediate_size is 50" in length and length.endswith("use one of 1, 2")
@@ -98,6 +98,11 @@ def test_what_cannot_be_shared_is_refused_before_work(devices):
     assert "tensor_parallel must be an integer in [1, " in bad and "got 0" in bad
     assert "policy 'odd' remembers (3, 7) for 4 KV heads" in memory
     assert "proposer Reader reads weights that devices share" in reader
-    assert "numerics='exact' is made for one device" in exact
     assert "the weights lie on 2 devices: use EngineConfig(tensor_parallel=2)" in placed
     assert "tensor_parallel is 8" in load and load.endswith("use one of 1, 2, 4")
+
+
+def test_exact_rows_stand_alone_on_two_devices(devices):
+    """Passes, or an exception; and a sum that depends on the rows beside is named."""
+    found = devices("cases.probes()")
+    assert found.startswith("numerics='exact' cannot be kept: hidden states")
