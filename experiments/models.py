@@ -47,8 +47,8 @@ def tiny_model() -> Model:
     return random_model("tiny", "float32")
 
 
-def load(name: str, *, dtype) -> Model:
+def load(name: str, *, dtype, tensor_parallel: int = 1) -> Model:
     """The tiny random model for "tiny", else what `load_model` finds."""
-    return (
-        random_model(name, dtype) if name == "tiny" else load_model(name, dtype=dtype)
-    )
+    if name == "tiny":
+        return random_model(name, dtype)
+    return load_model(name, dtype=dtype, tensor_parallel=tensor_parallel)
