@@ -138,6 +138,7 @@ def plain_and_drafted(degree):
     with Engine(model, speculation=speculation, engine=config) as engine:
         engine.warm_up()
         compiled = num_compilations(engine)
+        engine.update_params(model.params)  # the same: they find their places again
         ids = [engine.add_request(*pair) for pair in zip(PROMPTS, LAWS, strict=True)]
         results = {}
         while engine.has_work:

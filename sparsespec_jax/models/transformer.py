@@ -22,6 +22,7 @@ units apart, so either can be sharded over devices.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -261,23 +262,27 @@ def param_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
 
 
-def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
+def init_params(
+    config: ModelConfig,
+    seed: int,
+    dtype: Any = jnp.float32,
+    place: Callable[[Params], Params] = lambda params: params,
+) -> Params:
     """Random parameters with the spread of a trained model, made on the device.
 
     One layer is made at a time, by a generator compiled once for all layers, so
     nothing large is needed beside the result. Biases are random too (a lost bias
-    must change the output), norm scales are near 1.
+    must change the output), norm scales are near 1. `place` is given each layer, and
+    what is outside of them, under its name, and returns it where it shall be.
     """
     shapes = param_shapes(config, dtype)
     layers = [shapes.pop(f"layer_{i}") for i in range(config.num_layers)]
-    key = jax.random.key(seed)
-    params = {
-        name: _random_tree(key, shape, position=index)
-        for index, (name, shape) in enumerate(sorted(shapes.items()))
-    }
+    key, params = jax.random.key(seed), {}
+    for index, (name, shape) in enumerate(sorted(shapes.items())):
+        params |= place({name: _random_tree(key, shape, position=index)})
     for index, layer in enumerate(layers, start=len(params)):
         name = f"layer_{index - len(shapes)}"
-        params[name] = _random_tree(key, layer, position=index)
+        params |= place({name: _random_tree(key, layer, position=index)})
     return params
 
 
