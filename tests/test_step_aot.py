@@ -111,7 +111,11 @@ def compile_step(
     )
     params = jax.eval_shape(
         functools.partial(
-            with_draft_weights, model, kind=speculation.draft_weights, impl=impl
+            with_draft_weights,
+            model,
+            kind=speculation.draft_weights,
+            impl=impl,
+            mesh=mesh,
         ),
         param_shapes(with_heads_for(model, degree), jnp.bfloat16),
     )
@@ -340,6 +344,16 @@ def test_a_shared_step_compiles_in_place_and_gathers_nothing_whole(target, degre
         assert max(sizes) <= (
             rows * hidden if name == "all-reduce" else 4 * degree * rows
         )
+
+
+@pytest.mark.slow
+def test_a_shared_cycle_with_drafts_in_8_bits_compiles_in_place():
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, pool_bytes = compile_step(
+        "h100", 7, num_layers=1, degree=2, num_pages=4000, drafts=INT8
+    )
+    assert compiled.temp_bytes < pool_bytes / 8
+    assert compiled.alias_bytes >= pool_bytes
 
 
 @pytest.mark.slow
