@@ -6,7 +6,9 @@ import re
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from experiments.models import TINY
 from sparsespec_jax import (
@@ -16,15 +18,18 @@ from sparsespec_jax import (
     Policy,
     SamplingParams,
     load_model,
+    sampling,
     save_checkpoint,
     score,
     sizes,
 )
-from sparsespec_jax.device import row_probe
+from sparsespec_jax.device import acceptance, editing, row_probe, sharding
 from sparsespec_jax.models import products
+from sparsespec_jax.models.collectives import MODEL_AXIS
 from sparsespec_jax.models.sharding import model_mesh
 from sparsespec_jax.models.transformer import init_params
 from sparsespec_jax.plan.buffer import StepPlan
+from sparsespec_jax.plan.edits import ANY_TOKEN, StepExtras, edit_fields
 from sparsespec_jax.policies.select import POLICIES
 from tests.engine_helpers import (
     ENGINE,
@@ -327,3 +332,91 @@ def probes():
     except RuntimeError as error:
         return str(error)
     return "the fault was not noticed"
+
+
+def laws_of_cut_logits(degree):
+    """Names of what a cut vocabulary gives otherwise than a whole one, bit by bit.
+
+    Log-probabilities and the draft's law are sums, compared with a tolerance.
+    """
+    mesh, vocab, rows = model_mesh(degree), 96, 40
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
+    scores[::5, 3] = scores[::5, 90] = 50.0  # equal ones far apart
+    scores[1::5] = np.round(scores[1::5])  # and many of them
+    law = sampling.Law(
+        seed=rng.integers(0, 2**32, (rows, 2), np.uint32),
+        temperature=np.float32(rng.choice([0, 0.7, 1.3], rows)),
+        top_k=np.int32(rng.choice([0, 1, 7, 60], rows)),
+        top_p=np.float32(rng.choice([1, 0.9, 0.3], rows)),
+        min_p=np.float32(rng.choice([0, 0.1], rows)),
+        processed_logprobs=rng.random(rows) < 0.5,
+    )
+    places = np.arange(rows, dtype=np.int32)
+    tokens = rng.integers(0, vocab, rows, np.int32)
+    drafts = rng.integers(0, vocab, (rows // 4, 3), np.int32)
+    kept = np.argsort(rng.random((rows // 4, 3, vocab)))[..., :8].astype(np.int32)
+    kept[..., 0] = drafts
+    draft_law = acceptance.DraftLaw(kept, np.full(kept.shape, 0.125, np.float32))
+    extras = StepExtras(True, True, 4, 3)
+    fields = {
+        name: np.broadcast_to(neutral, (3, *shape)).astype(dtype).copy()
+        for name, (shape, dtype, neutral) in edit_fields(extras, vocab).items()
+    }
+    fields["penalties"][:] = 0.4, 0.3, 1.5
+    fields["lengths"][:, 1] = 6
+    fields["bias"][:, ::3] = 1.5
+    fields["ends"][:, [2, 95]] = True
+    fields["counts"][:, rng.integers(0, vocab, 20)] = 2
+    fields["in_prompt"][:, rng.integers(0, vocab, 20)] = True
+    fields["word_starts"][:] = [[ANY_TOKEN, n] for n in range(4)]
+    fields["word_ends"][:] = 0, 47, 48, 95
+    edits = editing.SlotEdits(**fields)
+    slots, starts = np.int32([2, 0, 1, 3, 2]), np.int32([4, 5, 6, 7, 9])
+    after = rng.integers(0, 5, (5, 7), np.int32)
+    included = np.broadcast_to(np.int32(range(8)), (5, 8))
+
+    law, draft_law, places, drafts, slots, starts, after, included = jax.tree.map(
+        jnp.asarray, (law, draft_law, places, drafts, slots, starts, after, included)
+    )
+
+    def run(scores, edits, axis):
+        how = dict(filters=True, axis=axis)
+        judged = scores.reshape(rows // 4, 4, -1), law, places.reshape(-1, 4), drafts
+        count = np.full(rows // 4, 3, np.int32)
+        tested = acceptance.ratio_test(*judged, count, draft_law, **how)
+        drawn, cut_law = acceptance.draft_from_top_m(
+            scores, law, places, num_kept=60, **how
+        )
+        ids, values = sampling.top_logprobs(scores, law, 50, **how)
+        same = {
+            "choice": sampling.choose(scores, law, places, **how),
+            "mask": sampling.keep_mask(scores, law, axis=axis),
+            "ratio test": tested.tokens,
+            "accepted": tested.num_accepted,
+            "draft": drawn,
+            "top ids": ids,
+            "edited": editing.edit(
+                edits, scores, slots, starts, after, included, axis=axis
+            ),
+        }
+        chosen = sampling.logprobs(scores, law, tokens, **how)
+        return same, (chosen, values, cut_law.probs)
+
+    axis = MODEL_AXIS
+    cut = dict.fromkeys(("mask", "edited"), P(None, axis))
+    names = "choice", "mask", "ratio test", "accepted", "draft", "top ids", "edited"
+    specs = {name: cut.get(name, P()) for name in names}, P()
+    places_of = P(None, axis), sharding.edit_specs(edits)
+    shards = sharding.on_shards(
+        lambda scores, edits: run(scores, edits, axis), mesh, places_of, specs
+    )
+    whole, close = jax.jit(lambda scores, edits: run(scores, edits, None))(
+        scores, edits
+    )
+    found, near = jax.jit(shards)(scores, edits)
+    wrong = [name for name in names if not np.array_equal(found[name], whole[name])]
+    for a, b in zip(near, close, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert len(set(np.asarray(whole["choice"]).tolist())) > 10
+    return wrong

@@ -50,6 +50,12 @@ def test_plain_and_drafted_text_is_that_of_one_device(devices, degree):
     assert num_sums == 4
 
 
+@pytest.mark.parametrize("degree", [8, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_cut_vocabulary_gives_the_same_tokens(devices, degree):
+    """Laws, edits and acceptors over the same logits; equal ones stand far apart."""
+    assert devices(f"cases.laws_of_cut_logits({degree})") == []
+
+
 def test_many_options_at_once_change_no_token(devices):
     """One layer and one of the cases below, so that few programs are compiled."""
     names = ["cascade, edits, spilled"]

@@ -117,23 +117,23 @@ def _edit_specs(edits, of_vocabulary):
     return SlotEdits(**dict.fromkeys(SlotEdits._fields) | found)
 
 
-def made_on(mesh: Mesh | None, make: Callable[[], Any], specs: Callable) -> Any:
-    """The pytree that `make` gives, each device making its own part.
+def made_on(mesh: Mesh | None, make: Callable, specs: Callable, *arrays: Any) -> Any:
+    """The pytree that `make(*arrays)` gives, each device making its own part.
 
     `specs` gives its PartitionSpecs. Without a mesh it is made on the default device.
     """
     if mesh is None:
-        return make()
-    wanted = shardings(mesh, specs(jax.eval_shape(make)))
-    return jax.jit(make, out_shardings=wanted)()
+        return make(*arrays)
+    wanted = shardings(mesh, specs(jax.eval_shape(make, *arrays)))
+    return jax.jit(make, out_shardings=wanted)(*arrays)
 
 
 def edits_on(
     mesh: Mesh | None, extras: StepExtras, num_slots: int, vocab_size: int, old: Any
 ) -> SlotEdits:
     """`slot_edits` on the devices of a mesh, or on the default device."""
-    make = functools.partial(slot_edits, extras, num_slots, vocab_size, old)
-    return made_on(mesh, make, edit_specs)
+    make = functools.partial(slot_edits, extras, num_slots, vocab_size)
+    return made_on(mesh, make, edit_specs, old)
 
 
 def load_slot_on(
