@@ -25,7 +25,12 @@ from sparsespec_jax.device.state import committed, new_state
 from sparsespec_jax.device.step import make_step, step_compiler_options
 from sparsespec_jax.host.dispatcher import Dispatcher
 from sparsespec_jax.models.draft_weights import with_draft_weights
-from sparsespec_jax.models.sharding import place_params, shard_of, with_heads_for
+from sparsespec_jax.models.sharding import (
+    place_params,
+    shard_of,
+    shardings,
+    with_heads_for,
+)
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.edits import NO_EXTRAS, neutral_arrays
 from sparsespec_jax.tuning import compile_cache
@@ -185,7 +190,12 @@ class DeviceSteps:
     def replace_state(self, **fields):
         """Put arrays in place of fields of the state, to time made-up caches."""
         self.dispatcher.settle()
-        self.state = self.state._replace(**committed(fields))
+        if self._mesh is None:
+            self.state = self.state._replace(**committed(fields))
+            return
+        specs = self._specs(self._sizes.policy, self.state._replace(**fields))
+        where = {name: shardings(self._mesh, getattr(specs, name)) for name in fields}
+        self.state = self.state._replace(**jax.device_put(fields, where))
 
     def settle(self):
         """Wait until every step submitted so far has run on the device."""

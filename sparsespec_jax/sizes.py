@@ -12,15 +12,17 @@ from jax.sharding import Mesh
 
 from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
-from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
+from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device.sharding import check_tensor_parallel
 from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.host import automatic
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.draft_weights import check_served, num_bytes
+from sparsespec_jax.models.option_fields import MAX_INT
 from sparsespec_jax.models.products import check_products
 from sparsespec_jax.models.sharding import check_cut, model_mesh, shard_of
 from sparsespec_jax.models.transformer import param_shapes, params_dtype
-from sparsespec_jax.plan.buffer import plan_fields
+from sparsespec_jax.plan.buffer import check_counts
 from sparsespec_jax.plan.edits import edit_fields
 from sparsespec_jax.plan.shape import (
     RESTORE_CHUNKS,
@@ -42,6 +44,7 @@ _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
 class EngineSizes(NamedTuple):
     """What an engine is made of, in place of the options that leave it open."""
 
+    speculation: SpeculationConfig  # without "auto"
     impl: str  # of the kernels
     policy: Policy
     proposer: Any  # None: the model itself
@@ -65,6 +68,7 @@ def resolve(model, speculation, config):
       ValueError: the options do not fit together, the model, the platform or the
         free memory.
     """
+    speculation = settle(model, speculation, config)
     policy = resolve_policy(speculation.policy)
     check_cascade(speculation, policy)
     check_vocabulary(model.config, speculation)
@@ -88,6 +92,7 @@ def resolve(model, speculation, config):
         drafts = num_bytes(shard, param_shapes(shard, kv_dtype), impl=impl)
     check_memory(shard, shape, kv_dtype, policy, staged, drafts, degree=degree)
     return EngineSizes(
+        speculation=speculation,
         impl=impl,
         policy=policy,
         proposer=proposer,
@@ -97,6 +102,24 @@ def resolve(model, speculation, config):
         num_host_chunks=num_chunks,
         exact=config.numerics == "exact",
         mesh=mesh,
+    )
+
+
+def settle(model, speculation, config):
+    """The SpeculationConfig without "auto", see `automatic.settled`."""
+
+    def fits(wanted):
+        try:
+            resolve(model, wanted, config)
+        except ValueError:  # what is wrong without 8 bits too comes again
+            return False
+        return True
+
+    return automatic.settled(
+        speculation,
+        impl=resolve_impl(config.impl),
+        dtype=str(params_dtype(model.params)),
+        fits=fits,
     )
 
 
@@ -147,6 +170,8 @@ def with_length(model, speculation, config, longest):
     the room is what is needed.
     """
     rounded = rounded_length(longest, model.config.max_length)
+    needed = dataclasses.replace(config, max_length=longest)
+    speculation = settle(model, speculation, needed)
     shape = make_shape(speculation, config, rounded, "reference")
     degree, policy = config.tensor_parallel, resolve_policy(speculation.policy)
     check_cut(model.config, degree)
@@ -154,7 +179,7 @@ def with_length(model, speculation, config, longest):
     per_page = pool_bytes_per_page(shard, shape.page_size, params_dtype(model.params))
     wanted = shape.num_pages * per_page + policy_bytes(shard, shape, policy)
     is_small = wanted < free_memory_bytes(degree) // 2
-    return dataclasses.replace(config, max_length=rounded if is_small else longest)
+    return dataclasses.replace(config, max_length=rounded) if is_small else needed
 
 
 def rounded_length(tokens, most):
@@ -306,33 +331,6 @@ def check_budget(speculation, max_length, shape):
             f"min_budget={speculation.min_budget} can select {largest} tokens, the "
             f"engine was built for {shape.max_budget}"
         )
-
-
-def check_counts(shape):
-    """ValueError if a step would count what does not fit into int32."""
-    step_tokens = shape.num_draft_rows + shape.verify_lanes * shape.num_queries
-    step_tokens += shape.prefill_lanes * shape.prefill_chunk
-    plan = sum(math.prod(field) for field in plan_fields(shape, prefill=True).values())
-    counts = {
-        "tokens of a request": (
-            shape.table_width * shape.page_size,
-            "max_length or page_size",
-        ),
-        "tokens in a step": (
-            step_tokens,
-            "prefill_lanes, prefill_chunk or num_slots",
-        ),
-        "integers in the plan of a step": (
-            plan,
-            "host_chunk_pages, prefill_lanes, prefill_chunk or num_slots",
-        ),
-    }
-    for what, (count, options) in counts.items():
-        if count > MAX_INT:
-            raise ValueError(
-                f"the options make up to {count} {what}, at most {MAX_INT} can be "
-                f"counted: lower {options}"
-            )
 
 
 def check_memory(
