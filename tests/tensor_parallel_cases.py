@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from experiments import models
 from experiments.models import TINY
 from sparsespec_jax import (
     Engine,
@@ -236,6 +237,14 @@ def loaded(names, degree):
 
 def _compared(name, other, how):
     one, many = load_model(name, dtype="float32"), load_model(other, **how)
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), one.params, many.params)
+    return all(jax.tree.leaves(same)), _greatest_share(many.params)
+
+
+def random_weights(degree):
+    """(same values as on one device, greatest share of a device) of random weights."""
+    models.SHAPES["cut"] = CUT
+    one, many = (models.random_model("cut", "float32", n) for n in (1, degree))
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), one.params, many.params)
     return all(jax.tree.leaves(same)), _greatest_share(many.params)
 

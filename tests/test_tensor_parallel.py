@@ -17,21 +17,28 @@ DEVICES = "--xla_force_host_platform_device_count=8"
 
 
 @pytest.fixture(scope="module")
-def devices():
-    """Runs an expression over the cases on eight devices; returns its value."""
+def eight():
+    """Forks processes of eight devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
-    with Parent(os.environ | {"XLA_FLAGS": flags}) as parent:
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    with Parent(os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}) as parent:
+        yield parent
 
-        def evaluate(expression, *arguments):
-            code = (
-                "import json, sys\nfrom tests import tensor_parallel_cases as cases\n"
-                f"print(json.dumps({expression}))"
-            )
-            done = parent.run(code, *map(str, arguments), cwd=ROOT)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return json.loads(done.stdout)
 
-        yield evaluate
+@pytest.fixture(scope="module")
+def devices(eight):
+    """Runs an expression over the cases on eight devices; returns its value."""
+
+    def evaluate(expression, *arguments):
+        code = (
+            "import json, sys\nfrom tests import tensor_parallel_cases as cases\n"
+            f"print(json.dumps({expression}))"
+        )
+        done = eight.run(code, *map(str, arguments), cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return evaluate
 
 
 @pytest.mark.parametrize("degree", [8, pytest.param(2, marks=pytest.mark.slow)])
@@ -91,6 +98,27 @@ def test_weights_are_loaded_to_their_devices(devices, tmp_path):
         assert len(found) == 4  # the last one again, from a checkpoint of Orbax
         for same, share in found:
             assert same and 1 / degree <= share < 1 / degree + 0.02
+
+
+def test_random_weights_are_those_of_one_device(devices):
+    same, share = devices("cases.random_weights(8)")
+    assert same and share < 1 / 8 + 0.03
+
+
+@pytest.mark.slow
+def test_a_run_is_one_of_its_degree(eight, tmp_path):
+    """The launcher, from files to a results file that says how many devices."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"token_ids": [5, 3, 9]}\n{"token_ids": [7]}\n')
+    done = eight.run_module(
+        "experiments.generate", "--model", str(GOLDENS / "qwen3"), "--dtype", "float32",
+        "--prompts", str(prompts), "--max_tokens", "12", "--min_budget", "3",
+        "--tensor_parallel", "2", "--quiet", "--output", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "24 of 24 tokens identical to plain decoding" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["speculative"]["tensor_parallel"] == 2
 
 
 def test_what_cannot_be_shared_is_refused_before_work(devices):
