@@ -158,6 +158,7 @@ def plain_and_drafted(degree):
             "compiled": [compiled, num_compilations(engine)],
             "pool": _shares(state.layers[0].kv_pages),
             "table": _shares(engine.params["embed"]["weight"]),
+            "kv_bytes": engine.kv_bytes_per_token,
             "gathered": gathered(engine),
             "rows": engine.shape.draft_lanes
             + engine.shape.verify_lanes * engine.shape.num_queries,
@@ -186,7 +187,7 @@ def preempted_and_resumed(degree):
     model, cut = model_of(ONE_LAYER), dict(tensor_parallel=degree)
     wanted = tokens_of(run(model, PROMPTS, num_draft_tokens=0))
     config = dataclasses.replace(
-        ENGINE, max_length=80, num_pages=40, host_chunk_pages=2, **cut
+        ENGINE, lag=2, max_length=80, num_pages=40, host_chunk_pages=2, **cut
     )
     rng = np.random.default_rng(0)
     with Engine(model, speculation=SPECULATION, engine=config) as engine:
@@ -294,8 +295,15 @@ def refusals():
         lambda: _engine(model, 2, proposer=Reader()),
         lambda: _engine(on_two, 4),
         lambda: load_model(golden, tensor_parallel=8),
+        lambda: _engine(model, 4),  # with little memory
     )
-    return [_refusal(attempt) for attempt in tries]
+    found = [_refusal(attempt) for attempt in tries[:-1]]
+    free = sizes.free_memory_bytes
+    # A page of one KV head: 16 tokens of 2 x 16 float32 values.
+    sizes.free_memory_bytes = lambda degree=1: 20 * 2048 + 2048
+    found.append(_refusal(tries[-1]))
+    sizes.free_memory_bytes = free
+    return found
 
 
 def _engine(model, degree, **speculation):

@@ -48,6 +48,7 @@ def test_plain_and_drafted_text_is_that_of_one_device(devices, degree):
     assert found["same"] == [True, True]
     assert found["distance"] < 1e-4 and found["accepted"] > 0.5
     assert found["compiled"] == [2, 2]
+    assert found["kv_bytes"] == max(4, degree) * 2 * 16 * 4  # heads, K and V, values
     for own, whole in (found["pool"], found["table"]):
         assert own == [whole // degree] * degree
     # A pair for each row and device is the most that is gathered, and there is one sum
@@ -63,6 +64,7 @@ def test_a_cut_vocabulary_gives_the_same_tokens(devices, degree):
     assert devices(f"cases.laws_of_cut_logits({degree})") == []
 
 
+@pytest.mark.slow
 def test_many_options_at_once_change_no_token(devices):
     """One layer and one of the cases below, so that few programs are compiled."""
     names = ["cascade, edits, spilled"]
@@ -123,14 +125,16 @@ def test_a_run_is_one_of_its_degree(eight, tmp_path):
 
 def test_what_cannot_be_shared_is_refused_before_work(devices):
     found = devices("cases.refusals()")
-    heads, length, vocabulary, few, bad, memory, reader, placed, load = found
+    heads, length, vocabulary, few, bad, odd, reader, placed, load, memory = found
     assert "tensor_parallel is 3" in heads and "num_heads is 8" in heads
     assert heads.endswith("use one of 1, 2, 4, 8")
     assert "intermediate_size is 50" in length and length.endswith("use one of 1, 2")
     assert "vocab_size is 97" in vocabulary and vocabulary.endswith("use one of 1")
     assert "tensor_parallel is 16, this process has 8 cpu device(s)" in few
     assert "tensor_parallel must be an integer in [1, " in bad and "got 0" in bad
-    assert "policy 'odd' remembers (3, 7) for 4 KV heads" in memory
+    assert "policy 'odd' remembers (3, 7) for 4 KV heads" in odd
+    assert "KV pages of 2048 bytes need" in memory
+    assert "GiB on each of 4 devices, at most 19 pages fit" in memory
     assert "proposer Reader reads weights that devices share" in reader
     assert "the weights lie on 2 devices: use EngineConfig(tensor_parallel=2)" in placed
     assert "tensor_parallel is 8" in load and load.endswith("use one of 1, 2, 4")
