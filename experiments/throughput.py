@@ -126,10 +126,10 @@ def engine_config(load: Load, model: Model, prompts) -> EngineConfig:
     return load.engine(max(map(len, prompts)), num_pages)
 
 
-def make_engine(load: ThroughputConfig, model: Model, prompts, speculation):
+def make_engine(load: ThroughputConfig, model: Model, prompts, speculation, make=None):
     """(engine of the load's sizes, compiled; its RecordedChooser or None)."""
     config = engine_config(load, model, prompts)
-    make = ClockedEngine if load.clock else Engine
+    make = make or (ClockedEngine if load.clock else Engine)
     engine = make(model, speculation=speculation, engine=config)
     engine.warm_up()
     if not speculation.draft_token_choices:
@@ -185,14 +185,16 @@ def run_mode(
     speculation,
     trace_dir,
     balance_tokens,
+    make=None,
 ) -> dict:
     """Decode the load once; rates, counts and the time split of one mode.
 
     load: a ThroughputConfig.
     balance_tokens: of the device, see `cost_model.speed_of_light`.
+    make: a kind of Engine; None: the usual one.
     """
     start = time.perf_counter()
-    engine, chooser = make_engine(load, model, prompts, speculation)
+    engine, chooser = make_engine(load, model, prompts, speculation, make)
     set_up_s = time.perf_counter() - start
     for index, prompt in enumerate(prompts):
         engine.add_request(prompt, load.sampling(index), prompt_index=index)
