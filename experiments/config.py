@@ -98,6 +98,7 @@ class GenerateConfig(Options):
     )
     impl: str = option("", "Kernels: reference, tpu or gpu; empty: the platform's.")
     numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
+    tensor_parallel: int = option(1, "Devices that share the model.")
     journal_seconds: float = option(
         1.0,
         "Time between two syncs of what requests have emitted.",
@@ -177,6 +178,7 @@ class GenerateConfig(Options):
             max_length=max_length,
             impl=self.impl or None,
             numerics=self.numerics,
+            tensor_parallel=self.tensor_parallel,
         )
 
     @property

@@ -68,6 +68,7 @@ class ExactnessConfig(Options):
     dtype: str = option("bfloat16", "Type.", choices=models.DTYPES)
     random_weights: bool = option(False, "Random weights of a published shape.")
     numerics: str = option("exact", "Of the engine.", choices=NUMERICS)
+    tensor_parallel: int = option(1, "Devices that share the model.")
     num_requests: int = option(32, "Requests of each temperature.", at_least=1)
     temperatures: tuple[float, ...] = option((0.0, 0.65, 1.0), "Temperatures.")
     file_lengths: tuple[int, ...] = option(
@@ -118,7 +119,8 @@ class Exactness(Experiment):
     def __init__(self, config, **how):
         super().__init__(config, **how)
         make = models.random_model if config.random_weights else models.load
-        self.model = make(config.model, dtype=config.dtype)
+        how = dict(dtype=config.dtype, tensor_parallel=config.tensor_parallel)
+        self.model = make(config.model, **how)
         self.requests = self._requests()
         self.parts["prompts"] = [list(r.token_ids) for r in self.requests]
 
@@ -168,6 +170,7 @@ class Exactness(Experiment):
                 **sizes,
                 prefill_chunk=config.prefill_chunk * chunk,
                 numerics=config.numerics,
+                tensor_parallel=config.tensor_parallel,
                 **options,
             ),
         )
@@ -246,6 +249,7 @@ class Exactness(Experiment):
             engine=EngineConfig(
                 num_slots=config.num_slots, page_size=config.page_size,
                 prefill_chunk=config.prefill_chunk, numerics=config.numerics,
+                tensor_parallel=config.tensor_parallel,
             ),
         )  # fmt: skip
         pairs = [

@@ -99,11 +99,17 @@ def _checksum(array):
 
     No change of a single value leaves either as it was, whatever the order of sums.
     """
-    bits = jax.lax.bitcast_convert_type(array.ravel(), f"uint{8 * array.itemsize}")
-    place = jax.lax.iota(jnp.uint32, bits.size)
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.itemsize}")
+    # In the array's own shape: devices that share it each sum up what they have.
+    place, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        place += along * jnp.uint32(stride % 2**32)
+        stride *= array.shape[axis]
     mixed = (place ^ (place >> 15)) * jnp.uint32(0x7FEB352D)
-    weights = jnp.stack([2 * place + 1, (mixed ^ (mixed >> 13)) | 1])
-    return (bits.astype(jnp.uint32) * weights).sum(1, dtype=jnp.uint32)
+    weights = 2 * place + 1, (mixed ^ (mixed >> 13)) | 1
+    wide = bits.astype(jnp.uint32)
+    return jnp.stack([(wide * each).sum(dtype=jnp.uint32) for each in weights])
 
 
 def _numerics():

@@ -266,7 +266,9 @@ class Generate(Experiment):
             )[: config.num_prompts or None]
         else:
             self.lines = [PromptLine(prompt) for prompt in prompts]
-        self.model = model or models.load(config.model, dtype=config.dtype)
+        self.model = model or models.load(
+            config.model, dtype=config.dtype, tensor_parallel=config.tensor_parallel
+        )
         self.prompts = checked_prompts(self.model, config, self.lines)
         self.parts["prompts"] = [prompt.token_ids for prompt in self.prompts]
         self._empty = {}  # statistics of an engine of each mode that did nothing

@@ -73,6 +73,7 @@ class Load(Options):
     prefill_lanes: int = option(4, "Prompts prefilled in the same step.")
     lag: int = option(1, "Steps between dispatch and reading the outcome, 0 to 2.")
     numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
+    tensor_parallel: int = option(1, "Devices that share the model.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,6 +127,7 @@ class Load(Options):
             prefill_lanes=self.prefill_lanes,
             lag=self.lag,
             numerics=self.numerics,
+            tensor_parallel=self.tensor_parallel,
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+
 from sparsespec_jax import Model, load_model
 from sparsespec_jax.models.config import PRESETS, ModelConfig
+from sparsespec_jax.models.sharding import check_cut, loading_shardings, model_mesh
 from sparsespec_jax.models.transformer import init_params
 
 # Two layers with grouped heads; compiles in a second.
@@ -23,10 +26,19 @@ def shapes(preset: str) -> ModelConfig:
     return SHAPES[preset]
 
 
-def random_model(preset: str, dtype) -> Model:
-    """Random weights with these shapes."""
-    config = shapes(preset)
-    params = init_params(config, seed=0, dtype=dtype)
+def random_model(preset: str, dtype, tensor_parallel: int = 1) -> Model:
+    """Random weights with these shapes, shared by so many devices."""
+    config, place = shapes(preset), {}
+    if tensor_parallel > 1:
+        check_cut(config, tensor_parallel)
+        mesh = model_mesh(tensor_parallel)
+
+        def on_mesh(params):
+            where = loading_shardings(config, params, mesh)
+            return jax.device_put(params, where, donate=True)
+
+        place = dict(place=on_mesh)
+    params = init_params(config, seed=0, dtype=dtype, **place)
     return Model(name=preset, config=config, params=params, tokenizer=None)
 
 
@@ -47,8 +59,8 @@ def tiny_model() -> Model:
     return random_model("tiny", "float32")
 
 
-def load(name: str, *, dtype) -> Model:
+def load(name: str, *, dtype, tensor_parallel: int = 1) -> Model:
     """The tiny random model for "tiny", else what `load_model` finds."""
-    return (
-        random_model(name, dtype) if name == "tiny" else load_model(name, dtype=dtype)
-    )
+    if name == "tiny":
+        return random_model(name, dtype, tensor_parallel)
+    return load_model(name, dtype=dtype, tensor_parallel=tensor_parallel)

@@ -70,9 +70,10 @@ class ThroughputConfig(Load):
 
 def make_model(load: Load) -> Model:
     """The load's model, with random weights of a preset or loaded."""
+    how = dict(dtype=load.dtype, tensor_parallel=load.tensor_parallel)
     if not load.random_weights:
-        return load_model(load.model, dtype=load.dtype)
-    return random_model(load.model, load.dtype)
+        return load_model(load.model, **how)
+    return random_model(load.model, **how)
 
 
 def make_prompts(load: ThroughputConfig, model: Model) -> list[list[int]]:

@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
+    NamedSharding,
     SingleDeviceSharding,
     use_abstract_mesh,
 )
@@ -34,6 +35,13 @@ _TPU_TOPOLOGIES = {
 }
 TPU_TARGETS = tuple(_TPU_TOPOLOGIES)
 TARGETS = (*TPU_TARGETS, "h100")
+# Topologies for programs of several devices, the smallest first: (devices, topology).
+_TPU_GROUPS = {
+    "v5e": ((4, "v5e:2x2"), (8, "v5e:2x4")),
+    "v5p": ((4, "v5p:2x2x1"), (8, "v5p:2x2x2")),
+    "v6e": ((4, "v6e:2x2"), (8, "v6e:2x4")),
+    "tpu7x": ((8, "tpu7x:2x2x1"),),
+}
 
 # Keeps libtpu from asking a metadata server and lets several processes load it.
 _LIBTPU_ENVIRONMENT = {
@@ -73,22 +81,38 @@ def target_device(target: str) -> Any:
     """Returns a device description of `target`, one of `TARGETS`."""
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; choose one of {', '.join(TARGETS)}")
+    name = "1x1x1" if target == "h100" else _TPU_TOPOLOGIES[target]
+    return _topology(target, name).devices[0]
+
+
+def target_devices(target: str, count: int) -> list:
+    """Returns descriptions of `count` devices of `target`, all of one host or slice.
+
+    Raises:
+      ValueError: unknown target, or no topology that is known has so many.
+    """
+    if target == "h100":
+        return list(_topology(target, f"1x1x{count}").devices)
+    groups = dict(_TPU_GROUPS.get(target, ()))
+    sizes = [size for size in groups if size >= count]
+    if not sizes:
+        raise ValueError(f"there is no known topology of {count} devices of {target!r}")
+    return list(_topology(target, groups[min(sizes)]).devices)[:count]
+
+
+def _topology(target, name):
     if os.environ.get("JAX_PLATFORMS") != "cpu":
         raise RuntimeError(
             "set JAX_PLATFORMS=cpu before importing jax: the compile-only clients "
             "need a process that holds no device"
         )
     if target == "h100":
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_H100_CONFIG.read_text(), topology="1x1x1"
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=_H100_CONFIG.read_text(), topology=name
         )
-    else:
-        for name, value in _LIBTPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=_TPU_TOPOLOGIES[target]
-        )
-    return topology.devices[0]
+    for variable, value in _LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
 def target_mesh(target: str) -> AbstractMesh:
@@ -113,12 +137,13 @@ def compile_for(
     compiler_options: dict[str, Any] | None = None,
     **jit_options: Any,
 ) -> CompiledFor:
-    """Returns `fn` compiled for one device of `target`.
+    """Returns `fn` compiled for one device of `target`, or for those of its arguments.
 
     Args:
       target: one of `TARGETS`.
       fn: function of arrays.
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`. One that has a sharding over
+        `target_devices` keeps it.
       compiler_options: XLA options of this compilation.
       **jit_options: arguments of `jax.jit`, e.g. donate_argnums.
 
@@ -127,10 +152,14 @@ def compile_for(
       RuntimeError: jax was not told to stay on the CPU.
       Exception: whatever the compiler rejects `fn` with.
     """
-    sharding = SingleDeviceSharding(target_device(target))
-    args = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
-    )
+    alone = SingleDeviceSharding(target_device(target))
+
+    def place(array):
+        kept = getattr(array, "sharding", None)
+        sharding = kept if isinstance(kept, NamedSharding) else alone
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    args = jax.tree.map(place, args)
     start = time.perf_counter()
     with use_abstract_mesh(target_mesh(target)):
         traced = jax.jit(fn, **jit_options).trace(*args)

@@ -37,6 +37,9 @@ Terms::
     preempted         keeps its slot, but some of its pages were spilled to host memory
                       or dropped; they are restored or recomputed before it goes on
     chunk             pages copied together to host memory or back
+    degree            devices that share a model (`tensor_parallel`); letters are then
+                      those of one device, but for tokens, which all have
+    shard             what one of these devices has of an array
 """
 
 from pallas_kernels.array_types import (

@@ -320,9 +320,11 @@ class EngineConfig:
     # "exact": the bits of a token's logits and KV row depend on its own text alone, so
     # speculative and plain text are equal in bfloat16 too (docs/exactness.md).
     numerics: str = "fast"
+    tensor_parallel: int = 1  # devices that share the model (docs/devices.md)
 
     def __post_init__(self):
         put_choice(self, "numerics", NUMERICS)
+        put_int(self, "tensor_parallel", 1)
         put_int(self, "num_slots", 1)
         put_int(self, "page_size", 1)
         if self.num_pages is not None:

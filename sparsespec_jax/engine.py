@@ -16,7 +16,6 @@ from sparsespec_jax.host.interrupts import Whole
 from sparsespec_jax.host.metrics import DecodeStats
 from sparsespec_jax.host.outputs import Outputs
 from sparsespec_jax.host.scheduler import Scheduler
-from sparsespec_jax.models.draft_weights import without_draft_weights
 from sparsespec_jax.models.same_params import check_same_params
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.plan.outcome import StepOutcome
@@ -67,7 +66,7 @@ class Engine(contextlib.AbstractContextManager):
         self.kv_bytes_per_token = resolved.kv_bytes_per_token
         if resolved.exact:
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
-            check_exact(model, shapes, self.impl)
+            check_exact(model, shapes, self.impl, resolved.mesh)
         self.device_steps = DeviceSteps(model, resolved, self.speculation, self.config)
         self.params = self.device_steps.params_of(model.params)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
@@ -359,7 +358,7 @@ class Engine(contextlib.AbstractContextManager):
           ValueError: names, shapes or types differ from those in use.
         """
         self._require_open()
-        check_same_params(without_draft_weights(self.params), params)
+        check_same_params(self.model.params, params)
         self.params = self.device_steps.params_of(params)
         self.params_version += 1
 
@@ -433,6 +432,7 @@ class Engine(contextlib.AbstractContextManager):
             kv_usage=self.kv_usage,
             forced_acceptance=self.speculation.forced_acceptance,
             numerics=self.config.numerics,
+            tensor_parallel=self.config.tensor_parallel,
             **sizes.of_drafts(self.model, self.speculation, self.impl),
             min_budget=sizes.floor_of_drafts(self.speculation, self.shape),
             steps_by_num_draft_tokens=dict(sorted(self._steps_of.items())),

@@ -5,6 +5,9 @@ Gumbel noise g depends on (request seed, absolute position, token id) and on not
 else: not on the step, the slot, the batch or the draft. This equals sampling from
 softmax(logits / T), and T = 0 is greedy. Drafts use the same noise, which is what
 lets them agree with the target (Gumbel coupling).
+
+With `axis`, the name of a mesh axis, each device has the logits of its part of the
+vocabulary; the noise of a token is the same for any number of devices.
 """
 
 from typing import NamedTuple
@@ -24,6 +27,14 @@ from sparsespec_jax.array_types import (
     TokenFlags,
     TopIds,
     TopLogprobs,
+)
+from sparsespec_jax.models.collectives import largest, summed, summed_in_order
+from sparsespec_jax.models.vocabulary import (
+    likeliest,
+    scores_of,
+    token_ids,
+    top_tokens,
+    vocabulary_size,
 )
 from sparsespec_jax.plan.slot_params import SlotParams
 
@@ -119,12 +130,17 @@ def _largest_threshold(keys, enough):
     return jax.lax.fori_loop(0, _BISECTION_STEPS, step, start)
 
 
-def row_sums(values: Logits, *, exact: bool) -> RowFloats:
+def row_sums(values: Logits, *, exact: bool, axis: str | None = None) -> RowFloats:
     """Sum of each row; exact: halves are added to each other, again and again.
 
     A compiler chooses the order of a sum by the number of rows. Of single additions
     there is none to choose.
     """
+    return summed_in_order(_own_sums(values, exact=exact), axis)
+
+
+def _own_sums(values, *, exact):
+    """Sums [R] of the columns that this device has."""
     if not exact:
         return values.sum(-1)
     size = 1 << (values.shape[-1] - 1).bit_length()
@@ -134,7 +150,9 @@ def row_sums(values: Logits, *, exact: bool) -> RowFloats:
     return values[:, 0]
 
 
-def keep_mask(logits: Logits, law: Law, *, exact: bool = False) -> TokenFlags:
+def keep_mask(
+    logits: Logits, law: Law, *, exact: bool = False, axis: str | None = None
+) -> TokenFlags:
     """Tokens that top-k, then top-p, then min-p leave.
 
     Exact, without sorting: the cut is the largest logit threshold that keeps enough
@@ -142,19 +160,20 @@ def keep_mask(logits: Logits, law: Law, *, exact: bool = False) -> TokenFlags:
     likely token is always kept.
     """
     keys = _ordered_bits(logits)
-    wanted = jnp.where(law.top_k > 0, law.top_k, logits.shape[-1])
-    cut = _largest_threshold(keys, lambda m: m.sum(-1) >= wanted)
+    vocab = vocabulary_size(logits.shape[-1], axis)
+    wanted = jnp.where(law.top_k > 0, law.top_k, vocab)
+    cut = _largest_threshold(keys, lambda m: summed(m.sum(-1), axis) >= wanted)
     keep = keys >= cut[:, None]
-    prob = _softmax(logits, law, keep, exact=exact)
+    prob = _softmax(logits, law, keep, exact=exact, axis=axis)
 
     def share(mask):
-        return row_sums(jnp.where(mask, prob, 0.0), exact=exact)
+        return row_sums(jnp.where(mask, prob, 0.0), exact=exact, axis=axis)
 
     # A share that rounds to nothing is still that of one token.
-    target = jnp.maximum(law.top_p * row_sums(prob, exact=exact), _TINY)
+    target = jnp.maximum(law.top_p * row_sums(prob, exact=exact, axis=axis), _TINY)
     cut = _largest_threshold(keys, lambda mask: share(mask) >= target)
     keep &= (keys >= cut[:, None]) | (law.top_p >= 1.0)[:, None]
-    floor = law.min_p * prob.max(-1)
+    floor = law.min_p * largest(prob.max(-1), axis)
     return keep & (prob >= floor[:, None])
 
 
@@ -167,21 +186,37 @@ def _scaled(logits, top, temperature):
     return jnp.where(logits == top, 0.0, (logits - top) / temperature)
 
 
-def _softmax(logits, law, keep, *, exact=False):
+def _softmax(logits, law, keep, *, exact=False, axis=None):
     """Law's probabilities float32 [R, V]; all mass on the argmax at temperature 0."""
     masked = jnp.where(keep, logits, -jnp.inf)
     temperature = law.temperature[:, None]
     scale = jnp.where(temperature > 0, temperature, 1.0)
-    soft = jnp.exp(_scaled(masked, masked.max(-1, keepdims=True), scale))
-    soft /= row_sums(soft, exact=exact)[:, None]
-    hard = jax.nn.one_hot(jnp.argmax(masked, -1), logits.shape[-1], dtype=soft.dtype)
+    soft = jnp.exp(_scaled(masked, _row_max(masked, axis), scale))
+    soft /= row_sums(soft, exact=exact, axis=axis)[:, None]
+    hard = _one_hot(likeliest(masked, axis), logits.shape[-1], soft.dtype, axis)
     return jnp.where(temperature > 0, soft, hard)
 
 
-def probabilities(logits: Logits, law: Law, *, filters: bool) -> Logits:
+def _row_max(values, axis):
+    """The largest value of each row [R, 1]."""
+    return largest(values.max(-1, keepdims=True), axis)
+
+
+def _one_hot(tokens, size, dtype, axis):
+    """1 at each row's token, [R, V]."""
+    if axis is None:
+        return jax.nn.one_hot(tokens, size, dtype=dtype)
+    return (tokens[:, None] == token_ids(size, axis)).astype(dtype)
+
+
+def probabilities(
+    logits: Logits, law: Law, *, filters: bool, axis: str | None = None
+) -> Logits:
     """The law itself."""
-    keep = keep_mask(logits, law) if filters else jnp.ones(logits.shape, bool)
-    return _softmax(logits, law, keep)
+    keep = jnp.ones(logits.shape, bool)
+    if filters:
+        keep = keep_mask(logits, law, axis=axis)
+    return _softmax(logits, law, keep, axis=axis)
 
 
 def choose(
@@ -191,6 +226,7 @@ def choose(
     *,
     filters: bool,
     exact: bool = False,
+    axis: str | None = None,
 ) -> RowInts:
     """Tokens that the law and its noise pick for absolute `positions`.
 
@@ -199,37 +235,52 @@ def choose(
     Exact but for the rounding of `logits + T * g`: at temperatures below the spacing
     of the logits' numbers, equal logits fall to the lowest token id.
     """
-    noise = gumbel(law.seed, positions, jnp.arange(logits.shape[-1]))
+    noise = gumbel(law.seed, positions, token_ids(logits.shape[-1], axis))
     scores = logits + law.temperature[:, None] * noise
     if filters:
-        scores = jnp.where(keep_mask(logits, law, exact=exact), scores, -jnp.inf)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        keep = keep_mask(logits, law, exact=exact, axis=axis)
+        scores = jnp.where(keep, scores, -jnp.inf)
+    return likeliest(scores, axis).astype(jnp.int32)
 
 
 def logprobs(
-    logits: Logits, law: Law, tokens: RowInts, *, filters: bool, exact: bool = False
+    logits: Logits,
+    law: Law,
+    tokens: RowInts,
+    *,
+    filters: bool,
+    exact: bool = False,
+    axis: str | None = None,
 ) -> RowFloats:
     """Log-probability of `tokens`, of the model or of the law per row; see `choose`."""
-    logits, hot, scale = _told(logits, law, filters=filters, exact=exact)
-    top = logits.max(-1, keepdims=True)
-    picked = jnp.take_along_axis(logits, tokens[:, None], -1)
-    total = row_sums(jnp.exp(_scaled(logits, top, scale)), exact=exact)
+    how = dict(exact=exact, axis=axis)
+    logits, hot, scale = _told(logits, law, filters=filters, **how)
+    top = _row_max(logits, axis)
+    picked = scores_of(logits, tokens[:, None], axis)
+    total = row_sums(jnp.exp(_scaled(logits, top, scale)), **how)
     value = _scaled(picked, top, scale)[:, 0] - jnp.log(total)
     return jnp.where(law.processed_logprobs & ~hot, 0.0, value)
 
 
 def top_logprobs(
-    logits: Logits, law: Law, count: int, *, filters: bool, exact: bool = False
+    logits: Logits,
+    law: Law,
+    count: int,
+    *,
+    filters: bool,
+    exact: bool = False,
+    axis: str | None = None,
 ) -> tuple[TopIds, TopLogprobs]:
     """The `count` likeliest tokens and their log-probabilities, best first.
 
     Of the model or of the law per row, as in `logprobs`; -inf for tokens that the law
     excludes. Among equals the lowest token id comes first.
     """
-    logits, hot, scale = _told(logits, law, filters=filters, exact=exact)
-    top = logits.max(-1, keepdims=True)
-    best, tokens = jax.lax.top_k(logits, count)
-    total = row_sums(jnp.exp(_scaled(logits, top, scale)), exact=exact)
+    how = dict(exact=exact, axis=axis)
+    logits, hot, scale = _told(logits, law, filters=filters, **how)
+    top = _row_max(logits, axis)
+    best, tokens = top_tokens(logits, count, axis)
+    total = row_sums(jnp.exp(_scaled(logits, top, scale)), **how)
     values = _scaled(best, top, scale) - jnp.log(total)[:, None]
     one = jnp.where(jnp.arange(count) == 0, 0.0, -jnp.inf)  # greedy: all on the first
     is_greedy = (law.processed_logprobs & ~hot)[:, None]
@@ -237,11 +288,12 @@ def top_logprobs(
     return tokens.astype(jnp.int32), values
 
 
-def _told(logits, law, *, filters, exact):
+def _told(logits, law, *, filters, exact, axis):
     """(logits, whether T > 0, the scale) of what log-probabilities are told of."""
     hot = law.temperature > 0
     scale = jnp.where(law.processed_logprobs & hot, law.temperature, 1.0)[:, None]
     if filters:
-        keep = keep_mask(logits, law, exact=exact) | ~law.processed_logprobs[:, None]
+        keep = keep_mask(logits, law, exact=exact, axis=axis)
+        keep |= ~law.processed_logprobs[:, None]
         logits = jnp.where(keep, logits, -jnp.inf)
     return logits, hot, scale

@@ -8,18 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
+from sparsespec_jax.device.sharding import check_tensor_parallel
 from sparsespec_jax.device.state import bytes_per_page, pool_bytes_per_page
 from sparsespec_jax.host import automatic
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.draft_weights import check_served, num_bytes
 from sparsespec_jax.models.option_fields import MAX_INT
 from sparsespec_jax.models.products import check_products
-from sparsespec_jax.models.transformer import params_dtype
-from sparsespec_jax.plan.buffer import plan_fields
+from sparsespec_jax.models.sharding import check_cut, model_mesh, shard_of
+from sparsespec_jax.models.transformer import param_shapes, params_dtype
+from sparsespec_jax.plan.buffer import check_counts
 from sparsespec_jax.plan.edits import edit_fields
 from sparsespec_jax.plan.shape import (
     RESTORE_CHUNKS,
@@ -50,6 +53,12 @@ class EngineSizes(NamedTuple):
     kv_bytes_per_token: int
     num_host_chunks: int
     exact: bool  # numerics
+    mesh: Mesh | None = None  # the devices that share the model; None: one has it all
+
+    @property
+    def degree(self):
+        """Devices that share the model."""
+        return 1 if self.mesh is None else self.mesh.size
 
 
 def resolve(model, speculation, config):
@@ -63,34 +72,38 @@ def resolve(model, speculation, config):
     policy = resolve_policy(speculation.policy)
     check_cascade(speculation, policy)
     check_vocabulary(model.config, speculation)
+    proposer, degree = resolve_proposer(speculation.proposer), config.tensor_parallel
+    check_tensor_parallel(model.config, model.params, degree, policy, proposer)
+    shard, mesh = shard_of(model.config, degree), model_mesh(degree)
     impl, max_length = resolve_impl(config.impl), resolve_max_length(model, config)
     shape = make_shape(speculation, config, max_length, impl)
     check_counts(shape)
     kv_dtype = params_dtype(model.params)
     if config.numerics == "exact":
-        check_exact(model.config, shape, kv_dtype, impl)
-    check_kernels(model.config, shape, kv_dtype, impl)
-    per_token = pool_bytes_per_page(model.config, 1, kv_dtype)
+        check_exact(shard, shape, kv_dtype, impl)
+    check_kernels(shard, shape, kv_dtype, impl)
     if shape.num_draft_steps:
-        check_index(policy, model.config, shape, speculation.scope, kv_dtype, impl)
-    page_bytes = bytes_per_page(model.config, shape, kv_dtype, policy)
+        check_index(policy, shard, shape, speculation.scope, kv_dtype, impl)
+    per_token = degree * pool_bytes_per_page(shard, 1, kv_dtype)
+    page_bytes = degree * bytes_per_page(shard, shape, kv_dtype, policy)
     num_chunks = num_host_chunks(config, shape, page_bytes, max_length)
     staged = shape.restore_pages if num_chunks else 0
     drafts = 0
     if speculation.draft_weights:
-        check_served(model.config, shape.num_draft_rows, kv_dtype, impl)
-        drafts = num_bytes(model.config, model.params, impl=impl)
-    check_memory(model.config, shape, kv_dtype, policy, staged, drafts)
+        check_served(shard, shape.num_draft_rows, kv_dtype, impl)
+        drafts = num_bytes(shard, param_shapes(shard, kv_dtype), impl=impl)
+    check_memory(shard, shape, kv_dtype, policy, staged, drafts, degree=degree)
     return EngineSizes(
         speculation=speculation,
         impl=impl,
         policy=policy,
-        proposer=resolve_proposer(speculation.proposer),
+        proposer=proposer,
         max_length=max_length,
         shape=shape,
         kv_bytes_per_token=per_token,
         num_host_chunks=num_chunks,
         exact=config.numerics == "exact",
+        mesh=mesh,
     )
 
 
@@ -162,10 +175,12 @@ def with_length(model, speculation, config, longest):
     needed = dataclasses.replace(config, max_length=longest)
     speculation = settle(model, speculation, needed)
     shape = make_shape(speculation, config, rounded, "reference")
-    policy = resolve_policy(speculation.policy)
-    per_page = bytes_per_page(model.config, shape, params_dtype(model.params), policy)
-    wanted = shape.num_pages * per_page + policy_bytes(model.config, shape, policy)
-    is_small = wanted < free_memory_bytes() // 2
+    degree, policy = config.tensor_parallel, resolve_policy(speculation.policy)
+    check_cut(model.config, degree)
+    shard = shard_of(model.config, degree)
+    per_page = bytes_per_page(shard, shape, params_dtype(model.params), policy)
+    wanted = shape.num_pages * per_page + policy_bytes(shard, shape, policy)
+    is_small = wanted < free_memory_bytes(degree) // 2
     return dataclasses.replace(config, max_length=rounded) if is_small else needed
 
 
@@ -320,35 +335,12 @@ def check_budget(speculation, max_length, shape):
         )
 
 
-def check_counts(shape):
-    """ValueError if a step would count what does not fit into int32."""
-    step_tokens = shape.num_draft_rows + shape.verify_lanes * shape.num_queries
-    step_tokens += shape.prefill_lanes * shape.prefill_chunk
-    plan = sum(math.prod(field) for field in plan_fields(shape, prefill=True).values())
-    counts = {
-        "tokens of a request": (
-            shape.table_width * shape.page_size,
-            "max_length or page_size",
-        ),
-        "tokens in a step": (
-            step_tokens,
-            "prefill_lanes, prefill_chunk or num_slots",
-        ),
-        "integers in the plan of a step": (
-            plan,
-            "host_chunk_pages, prefill_lanes, prefill_chunk or num_slots",
-        ),
-    }
-    for what, (count, options) in counts.items():
-        if count > MAX_INT:
-            raise ValueError(
-                f"the options make up to {count} {what}, at most {MAX_INT} can be "
-                f"counted: lower {options}"
-            )
-
-
-def check_memory(model_config, shape, kv_dtype, policy, num_staged, draft_bytes=0):
+def check_memory(
+    model_config, shape, kv_dtype, policy, num_staged, draft_bytes=0, *, degree=1
+):
     """ValueError, with the pages that would fit, if the pool exceeds free memory.
+
+    All sizes are those of one of `degree` devices, `model_config` what it has.
 
     What the policy remembers comes first: it is allocated beside the pool, as are
     `num_staged` pages on their way from and to host memory, and `draft_bytes` of
@@ -356,14 +348,16 @@ def check_memory(model_config, shape, kv_dtype, policy, num_staged, draft_bytes=
     """
     per_page = bytes_per_page(model_config, shape, kv_dtype, policy)
     remembered = policy_bytes(model_config, shape, policy)
-    free = int(_MEMORY_SHARE * free_memory_bytes()) - remembered - draft_bytes
+    free = int(_MEMORY_SHARE * free_memory_bytes(degree)) - remembered - draft_bytes
     # Rows of a pool are numbered in int32.
     most = MAX_INT // (shape.page_size * model_config.num_kv_heads)
     fit = max(0, min(free // per_page - num_staged, most))
     if shape.num_pages > fit:
         raise ValueError(
             f"{shape.num_pages} KV pages of {per_page} bytes need "
-            f"{shape.num_pages * per_page / 2**30:.1f} GiB, at most {fit} pages fit"
+            f"{shape.num_pages * per_page / 2**30:.1f} GiB"
+            + (f" on each of {degree} devices" if degree > 1 else "")
+            + f", at most {fit} pages fit"
             + (f" beside {remembered} bytes of policy state" if remembered else "")
             + (f" beside {draft_bytes} bytes of draft weights" if draft_bytes else "")
             + ": lower num_slots, max_length or page_size, or set num_pages"
@@ -404,12 +398,16 @@ def policy_bytes(model_config, shape, policy):
     return 4 * math.prod(state) * shape.num_slots * model_config.num_layers
 
 
-def free_memory_bytes():
-    """Memory of the first device that nothing holds; on a CPU, all of the machine's."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def free_memory_bytes(degree=1):
+    """Memory that nothing holds of each of the first devices, the least of them.
+
+    On a CPU, all of the machine's, which `degree` devices share.
+    """
+    stats = [device.memory_stats() for device in jax.devices()[:degree]]
+    if all(found and "bytes_limit" in found for found in stats):
+        return min(found["bytes_limit"] - found.get("bytes_in_use", 0)
+                   for found in stats)  # fmt: skip
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // degree
 
 
 def of_drafts(model, speculation, impl):

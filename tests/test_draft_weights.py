@@ -168,7 +168,7 @@ def test_bytes_are_counted_and_refused(tiny_model, monkeypatch):
     shape = sizes_lib.resolve(tiny_model, speculation, engine).shape
     page = sizes_lib.pool_bytes_per_page(config, shape.page_size, jnp.float32)
     room = int((shape.num_pages * page + counted / 2) / sizes_lib._MEMORY_SHARE)
-    monkeypatch.setattr(sizes_lib, "free_memory_bytes", lambda: room)
+    monkeypatch.setattr(sizes_lib, "free_memory_bytes", lambda degree=1: room)
     sizes_lib.resolve(tiny_model, speculation, engine)
     speculation = dataclasses.replace(speculation, draft_weights="int8")
     with pytest.raises(ValueError, match=f"beside {counted} bytes of draft weights"):

@@ -311,7 +311,9 @@ def test_init_params_are_random_and_of_the_declared_shapes(tiny_config):
         ("qwen3-1.7b", 1.7),
         ("qwen3-8b", 8.2),
         ("qwen3-14b", 14.8),
+        ("qwen3-32b", 32.8),
         ("llama-3.1-8b", 8.0),
+        ("llama-3.1-70b", 70.6),
         ("smollm2-135m", 0.1),
     ],
 )

@@ -22,7 +22,7 @@ def test_lengths_are_rounded_to_few_sizes():
 
 def test_room_is_rounded_where_memory_is_plenty(tiny_model, monkeypatch):
     def length(longest, free, **speculation):
-        monkeypatch.setattr(sizes, "free_memory_bytes", lambda: free)
+        monkeypatch.setattr(sizes, "free_memory_bytes", lambda degree=1: free)
         config = sizes.with_length(
             tiny_model, SpeculationConfig(**speculation), EngineConfig(), longest
         )
@@ -39,7 +39,7 @@ def test_room_is_rounded_where_memory_is_plenty(tiny_model, monkeypatch):
 
 
 def test_pages_end_where_their_rows_can_be_numbered(monkeypatch):
-    monkeypatch.setattr(sizes, "free_memory_bytes", lambda: 10**15)
+    monkeypatch.setattr(sizes, "free_memory_bytes", lambda degree=1: 10**15)
     config = EngineConfig(num_slots=1, page_size=16, num_pages=2**31 - 1)
     shape = sizes.make_shape(SpeculationConfig(), config, 64, "reference")
     policy = sizes.resolve_policy("pillar")

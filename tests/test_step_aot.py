@@ -15,15 +15,22 @@ import numpy as np
 import pytest
 
 from experiments import step_clock
-from pallas_kernels.aot import compile_for
+from pallas_kernels.aot import compile_for, target_devices
 from pallas_kernels.matmul import matmul
 from sparsespec_jax import EngineConfig, SpeculationConfig, sizes
 from sparsespec_jax.device import step as step_lib
 from sparsespec_jax.device.context import step_options
+from sparsespec_jax.device.sharding import state_specs
 from sparsespec_jax.device.state import new_state
 from sparsespec_jax.models import layer
+from sparsespec_jax.models.collectives import MODEL_AXIS
 from sparsespec_jax.models.config import PRESETS
 from sparsespec_jax.models.draft_weights import with_draft_weights
+from sparsespec_jax.models.sharding import (
+    param_specs,
+    shardings,
+    with_heads_for,
+)
 from sparsespec_jax.models.transformer import param_shapes
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.policies.select import resolve_policy
@@ -54,14 +61,18 @@ def compile_step(
     num_layers=_LAYERS,
     exact=False,
     drafts=(),
+    degree=1,
     **engine,
 ):
     """The step of a small model for `target`, and the bytes of one layer's pool.
 
     `prefill` are the lanes and the tokens of the prompt chunks that the step reads;
-    `wrap` makes another function of the step.
+    `wrap` makes another function of the step; `degree` devices share the model, the
+    bytes are those of one.
     """
-    impl = "gpu" if target == "h100" else "tpu"
+    impl, mesh = "gpu" if target == "h100" else "tpu", None
+    if degree > 1:
+        mesh = jax.sharding.Mesh(target_devices(target, degree), (MODEL_AXIS,))
     model = dataclasses.replace(
         PRESETS["qwen3-1.7b"], num_layers=num_layers, vocab_size=1024
     )
@@ -86,11 +97,12 @@ def compile_step(
         filters=False,
         impl=impl,
         exact=exact,
+        mesh=mesh,
     )
     state = jax.eval_shape(
         functools.partial(
             new_state,
-            model,
+            with_heads_for(model, degree),
             shape,
             kv_dtype=jnp.bfloat16,
             draft_top_m=0,
@@ -99,21 +111,40 @@ def compile_step(
     )
     params = jax.eval_shape(
         functools.partial(
-            with_draft_weights, model, kind=speculation.draft_weights, impl=impl
+            with_draft_weights,
+            model,
+            kind=speculation.draft_weights,
+            impl=impl,
+            mesh=mesh,
         ),
-        param_shapes(model, jnp.bfloat16),
+        param_shapes(with_heads_for(model, degree), jnp.bfloat16),
     )
+    if mesh is not None:
+        params = placed(params, param_specs(params), mesh)
+        state = placed(state, state_specs(state, policy, mesh), mesh)
     buffer = StepPlan.empty(shape, prefill=bool(prefill)).buffer
     compiled = compile_for(
         target,
         functools.partial(wrap(step.__wrapped__), prefill=bool(prefill)),
         params,
         state,
-        jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
+        placed(buffer, jax.sharding.PartitionSpec(), mesh),
         compiler_options=step_lib.step_compiler_options(impl, exact=exact) or None,
         donate_argnums=1,
     )
-    return compiled, state.layers[0].kv_pages.size * 2
+    return compiled, state.layers[0].kv_pages.size * 2 // degree
+
+
+def placed(arrays, specs, mesh):
+    """Descriptions of arrays that are cut over a mesh, if there is one."""
+    places = jax.tree.map(lambda _: None, arrays)
+    if mesh is not None:
+        places = shardings(mesh, specs)
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        arrays,
+        places,
+    )
 
 
 def launches_of(compiled):
@@ -292,3 +323,68 @@ def test_a_cycle_compiles_in_place(target, k):
     assert " while(" in text
     if target == "h100":  # each product of a layer and the vocabulary's, once
         assert len(re.findall(r"custom-call\(.*jit\(int8_matmul_gpu\)", text)) == 5
+
+
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?:-start)?\("
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "degree"),
+    [
+        ("h100", 2),
+        ("v5e", 8),
+        *(
+            pytest.param(target, degree, marks=pytest.mark.slow)
+            for target, degree in (("h100", 8), ("v5p", 4), ("v5p", 8), ("v6e", 8))
+        ),
+    ],
+)
+def test_a_shared_step_compiles_in_place_and_gathers_nothing_whole(target, degree):
+    pytest.importorskip("jax_cuda13_plugin" if target == "h100" else "libtpu")
+    compiled, pool_bytes = compile_step(
+        target, 7, num_layers=1, degree=degree, num_pages=4000
+    )
+    assert compiled.temp_bytes < min(pool_bytes / 8, 20e6)
+    assert compiled.alias_bytes >= pool_bytes
+    found = _COLLECTIVE.findall(compiled.compiled.as_text())
+    sums = [result for result, name in found if name == "all-reduce"]
+    # Behind the embedding, the output and down; a maximum for log-probabilities. A TPU
+    # makes gathers of few numbers by sums.
+    assert 4 <= len(sums) <= (4 if target == "h100" else 8)
+    rows, hidden = 32, 2048  # of two verifications of 8 rows and 16 drafts
+    for result, name in found:
+        sizes = [
+            math.prod(int(x) for x in shape.split(",") if x)
+            for shape in _RESULTS.findall(result)
+        ]
+        assert name in ("all-reduce", "all-gather")
+        assert max(sizes) <= (
+            rows * hidden if name == "all-reduce" else 4 * degree * rows
+        )
+
+
+@pytest.mark.slow
+def test_a_shared_cycle_with_drafts_in_8_bits_compiles_in_place():
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, pool_bytes = compile_step(
+        "h100", 7, num_layers=1, degree=2, num_pages=4000, drafts=INT8
+    )
+    assert compiled.temp_bytes < pool_bytes / 8
+    assert compiled.alias_bytes >= pool_bytes
+
+
+@pytest.mark.slow
+def test_exact_sums_of_devices_have_an_order():
+    """What devices add is gathered and added one by one, but for rows that one has."""
+    pytest.importorskip("jax_cuda13_plugin")
+    compiled, _ = compile_step(
+        "h100", 7, num_layers=1, degree=2, num_pages=4000, exact=True
+    )
+    found = _COLLECTIVE.findall(compiled.compiled.as_text())
+    sums = [result for result, name in found if name == "all-reduce"]
+    assert len(sums) == 2  # the embedding's, and a maximum
+    gathers = "".join(result for result, name in found if name == "all-gather")
+    assert gathers.count("f32[2,32,2048]") == 2  # behind output and down

@@ -9,7 +9,6 @@ not exact: it accepts drafts whatever the target says.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from sparsespec_jax import sampling
@@ -24,6 +23,14 @@ from sparsespec_jax.array_types import (
     VerifyDrafts,
     VerifyScores,
     VerifyTokens,
+)
+from sparsespec_jax.models.collectives import summed_in_order
+from sparsespec_jax.models.vocabulary import (
+    likeliest,
+    place_of,
+    scores_of,
+    token_ids,
+    top_tokens,
 )
 
 
@@ -50,11 +57,13 @@ def shared_noise(
     *,
     filters: bool,
     exact: bool = False,
+    axis: str | None = None,
 ) -> Verified:
     """Accept drafts while they equal the target's choice.
 
     laws: of E * Q rows; positions: of the tokens to choose. Row i of the result is the
-    target's choice given that the drafts before it hold. `exact`: see sampling.choose.
+    target's choice given that the drafts before it hold. `exact`, `axis`: see
+    `sampling`.
     """
     lanes, rows, vocab = logits.shape
     choice = sampling.choose(
@@ -63,6 +72,7 @@ def shared_noise(
         positions.reshape(-1),
         filters=filters,
         exact=exact,
+        axis=axis,
     ).reshape(lanes, rows)
     agrees = drafts == choice[:, :-1]
     return Verified(count_prefix(agrees, num_drafts), choice)
@@ -77,6 +87,7 @@ def forced(
     *,
     probability: float,
     filters: bool,
+    axis: str | None = None,
 ) -> Verified:
     """Accept every draft with `probability`, unseen: for timing random weights.
 
@@ -84,7 +95,7 @@ def forced(
     """
     lanes, rows, _ = logits.shape
     choice = shared_noise(
-        logits, laws, positions, drafts, num_drafts, filters=filters
+        logits, laws, positions, drafts, num_drafts, filters=filters, axis=axis
     ).tokens
     u = sampling.uniform(
         laws.seed, positions.reshape(-1), stream=sampling.ACCEPT
@@ -104,6 +115,7 @@ def ratio_test(
     draft_law: DraftLaw,
     *,
     filters: bool,
+    axis: str | None = None,
 ) -> Verified:
     """Accept draft d with probability min(1, p(d) / q(d)), else draw from (p - q)+.
 
@@ -113,9 +125,9 @@ def ratio_test(
     """
     lanes, rows, vocab = logits.shape
     flat = logits.reshape(-1, vocab)
-    probs = sampling.probabilities(flat, laws, filters=filters)
+    probs = sampling.probabilities(flat, laws, filters=filters, axis=axis)
     probs = probs.reshape(lanes, rows, vocab)
-    p_draft = jnp.take_along_axis(probs[:, :-1], drafts[..., None], -1)[..., 0]
+    p_draft = scores_of(probs[:, :-1], drafts[..., None], axis)[..., 0]
     is_draft = draft_law.token_ids == drafts[..., None]
     q_draft = jnp.where(is_draft, draft_law.probs, 0.0).sum(-1)
     u = sampling.uniform(
@@ -129,18 +141,21 @@ def ratio_test(
     rejected = (accepted < num_drafts)[:, None]
     q_probs = jnp.where(rejected, draft_law.probs[lane, place], 0.0)
     q_stop = jnp.zeros_like(p_stop)
-    q_stop = q_stop.at[lane[:, None], draft_law.token_ids[lane, place]].add(q_probs)
+    q_stop = q_stop.at[
+        lane[:, None], place_of(draft_law.token_ids[lane, place], vocab, axis)
+    ].add(q_probs)
     residual = jnp.maximum(p_stop - q_stop, 0.0)
     # Rounding can leave nothing of the residual; the law is then p itself.
-    residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_stop)
+    left = summed_in_order(residual.sum(-1, keepdims=True), axis)
+    residual = jnp.where(left > 0, residual, p_stop)
     row_seed = laws.seed.reshape(lanes, rows, 2)[:, 0]
     noise = sampling.gumbel(
         row_seed,
         positions[lane, accepted],
-        jnp.arange(vocab),
+        token_ids(vocab, axis),
         stream=sampling.RESIDUAL,
     )
-    drawn = jnp.argmax(jnp.log(residual) + noise, -1).astype(jnp.int32)
+    drawn = likeliest(jnp.log(residual) + noise, axis).astype(jnp.int32)
     padded = jnp.pad(drafts, ((0, 0), (0, 1)))
     is_stop = jnp.arange(rows)[None] == accepted[:, None]
     return Verified(accepted, jnp.where(is_stop, drawn[:, None], padded))
@@ -153,18 +168,19 @@ def draft_from_top_m(
     *,
     num_kept: int,
     filters: bool,
+    axis: str | None = None,
 ) -> tuple[RowInts, DraftLaw]:
     """Draw drafts from the law cut to its `num_kept` likeliest tokens.
 
     The cut law is the one the ratio test uses, so nothing else of the draft is stored.
     """
-    probs = sampling.probabilities(logits, laws, filters=filters)
-    top, token_ids = jax.lax.top_k(probs, num_kept)
+    probs = sampling.probabilities(logits, laws, filters=filters, axis=axis)
+    top, kept = top_tokens(probs, num_kept, axis)
     top = top / top.sum(-1, keepdims=True)
-    noise = sampling.gumbel(laws.seed, positions, token_ids, stream=sampling.DRAFT)
+    noise = sampling.gumbel(laws.seed, positions, kept, stream=sampling.DRAFT)
     pick = jnp.argmax(jnp.log(top) + noise, -1)[:, None]
-    tokens = jnp.take_along_axis(token_ids, pick, -1)[:, 0].astype(jnp.int32)
-    return tokens, DraftLaw(token_ids.astype(jnp.int32), top)
+    tokens = jnp.take_along_axis(kept, pick, -1)[:, 0].astype(jnp.int32)
+    return tokens, DraftLaw(kept.astype(jnp.int32), top)
 
 
 def count_prefix(agrees: LaneFlags, num_drafts: PerLane) -> PerLane:

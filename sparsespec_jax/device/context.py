@@ -41,6 +41,8 @@ class StepContext:
     impl: str  # of the kernels
     extras: StepExtras = NO_EXTRAS  # what any request may ask for beside the law
     exact: bool = False  # target rows whose bits do not depend on the others
+    # Of the mesh that cuts the model; `model` is then what one device has of it.
+    axis: str | None = None
 
     @property
     def uses_ratio_test(self):

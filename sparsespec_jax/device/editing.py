@@ -6,7 +6,7 @@ emitted before the verification, which the state keeps, and the drafts of the ro
 before. Drafting rows are edited alike, which decides how many drafts are accepted.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from sparsespec_jax.array_types import (
     VerifyTokens,
 )
 from sparsespec_jax.device.lanes import VerifyLanes, add, put, take
+from sparsespec_jax.models.vocabulary import place_of
 from sparsespec_jax.plan.edits import ANY_TOKEN, StepExtras, neutral_arrays
 from sparsespec_jax.plan.slot_params import NO_TOKEN
 
@@ -73,14 +74,22 @@ def slot_edits(
     return SlotEdits(**{name: grown(name, value) for name, value in arrays.items()})
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _loaded(edits, slot, arrays):
+def put_slot(edits: SlotEdits, slot: Any, arrays: Any) -> SlotEdits:
+    """The arrays of all slots with those of one (a SlotEdits without slots) put in."""
     return jax.tree.map(lambda old, new: old.at[slot].set(new), edits, arrays)
 
 
-def load_slot(edits: SlotEdits, slot: int, arrays: dict[str, Any]) -> SlotEdits:
-    """The arrays of all slots with those of one replaced (`plan.edits.edit_arrays`)."""
-    return _loaded(edits, np.int32(slot), SlotEdits(**arrays))
+_loaded = jax.jit(put_slot, donate_argnums=0)
+
+
+def load_slot(
+    edits: SlotEdits, slot: int, arrays: dict[str, Any], load: Callable = _loaded
+) -> SlotEdits:
+    """The arrays of all slots with those of one replaced (`plan.edits.edit_arrays`).
+
+    load: a compiled `put_slot`.
+    """
+    return load(edits, np.int32(slot), SlotEdits(**arrays))
 
 
 def edit(
@@ -90,6 +99,8 @@ def edit(
     starts: PerLane,
     after: LaneTokens,
     included: RowCounts,
+    *,
+    axis: str | None = None,
 ) -> Logits:
     """Logits of the rows of lanes, edited by the output before each.
 
@@ -99,6 +110,7 @@ def edit(
       starts: position of each lane's pending token, which the state has counted.
       after: tokens behind it.
       included: how many of these each row's context has.
+      axis: of the mesh that cuts the vocabulary, see `sampling`.
     """
     lanes, rows = included.shape
     own = jax.tree.map(lambda array: take(array, slots), edits)
@@ -111,9 +123,9 @@ def edit(
         held_back = length < own.lengths[:, 1:]
         x = jnp.where(held_back[..., None] & own.ends[:, None], -jnp.inf, x)
     if own.word_ends is not None:
-        x = _without_bad_words(own, x, output, included)
+        x = _without_bad_words(own, x, output, included, axis)
     if own.counts is not None:
-        x = _penalised(own, x, _counts(own, output, included, vocab))
+        x = _penalised(own, x, _counts(own, output, included, vocab, axis))
     return x.reshape(scores.shape)
 
 
@@ -123,13 +135,13 @@ def _output_only(own, starts, after):
     return jnp.where(place >= own.lengths[:, :1], after, NO_TOKEN)
 
 
-def _counts(own, output, included, vocab):
+def _counts(own, output, included, vocab, axis):
     """How often each token is in the output before each row, int32 [lanes, rows, V]."""
     lanes, rows = included.shape
     counts = jnp.broadcast_to(own.counts[:, None], (lanes, rows, vocab))
     token = jnp.arange(output.shape[1])
     is_before = token < included[..., None]
-    found = jnp.where(output == NO_TOKEN, vocab, output)[:, None]
+    found = jnp.where(output == NO_TOKEN, vocab, place_of(output, vocab, axis))[:, None]
     found = jnp.where(is_before, found, vocab)  # past the last one: dropped
     lane, row = jnp.arange(lanes)[:, None, None], jnp.arange(rows)[None, :, None]
     return add(counts, jnp.ones_like(found), lane, row, found)
@@ -147,7 +159,7 @@ def _penalised(own, x, counts):
     return x - by_count - by_presence
 
 
-def _without_bad_words(own, x, output, included):
+def _without_bad_words(own, x, output, included, axis):
     """Exclude the last token of each bad word whose others the output ends in."""
     window = own.recent.shape[1]
     known = jnp.concatenate([own.recent, output], axis=1)
@@ -156,13 +168,19 @@ def _without_bad_words(own, x, output, included):
     starts = own.word_starts[:, None]
     fits = (starts == ANY_TOKEN) | (starts == before[:, :, None])
     lanes, rows, vocab = x.shape
-    last = jnp.where(fits.all(-1), own.word_ends[:, None], vocab)  # V: dropped
+    ends = place_of(own.word_ends, vocab, axis)
+    last = jnp.where(fits.all(-1), ends[:, None], vocab)  # V: dropped
     lane, row = jnp.arange(lanes)[:, None, None], jnp.arange(rows)[None, :, None]
     return put(x, -jnp.inf, lane, row, last)
 
 
 def advance(
-    edits: SlotEdits, verify: VerifyLanes, tokens: VerifyTokens, accepted: PerVerify
+    edits: SlotEdits,
+    verify: VerifyLanes,
+    tokens: VerifyTokens,
+    accepted: PerVerify,
+    *,
+    axis: str | None = None,
 ) -> SlotEdits:
     """The arrays, with what verifications committed: `accepted` + 1 of `tokens`."""
     slots = verify.slots
@@ -171,7 +189,8 @@ def advance(
     if edits.counts is not None:
         is_new = jnp.arange(tokens.shape[1])[None] <= accepted[:, None]
         vocab = edits.counts.shape[1]
-        new = jnp.where(is_new & (output != NO_TOKEN), output, vocab)
+        place = place_of(output, vocab, axis)
+        new = jnp.where(is_new & (output != NO_TOKEN), place, vocab)
         edits = edits._replace(
             counts=add(edits.counts, jnp.ones_like(new), slots[:, None], new)
         )

@@ -94,6 +94,7 @@ class _Filler(FillNothing):
             num_recent=options.num_recent,
             num_sinks=options.num_sinks,
             impl=self.impl,
+            axis=context.axis,
         )
 
     def _after_attention(self, out, cache):

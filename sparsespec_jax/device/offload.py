@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsespec_jax.array_types import PlanBuffer
+from sparsespec_jax.device.sharding import CHUNK, POOL, made_on, mesh_of, on_shards
 from sparsespec_jax.device.state import DecodeState
 from sparsespec_jax.plan.buffer import PageMove
 from sparsespec_jax.plan.shape import RESTORE_CHUNKS
@@ -40,15 +42,22 @@ class HostPages:
         self._num_pages, self._chunk_pages = pool.shape[0], chunk_pages
         device = next(iter(pool.devices()))
         check_flags(device.platform, os.environ.get("XLA_FLAGS", ""))
-        self._on_device = jax.sharding.SingleDeviceSharding(device)
-        self._on_host = jax.sharding.SingleDeviceSharding(
-            device, memory_kind=_HOST_MEMORY
-        )
-        # Of each kind of pages: KV, and codes of its keys if there is an index.
-        empty = tuple(
-            jnp.zeros((len(state.layers), chunk_pages, *x.shape[1:]), x.dtype)
-            for x in pools
-        )
+        self._mesh = mesh_of(pool)
+        if self._mesh is None:
+            self._on_device = jax.sharding.SingleDeviceSharding(device)
+            self._everywhere = self._on_device
+        else:
+            self._on_device = NamedSharding(self._mesh, CHUNK)
+            self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._on_host = self._on_device.with_memory_kind(_HOST_MEMORY)
+        shapes = [((len(state.layers), chunk_pages, *x.shape[1:]), x.dtype)
+                  for x in pools]  # fmt: skip
+
+        def make():
+            # Of each kind of pages: KV, and codes of its keys if there is an index.
+            return tuple(jnp.zeros(*shape) for shape in shapes)
+
+        empty = made_on(self._mesh, make, lambda made: (CHUNK,) * len(made))
         # Pinned memory is slow to get and fast to use again.
         self._chunks = [_put(empty, self._on_host) for _ in range(num_chunks + 1)]
         jax.block_until_ready(self._chunks)
@@ -100,7 +109,8 @@ class HostPages:
             pages = self._page_ids(move.pages)
             if move.to_host:
                 self._chunks[move.chunk] = None
-                chunk = _gather(_all_pools(state), pages)
+                gather = _gather if self._mesh is None else _gather_on(self._mesh)
+                chunk = gather(_all_pools(state), pages)
                 self._chunks[move.chunk] = _put(chunk, self._on_host)
             else:
                 chunk = _put(self._chunks[move.chunk], self._on_device)
@@ -111,7 +121,8 @@ class HostPages:
     def _place_arrived(self, state):
         for place in self._arriving:
             pages, chunk = self._staged[place]
-            state = _with_pools(state, _scatter(_all_pools(state), chunk, pages))
+            scatter = _scatter if self._mesh is None else _scatter_on(self._mesh)
+            state = _with_pools(state, scatter(_all_pools(state), chunk, pages))
         self._arriving = []
         return state
 
@@ -119,13 +130,14 @@ class HostPages:
         """Page ids int32 [chunk_pages], padded with an id that is no page."""
         ids = np.full(self._chunk_pages, self._num_pages, np.int32)
         ids[: len(pages)] = pages
-        return jax.device_put(ids, self._on_device)
+        return jax.device_put(ids, self._everywhere)
 
 
 def sent_first(
-    buffer: PlanBuffer | None, moves: Sequence[PageMove]
+    buffer: PlanBuffer | None, moves: Sequence[PageMove], mesh: Mesh | None = None
 ) -> PlanBuffer | None:
-    """Sends a plan's buffer ahead of the pages of `moves`; returns it on the device.
+    """Sends a plan's buffer ahead of the pages of `moves`; returns it on the device,
+    or on every device of a mesh.
 
     The device takes one copy from the host at a time, in any order, and starts each
     when the work queued before it is done. Pages on their way would overtake the plan,
@@ -134,8 +146,15 @@ def sent_first(
     """
     if buffer is None:
         return None
-    buffer = jax.device_put(buffer)
+    buffer = sent(buffer, mesh)
     return buffer if all(move.to_host for move in moves) else _touched(buffer)
+
+
+def sent(buffer: PlanBuffer, mesh: Mesh | None) -> PlanBuffer:
+    """A plan's buffer on the default device, or on every device of a mesh."""
+    if mesh is None:
+        return jax.device_put(buffer)
+    return jax.device_put(buffer, NamedSharding(mesh, PartitionSpec()))
 
 
 def check_flags(platform: str, xla_flags: str) -> None:
@@ -203,3 +222,17 @@ def _scatter_pages(pools, chunk, pages):
 
 
 _scatter = jax.jit(_scatter_pages, donate_argnums=0)
+
+
+@functools.cache
+def _gather_on(mesh):
+    """`_gather` on every device of a mesh, of its own heads."""
+    specs = POOL, PartitionSpec()
+    return jax.jit(on_shards(_gather.__wrapped__, mesh, specs, CHUNK))
+
+
+@functools.cache
+def _scatter_on(mesh):
+    """`_scatter` on every device of a mesh, of its own heads."""
+    specs = POOL, CHUNK, PartitionSpec()
+    return jax.jit(on_shards(_scatter_pages, mesh, specs, POOL), donate_argnums=0)

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from sparsespec_jax import sampling
 from sparsespec_jax.device.lanes import token_rows
+from sparsespec_jax.device.sharding import on_shards
+from sparsespec_jax.models.collectives import MODEL_AXIS
 from sparsespec_jax.models.config import ModelConfig
+from sparsespec_jax.models.sharding import param_specs, place_params, shard_of
 from sparsespec_jax.models.transformer import Params, forward, logits
 from sparsespec_jax.plan.shape import StepShape
 
@@ -51,15 +55,23 @@ def check_rows(
     *,
     impl: str,
     compiler_options: dict,
+    mesh: Mesh | None = None,
 ) -> None:
-    """RuntimeError, naming the first part that differs, unless rows stand alone."""
+    """RuntimeError, naming the first part that differs, unless rows stand alone.
+
+    With a mesh the parts are those of all its devices, which share the model.
+    """
     names = {"embed", "layer_0", "final_norm", "lm_head"} & set(params)
+    tried = {name: params[name] for name in names}
+    if mesh is not None:
+        tried = place_params(config, tried, mesh)
     one_layer = dataclasses.replace(config, num_layers=1)
     found = {
         number: _rows(
-            {name: params[name] for name in names},
+            tried,
             *_inputs(config, *number),
             config=one_layer,
+            mesh=mesh,
             num_prompt=number[1],
             impl=impl,
             options=tuple(compiler_options.items()),
@@ -88,16 +100,21 @@ def _inputs(config, *counts):
     return tuple(np.concatenate(drawn).astype(np.int32).T)
 
 
-def _rows(params, tokens, positions, *, config, num_prompt, impl, options):
+def _rows(params, tokens, positions, *, config, num_prompt, impl, options, mesh=None):
     """The first rows of every part, numpy arrays by its name."""
-    found = _compiled(config, num_prompt, impl, options)(params, tokens, positions)
+    run = _compiled(config, num_prompt, impl, options, mesh)
+    found = run(params, tokens, positions)
     # In the order in which they are computed, which a compiled function does not keep.
     names = (name for name in PARTS + PROMPT_PARTS if name in found)
     return {name: np.asarray(found[name]) for name in names}
 
 
 @functools.cache
-def _compiled(config, num_prompt, impl, options):
+def _compiled(config, num_prompt, impl, options, mesh=None):
+    axis = None
+    if mesh is not None:
+        axis, config = MODEL_AXIS, shard_of(config, mesh.size)
+
     def run(params, tokens, positions):
         scored = len(tokens) - num_prompt
         seen = []
@@ -108,12 +125,12 @@ def _compiled(config, num_prompt, impl, options):
 
         hidden, _ = forward(
             config, params, tokens, positions, attend, (None,), impl=impl, exact=True,
-            num_prompt=num_prompt,
+            num_prompt=num_prompt, axis=axis,
         )  # fmt: skip
         scores = logits(config, params, hidden[:scored], exact=True)
         law = _plain_law(scored)
         chosen = sampling.logprobs(
-            scores, law, tokens[:scored], filters=False, exact=True
+            scores, law, tokens[:scored], filters=False, exact=True, axis=axis
         )
         parts = (*seen, hidden, scores, chosen)
         first = [part[: min(_COMPARED, scored)] for part in parts]
@@ -124,7 +141,19 @@ def _compiled(config, num_prompt, impl, options):
             found |= zip(PROMPT_PARTS, first, strict=True)
         return found
 
-    return jax.jit(run, compiler_options=dict(options) or None)
+    def run_on_shards(params, tokens, positions):
+        if mesh is None:
+            return run(params, tokens, positions)
+        whole = PartitionSpec()
+        heads = vocabulary = PartitionSpec(None, axis)
+        kinds = heads, heads, whole, vocabulary, whole
+        made = dict(zip(PARTS, kinds, strict=True))
+        if num_prompt:
+            made |= zip(PROMPT_PARTS, kinds[: len(PROMPT_PARTS)], strict=True)
+        specs = param_specs(params), whole, whole
+        return on_shards(run, mesh, specs, made)(params, tokens, positions)
+
+    return jax.jit(run_on_shards, compiler_options=dict(options) or None)
 
 
 def _plain_law(count):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sparsespec_jax import sampling
 from sparsespec_jax.array_types import (
@@ -36,9 +37,12 @@ from sparsespec_jax.device.lanes import (
     token_rows,
 )
 from sparsespec_jax.device.proposing import keep_history, propose
+from sparsespec_jax.device.sharding import step_on
 from sparsespec_jax.device.state import DecodeState
+from sparsespec_jax.models.collectives import MODEL_AXIS
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.draft_weights import DRAFT_WEIGHTS
+from sparsespec_jax.models.sharding import shard_of
 from sparsespec_jax.models.transformer import forward_with_features, logits
 from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, orders_of, unpack
 from sparsespec_jax.plan.edits import NO_EXTRAS, StepExtras
@@ -66,20 +70,27 @@ def make_step(
     proposer: Any = None,
     extras: StepExtras = NO_EXTRAS,
     exact: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable:
     """The jitted `step(params, state, buffer, prefill=bool) -> (state, outcome)`.
 
     `buffer` is a packed StepPlan; the outcome is what StepOutcome.from_packed reads.
     `state` is donated. Arguments are those of StepContext. Engines of equal options
-    share the function and what it compiled.
+    share the function and what it compiled. With a mesh, params and state are those of
+    all its devices, which each run the step over their part.
     """
+    axis, degree = (None, 1) if mesh is None else (MODEL_AXIS, mesh.size)
     context = StepContext(
-        model=model_config, shape=shape, policy=policy, proposer=proposer,
-        options=options, filters=filters, impl=impl, extras=extras, exact=exact,
+        model=shard_of(model_config, degree), shape=shape, policy=policy,
+        proposer=proposer, options=options, filters=filters, impl=impl, extras=extras,
+        exact=exact, axis=axis,
     )  # fmt: skip
 
     def step(params, state, buffer, *, prefill):
-        return run_step(context, params, state, buffer, prefill=prefill)
+        run = functools.partial(run_step, context, prefill=prefill)
+        if mesh is not None:
+            run = functools.partial(step_on, mesh, policy, run)
+        return run(params, state, buffer)
 
     return jit_step(step, impl, exact=exact)
 
@@ -145,7 +156,7 @@ def _verify(context, params, state, plan):
         if context.extras.edits:
             told = jnp.where(laws.processed_logprobs[:, None], edited, told)
         outcome = _outcome(context, state, lanes, verified, laws, told)
-        state = _commit(state, lanes.verify, verified, outcome.is_done)
+        state = _commit(context, state, lanes.verify, verified, outcome.is_done)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
     elif context.proposer is not None and context.shape.num_draft_tokens:
@@ -186,6 +197,7 @@ def _pass(context, params, state, lanes, guesses):
         context.model, params, tokens, positions, attend, state.layers,
         _feature_layers(context), impl=context.impl, exact=context.exact,
         num_prompt=lanes.prefill.tokens.size, in_8_bits=context.in_8_bits,
+        axis=context.axis,
     )  # fmt: skip
     return state._replace(layers=tuple(fill(layers))), tokens, hidden, features
 
@@ -241,8 +253,9 @@ def edit_verified(
     row = jnp.arange(context.shape.num_queries)[None]
     included = jnp.broadcast_to(row, (verify.slots.size, row.size))
     return editing.edit(
-        state.edits, scores, verify.slots, verify.starts, verify.tokens[:, 1:], included
-    )
+        state.edits, scores, verify.slots, verify.starts, verify.tokens[:, 1:],
+        included, axis=context.axis,
+    )  # fmt: skip
 
 
 def _edit_drafting(context, state, lanes, guesses, scores):
@@ -257,12 +270,14 @@ def _edit_drafting(context, state, lanes, guesses, scores):
     after = put(after, guesses, lane, behind)
     included = drafted + jnp.arange(guesses.shape[1] + 1)[None]
     starts = take(state.lengths, slots)
-    return editing.edit(state.edits, scores, slots, starts, after, included)
+    how = dict(axis=context.axis)
+    return editing.edit(state.edits, scores, slots, starts, after, included, **how)
 
 
 def _accept(context, state, lanes, scores):
     """Run the acceptor on scores [E * Q, V]; returns Verified and the rows' Law."""
-    shape, verify, filters = context.shape, lanes.verify, context.filters
+    shape, verify = context.shape, lanes.verify
+    filters, axis = context.filters, context.axis
     rows = shape.num_queries
     slots = jnp.minimum(verify.slots, shape.num_slots - 1)
     laws = sampling.law_of(jnp.repeat(lanes.slot_params[slots], rows, axis=0))
@@ -277,13 +292,14 @@ def _accept(context, state, lanes, scores):
         # A seed's drafts are prompt tokens: accept them, then draw from its last row.
         forced = jnp.maximum(verify.num_rows - 1, 0)
         verified = _ratio_test_or_seed(
-            judged, draft_law, forced, verify.is_seed, filters
+            judged, draft_law, forced, verify.is_seed, dict(filters=filters, axis=axis)
         )
     elif context.options.acceptor == "forced" and shape.num_draft_tokens:
         probability = context.options.forced_probability
-        verified = acceptance.forced(*judged, probability=probability, filters=filters)
+        how = dict(filters=filters, axis=axis)
+        verified = acceptance.forced(*judged, probability=probability, **how)
     else:
-        how = dict(filters=filters, exact=context.exact)
+        how = dict(filters=filters, exact=context.exact, axis=axis)
         verified = acceptance.shared_noise(*judged, **how)
     last = jnp.where(verify.is_seed, verify.num_rows - 1, verified.num_accepted)
     is_known = verify.is_seed[:, None] & (jnp.arange(rows)[None] < last[:, None])
@@ -291,12 +307,10 @@ def _accept(context, state, lanes, scores):
     return acceptance.Verified(last, known), laws
 
 
-def _ratio_test_or_seed(judged, draft_law, forced, is_seed, filters):
+def _ratio_test_or_seed(judged, draft_law, forced, is_seed, how):
     """Ratio test for cycles; the target's own choice for seed verifications."""
-    tested = acceptance.ratio_test(*judged, draft_law, filters=filters)
-    plain = acceptance.shared_noise(
-        *judged[:-1], jnp.zeros_like(forced), filters=filters
-    )
+    tested = acceptance.ratio_test(*judged, draft_law, **how)
+    plain = acceptance.shared_noise(*judged[:-1], jnp.zeros_like(forced), **how)
     tokens = jnp.where(is_seed[:, None], plain.tokens, tested.tokens)
     return acceptance.Verified(tested.num_accepted, tokens)
 
@@ -313,7 +327,7 @@ def store_drafts(
     Drafts follow the model's own law: a guess only decides whether the row behind it
     is one that the model would have fed.
     """
-    draft, filters = lanes.draft, context.filters
+    draft, how = lanes.draft, dict(filters=context.filters, axis=context.axis)
     scores = _edit_drafting(context, state, lanes, guesses, scores)
     num_lanes, rows = guesses.shape[0], guesses.shape[1] + 1
     params = take(lanes.slot_params, draft.slots)
@@ -325,10 +339,10 @@ def store_drafts(
     if context.uses_ratio_test:
         kept = context.options.draft_top_m
         drafts, law = acceptance.draft_from_top_m(
-            scores, laws, positions, num_kept=kept, filters=filters
+            scores, laws, positions, num_kept=kept, **how
         )
     else:
-        drafts = sampling.choose(scores, laws, positions, filters=filters)
+        drafts = sampling.choose(scores, laws, positions, **how)
     drafts = drafts.reshape(num_lanes, rows)
     count = cascade.num_kept(guesses, drafts, draft)
     place = jnp.where(row < count[:, None], first + row, state.tokens.shape[1])
@@ -354,7 +368,7 @@ def _outcome(context, state, lanes, verified, laws, scores):
     """
     shape, verify, rows = context.shape, lanes.verify, context.shape.num_queries
     live = verify.num_rows > 0
-    how = dict(filters=context.filters, exact=context.exact)
+    how = dict(filters=context.filters, exact=context.exact, axis=context.axis)
     chosen_logprobs = sampling.logprobs(
         scores, laws, verified.tokens.ravel(), **how
     ).reshape(-1, rows)
@@ -391,13 +405,14 @@ def _outcome(context, state, lanes, verified, laws, scores):
     )
 
 
-def _commit(state, verify, verified, done):
+def _commit(context, state, verify, verified, done):
     """The state with the verified slots advanced."""
     slots, accepted = verify.slots, verified.num_accepted
     pending = jnp.take_along_axis(verified.tokens, accepted[:, None], 1)
     selected, counts, edits = state.draft_counts, state.cascade_counts, state.edits
     if edits is not None:
-        edits = editing.advance(edits, verify, verified.tokens, accepted)
+        emitted = verified.tokens, accepted
+        edits = editing.advance(edits, verify, *emitted, axis=context.axis)
     if selected is not None:
         selected = put(selected, verify.budgets[:, None], slots)
     if counts is not None:

@@ -230,6 +230,7 @@ class DecodeStats:
     kv_usage: dict | None = None  # of the KV cache, as Engine.kv_usage at the end
     forced_acceptance: float | None = None  # mean asked for; then the text is lossy
     numerics: str = "fast"  # of the engine
+    tensor_parallel: int = 1  # devices that share the model
     schedule: str = "mixed"  # of SpeculationConfig
     draft_weights: str | None = None  # likewise
     draft_weight_bytes: int | None = None  # that a step with such weights reads
@@ -329,6 +330,7 @@ class DecodeStats:
         )
         scalars = (
             "numerics",
+            "tensor_parallel",
             "schedule",
             "draft_weights",
             "num_slots",

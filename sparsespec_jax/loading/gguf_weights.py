@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sparsespec_jax.loading.gguf_config import ROPE_FACTORS
 from sparsespec_jax.loading.gguf_file import GgufFile
@@ -52,8 +53,12 @@ _LAYER = {
 }
 
 
-def load_gguf(file: GgufFile, config: ModelConfig, *, dtype) -> Params:
+def load_gguf(
+    file: GgufFile, config: ModelConfig, *, dtype, mesh: Mesh | None = None
+) -> Params:
     """Parameters of an open file with its configuration, cast to dtype.
+
+    They are on the default device, or each part on its device of a mesh.
 
     A file without output.weight has a head tied to its embedding.
 
@@ -78,7 +83,7 @@ def load_gguf(file: GgufFile, config: ModelConfig, *, dtype) -> Params:
             values = _halves_apart(values, num_heads)
         return values, file.origin(stored)
 
-    return assemble(config, read, dtype=dtype)
+    return assemble(config, read, dtype=dtype, mesh=mesh)
 
 
 def _halves_apart(values: np.ndarray, num_heads: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from sparsespec_jax.loading.hf_config import hf_config
@@ -54,8 +55,12 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def load_hf(directory: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
+def load_hf(
+    directory: str | Path, *, dtype, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
     """Configuration and parameters of a directory, the weights cast to dtype.
+
+    They are on the default device, or each part on its device of a mesh.
 
     Tensors are F16, BF16, F32 or F64; F64 is rounded to float32 first. A head that
     differs from the embedding is used though the configuration says that they are
@@ -86,7 +91,7 @@ def load_hf(directory: str | Path, *, dtype) -> tuple[ModelConfig, Params]:
     def read(name: str, layer: int | None) -> tuple[np.ndarray, str]:
         return tensors.read(_OUTER[name] if layer is None else _layer_name(name, layer))
 
-    return config, assemble(config, read, dtype=dtype)
+    return config, assemble(config, read, dtype=dtype, mesh=mesh)
 
 
 def _layer_name(name: str, layer: int) -> str:

@@ -9,10 +9,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from sparsespec_jax.config import EngineConfig
 from sparsespec_jax.loading.pinned_models import PINNED
 from sparsespec_jax.loading.tokenizer import Tokenizer, tokenizer_from_directory
 from sparsespec_jax.models.config import ModelConfig, config_from_json, config_to_json
+from sparsespec_jax.models.sharding import (
+    check_cut,
+    loading_shardings,
+    model_mesh,
+)
 from sparsespec_jax.models.transformer import Params, param_shapes, params_dtype
 
 DEFAULT_SPEC = "smollm2"
@@ -34,7 +41,10 @@ _HUB_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A loaded model; params live on the default device in the dtype asked for."""
+    """A loaded model, params in the dtype asked for.
+
+    They live on the default device, or each part on its own (see `load_model`).
+    """
 
     config: ModelConfig
     params: Params
@@ -71,6 +81,7 @@ def load_model(
     *,
     dtype=jnp.bfloat16,
     cache_dir: str | Path | None = None,
+    tensor_parallel: int = 1,
 ) -> Model:
     """The model that spec names.
 
@@ -82,31 +93,34 @@ def load_model(
         dequantised in float32 and then cast.
     cache_dir: where fetched files are kept; None: see ``user_cache_dir`` for the
         named models, huggingface_hub's own cache for hub ids.
+    tensor_parallel: devices that share the weights; each is sent its part and no
+        device has all. An engine of this model has the same in its EngineConfig.
 
     Raises:
         ValueError: spec names nothing, or what it names is damaged, incomplete or
-            of an unsupported architecture.
+            of an unsupported architecture; or so many devices cannot share it.
         RuntimeError: something must be fetched and cannot be.
     """
-    dtype = _checked_dtype(dtype)
+    degree = EngineConfig(tensor_parallel=tensor_parallel).tensor_parallel
+    to = dict(dtype=_checked_dtype(dtype), mesh=model_mesh(degree))
     if not isinstance(spec, str | os.PathLike):
         raise ValueError(f"a model is given as a name or a path, got {spec!r}")
     if (name := str(spec)) in PINNED:
         from sparsespec_jax.loading.named_models import named_gguf
 
-        return _from_gguf(named_gguf(name, cache_dir), dtype=dtype, name=name)
+        return _from_gguf(named_gguf(name, cache_dir), name=name, **to)
     path = Path(os.path.expanduser(spec))
     if os.path.isdir(path):
-        return _from_directory(path, dtype=dtype, name=path.resolve().name)
+        return _from_directory(path, name=path.resolve().name, **to)
     if path.suffix.lower() == ".gguf":
-        return _from_gguf(path, dtype=dtype, name=path.stem)
+        return _from_gguf(path, name=path.stem, **to)
     if os.path.isfile(path):
         raise ValueError(
             f"{path} is one file of a model; give the directory that holds it, with "
             f"config.json and all safetensors ({path.parent}), or a .gguf file"
         )
     if _is_hub_id(name):
-        return _from_directory(_fetch(name, cache_dir), dtype=dtype, name=name)
+        return _from_directory(_fetch(name, cache_dir), name=name, **to)
     raise ValueError(
         f"there is no model at {name!r}; give a name ({', '.join(PINNED)}), a "
         "directory with config.json and safetensors, a directory written by "
@@ -130,40 +144,42 @@ def _is_hub_id(spec: str) -> bool:
     return len(parts) == 2 and all(parts) and not spec.startswith((".", "~"))
 
 
-def _from_gguf(path: Path, *, dtype, name: str) -> Model:
+def _from_gguf(path: Path, *, dtype, name: str, mesh: Mesh | None) -> Model:
     from sparsespec_jax.loading.gguf_config import gguf_config
     from sparsespec_jax.loading.gguf_file import GgufFile
     from sparsespec_jax.loading.gguf_weights import gguf_tokenizer, load_gguf
 
     file = GgufFile(path)
     config = gguf_config(file)
+    check_cut(config, 1 if mesh is None else mesh.size)
     # Before the weights, which take long: a damaged vocabulary is told at once.
     tokenizer, problem = gguf_tokenizer(file, config)
     return Model(
         config=config,
-        params=load_gguf(file, config, dtype=dtype),
+        params=load_gguf(file, config, dtype=dtype, mesh=mesh),
         tokenizer=tokenizer,
         name=name,
         tokenizer_problem=problem,
     )
 
 
-def _from_directory(directory: Path, *, dtype, name: str) -> Model:
+def _from_directory(directory: Path, *, dtype, name: str, mesh: Mesh | None) -> Model:
     from sparsespec_jax.loading.hf_config import hf_config
     from sparsespec_jax.loading.hf_weights import load_hf
 
     if (directory / _MARKER).is_file():
         config, load = _marked_config(directory), _restore
     elif (path := _only_gguf(directory)) is not None:
-        return _from_gguf(path, dtype=dtype, name=path.stem)
+        return _from_gguf(path, dtype=dtype, name=path.stem, mesh=mesh)
     else:
         config, load = hf_config(directory), load_hf
+    check_cut(config, 1 if mesh is None else mesh.size)
     tokenizer, problem = None, f"{directory} has no tokenizer.json"
     if (directory / "tokenizer.json").exists():
         # Files that are there but damaged raise: only their absence is a choice.
         tokenizer = tokenizer_from_directory(directory, eos_ids=config.eos_ids)
         problem = ""
-    config, params = load(directory, dtype=dtype)
+    config, params = load(directory, dtype=dtype, mesh=mesh)
     return Model(
         config=config,
         params=params,
@@ -241,12 +257,13 @@ def _marked_config(directory: Path) -> ModelConfig:
     return config_from_json(text, origin=str(marker))
 
 
-def _restore(directory: Path, *, dtype) -> tuple[ModelConfig, Params]:
+def _restore(
+    directory: Path, *, dtype, mesh: Mesh | None
+) -> tuple[ModelConfig, Params]:
     import orbax.checkpoint as ocp
 
     config = _marked_config(directory)
     path = (directory / _PARAMS).absolute()
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             found = checkpointer.metadata(path).item_metadata if path.is_dir() else None
@@ -263,9 +280,11 @@ def _restore(directory: Path, *, dtype) -> tuple[ModelConfig, Params]:
                 f"{directory / _MARKER}: num_layers is {config.num_layers}, but {path} "
                 f"has {len(layers)} layers"
             )
+        shapes = param_shapes(config, dtype)
         wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device),
-            param_shapes(config, dtype),
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
+            shapes,
+            loading_shardings(config, shapes, mesh),
         )
         _require_same_shapes(path, ours=_shapes(wanted), theirs=stored)
         try:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from sparsespec_jax.loading.shards import Destination
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.transformer import Params
 
@@ -64,8 +66,12 @@ def layer_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
-def assemble(config: ModelConfig, read: ReadTensor, *, dtype) -> Params:
-    """The parameter tree on the default device, in dtype, one layer read at a time.
+def assemble(
+    config: ModelConfig, read: ReadTensor, *, dtype, mesh: Mesh | None = None
+) -> Params:
+    """The parameter tree in dtype, one layer read at a time.
+
+    It is on the default device, or each part on its device of a mesh.
 
     Beside the parameters there is one layer's worth of what was read, or one table.
     The arrays that read returns belong to the parameters from then on.
@@ -83,19 +89,21 @@ def assemble(config: ModelConfig, read: ReadTensor, *, dtype) -> Params:
                 "configuration are of different models; fetch both again from one "
                 "source"
             )
-        # Where the device's memory is the host's, taken over without a copy.
-        return jax.device_put(array, may_alias=True)
+        return destination.put(name, array)
 
     def table(name: str, shape: tuple[int, ...]) -> jax.Array:
         array = checked(name, None, shape)
         if name == "lm_head":
-            return _transpose(array, dtype=dtype)
+            return destination.transposed(transpose, array)
         return array.astype(dtype)
 
     def layer(index: int) -> Params:
         raw = {name: checked(name, index, shape) for name, shape in shapes.items()}
-        return _fuse_layer(raw, config=config, dtype=dtype)
+        return destination.fused(fuse, raw)
 
+    destination = Destination(config, mesh)
+    transpose = functools.partial(_transpose, dtype=dtype)
+    fuse = functools.partial(_fuse_layer, dtype=dtype)
     # Each is waited for: else the host would read ahead of the device, and hold what
     # it has read.
     keys = {"embed": "weight", "final_norm": "scale", "lm_head": "kernel"}

@@ -230,6 +230,25 @@ def _qwen3(**sizes) -> ModelConfig:
     )
 
 
+def _llama31(**sizes: Any) -> ModelConfig:
+    scaling = Llama3Scaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192
+    )
+    return ModelConfig(
+        vocab_size=128_256,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+        rope_scaling=scaling,
+        norm_eps=1e-5,
+        max_length=131_072,
+        bos_id=128_000,
+        eos_ids=(128_001, 128_008, 128_009),
+        family="llama",
+        **sizes,
+    )
+
+
 PRESETS: dict[str, ModelConfig] = {
     "qwen3-1.7b": _qwen3(
         hidden_size=2048,
@@ -244,26 +263,14 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-14b": _qwen3(
         hidden_size=5120, intermediate_size=17_408, num_layers=40, num_heads=40
     ),
-    "llama-3.1-8b": ModelConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=500_000.0,
-        rope_scaling=Llama3Scaling(
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_length=8192,
-        ),
-        norm_eps=1e-5,
-        max_length=131_072,
-        bos_id=128_000,
-        eos_ids=(128_001, 128_008, 128_009),
-        family="llama",
+    "qwen3-32b": _qwen3(
+        hidden_size=5120, intermediate_size=25_600, num_layers=64, num_heads=64
+    ),
+    "llama-3.1-8b": _llama31(
+        hidden_size=4096, intermediate_size=14_336, num_layers=32, num_heads=32
+    ),
+    "llama-3.1-70b": _llama31(
+        hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
     ),
     "smollm2-135m": ModelConfig(
         vocab_size=49_152,

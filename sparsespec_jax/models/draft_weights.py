@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.common import is_for_gpu
 from pallas_kernels.int8_matmul import choose_parts, pack, quantise
+from sparsespec_jax.models.collectives import MODEL_AXIS
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.products import weight_shapes
+from sparsespec_jax.models.sharding import kernel_spec
 from sparsespec_jax.models.transformer import Params, params_dtype
 
 # The key among parameters under which the compiled step finds the tree.
@@ -23,23 +26,26 @@ DRAFT_WEIGHTS = "draft_weights"
 
 
 def with_draft_weights(
-    config: ModelConfig, params: Params, *, kind: str | None, impl: str
+    config: ModelConfig,
+    params: Params,
+    *,
+    kind: str | None,
+    impl: str,
+    mesh: Mesh | None = None,
 ) -> Params:
     """The parameters, and beside them those of drafts; as they are for None."""
     if kind is None:
         return params
-    return params | {DRAFT_WEIGHTS: in_8_bits(config, params, impl=impl)}
+    return params | {DRAFT_WEIGHTS: in_8_bits(config, params, impl=impl, mesh=mesh)}
 
 
-def without_draft_weights(params: Params) -> Params:
-    """The parameters alone."""
-    return {name: x for name, x in params.items() if name != DRAFT_WEIGHTS}
-
-
-def in_8_bits(config: ModelConfig, params: Params, *, impl: str) -> Params:
+def in_8_bits(
+    config: ModelConfig, params: Params, *, impl: str, mesh: Mesh | None = None
+) -> Params:
     """The tree that a Transformer with `in_8_bits` takes, see the module's docstring.
 
     impl: of the kernels, which say how values are laid out.
+    mesh: on which the parameters lie; each device makes its own values and scales.
     """
     packs = impl if params_dtype(params) == jnp.bfloat16 else "reference"
     made = jax.tree.map(lambda array: array, params)  # dicts of its own
@@ -47,21 +53,36 @@ def in_8_bits(config: ModelConfig, params: Params, *, impl: str) -> Params:
         layer = made[f"layer_{index}"]
         for name, weights in layer.items():
             if "kernel" in weights:
-                layer[name] = _in_8_bits(weights, packs)
+                layer[name] = _in_8_bits(name, weights, packs, mesh)
     if config.tie_embeddings:
         table = {"kernel": params["embed"]["weight"].T}
-        return made | {"lm_head": _in_8_bits(table, packs)}
-    return made | {"lm_head": _in_8_bits(params["lm_head"], packs)}
+        return made | {"lm_head": _in_8_bits("lm_head", table, packs, mesh)}
+    return made | {"lm_head": _in_8_bits("lm_head", params["lm_head"], packs, mesh)}
 
 
-def _in_8_bits(weights, impl):
-    made = _packed(weights["kernel"], impl=impl)
+def _in_8_bits(module, weights, impl, mesh):
+    pack = _packed if mesh is None else _packed_on(mesh, module)
+    made = pack(weights["kernel"], impl=impl)
     return {name: x for name, x in weights.items() if name != "kernel"} | made
 
 
 @functools.partial(jax.jit, static_argnames="impl")
 def _packed(kernel, *, impl):
     return pack(quantise(kernel), impl=impl)._asdict()
+
+
+@functools.cache
+def _packed_on(mesh, module):
+    """`_packed` on every device of a mesh, of its own part of a module's kernel."""
+
+    def packed(kernel, *, impl):
+        pack = functools.partial(_packed.__wrapped__, impl=impl)
+        specs = kernel_spec(module), PartitionSpec(MODEL_AXIS)
+        return jax.shard_map(
+            pack, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+        )(kernel)
+
+    return jax.jit(packed, static_argnames="impl")
 
 
 def num_bytes(config: ModelConfig, params: Any, *, impl: str) -> int:

@@ -105,6 +105,7 @@ class Layer(nn.Module):
     impl: str | None
     exact: bool = False
     in_8_bits: bool = False
+    axis: str | None = None  # of a mesh that cuts heads and inner units
 
     @nn.compact
     def __call__(
@@ -148,11 +149,11 @@ class Layer(nn.Module):
         )  # fmt: skip
         out = project(
             (c.hidden_size,), use_bias=c.attention_out_bias,
-            cuts=self._if_summed(OUT_CUTS), name="out",
+            cuts=self._if_summed(OUT_CUTS), axis=self.axis, name="out",
         )  # fmt: skip
         down = project(
             (c.hidden_size,), use_bias=c.mlp_bias, cuts=self._if_summed(DOWN_CUTS),
-            name="down",
+            axis=self.axis, name="down",
         )  # fmt: skip
         gate_up = project((2, c.intermediate_size), use_bias=c.mlp_bias, name="gate_up")
         groups = [

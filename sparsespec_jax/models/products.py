@@ -20,6 +20,7 @@ from pallas_kernels.common import is_for_gpu
 from pallas_kernels.int8_matmul import choose_parts, int8_matmul
 from pallas_kernels.matmul import matmul
 from sparsespec_jax.array_types import Array, Floats, TokenInputs
+from sparsespec_jax.models.collectives import summed, summed_in_order
 
 
 class Cuts(NamedTuple):
@@ -147,6 +148,7 @@ class Projection(nn.Module):
     exact: bool = False
     impl: str | None = None  # of the kernels
     in_8_bits: bool = False  # with values and scale in place of the kernel
+    axis: str | None = None  # of a mesh that cuts `in`: the devices' products are added
 
     @nn.compact
     def __call__(self, x: TokenInputs, *, is_prompt: bool = False) -> Floats:
@@ -154,6 +156,8 @@ class Projection(nn.Module):
 
         is_prompt: of an exact product, that rows of prompt chunks are among x.
         """
+        if self.axis is not None:
+            return self._added(x, is_prompt=is_prompt)
         if self.in_8_bits:
             return self._in_8_bits(x)
         init = nn.initializers.lecun_normal()
@@ -189,6 +193,24 @@ class Projection(nn.Module):
             return y
         y = functools.reduce(jnp.add, y)
         return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
+
+    def _added(self, x, *, is_prompt):
+        """What all devices' products sum to, each rounded to `dtype` on its way.
+
+        Exact products are added as they are, in the order of the devices.
+        """
+        wide = jnp.float32 if self.exact else None
+        own = self.clone(
+            axis=None, cuts=None, use_bias=False, out_dtype=wide, parent=None, name=None
+        )
+        names = "kernel", "values", "scale"
+        has = [name for name in names if self.has_variable("params", name)]
+        params = {name: self.get_variable("params", name) for name in has}
+        y = own.apply({"params": params}, x, is_prompt=is_prompt)
+        y = summed_in_order(y, self.axis) if self.exact else summed(y, self.axis)
+        if self.use_bias:
+            y += self.get_variable("params", "bias").astype(y.dtype)
+        return y.astype(self.dtype)
 
     def _in_8_bits(self, x):
         """The projected x by `draft_weights`: bfloat16 by a kernel of its own."""

@@ -22,6 +22,7 @@ units apart, so either can be sharded over devices.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ from sparsespec_jax.array_types import (
     Stream,
     StreamRows,
 )
+from sparsespec_jax.models.collectives import summed
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.layer import (
     Attend,
@@ -51,6 +53,7 @@ from sparsespec_jax.models.layer import (
 )
 from sparsespec_jax.models.products import Projection, contract
 from sparsespec_jax.models.rope import rope_tables
+from sparsespec_jax.models.vocabulary import place_of
 
 Params = dict[str, Any]
 
@@ -63,6 +66,7 @@ class Embedding(nn.Module):
     config: ModelConfig
     dtype: Any
     exact: bool = False
+    axis: str | None = None  # of a mesh that cuts the vocabulary
 
     def setup(self):
         """Declare the table."""
@@ -72,7 +76,12 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: PerToken) -> Stream:
         """Rows of tokens."""
-        return self.weight[tokens].astype(self.dtype)
+        if self.axis is None:
+            return self.weight[tokens].astype(self.dtype)
+        # One device has the row, the others add nothing.
+        place = place_of(tokens, len(self.weight), self.axis)
+        rows = self.weight.at[place].get(mode="fill", fill_value=0)
+        return summed(rows.astype(self.dtype), self.axis)
 
     def project(self, hidden: StreamRows) -> Logits:
         """Products of hidden states with every row."""
@@ -92,13 +101,15 @@ class Transformer(nn.Module):
     impl: str | None = None  # of the kernels; None: that of the platform
     exact: bool = False  # products whose rows do not depend on the others
     in_8_bits: bool = False  # products by the weights of `draft_weights`
+    # Of a mesh that cuts the model; `config` is then what one device has of it.
+    axis: str | None = None
 
     def setup(self):
         """Declare the submodules; their names are the parameter names."""
         c, exact = self.config, self.exact
-        self.embed = Embedding(c, self.dtype, exact)
+        self.embed = Embedding(c, self.dtype, exact, self.axis)
         self.layer = [
-            Layer(c, self.dtype, i, self.impl, exact, self.in_8_bits)
+            Layer(c, self.dtype, i, self.impl, exact, self.in_8_bits, self.axis)
             for i in range(c.num_layers)
         ]
         self.final_norm = Scale(c.hidden_size, self.dtype)
@@ -178,6 +189,7 @@ def forward(
     impl: str | None = None,
     exact: bool = False,
     num_prompt: int = 0,
+    axis: str | None = None,
 ) -> tuple[Stream, tuple[Cache, ...]]:
     """Normed hidden states and new caches; computes in the params' dtype.
 
@@ -185,9 +197,10 @@ def forward(
     impl: of the kernels, one of `pallas_kernels.IMPLS`; None: that of the platform.
     exact: the bits of a row do not depend on the other rows (see `products`).
     num_prompt: how many of the tokens, the last ones, are of prompt chunks.
+    axis: of a mesh that cuts the model; `config` and `params` are one device's then.
     """
     args = config, params, tokens, positions, attend, caches
-    how = dict(impl=impl, exact=exact, num_prompt=num_prompt)
+    how = dict(impl=impl, exact=exact, num_prompt=num_prompt, axis=axis)
     return forward_with_features(*args, **how)[:2]
 
 
@@ -204,14 +217,16 @@ def forward_with_features(
     exact: bool = False,
     num_prompt: int = 0,
     in_8_bits: bool = False,
+    axis: str | None = None,
 ) -> tuple[Stream, tuple[Cache, ...], Features | None]:
     """As `forward`, and the streams behind `feature_layers` side by side, or None.
 
     in_8_bits: the parameters are those of `draft_weights`.
     """
     module = Transformer(
-        config, dtype=params_dtype(params), impl=impl, exact=exact, in_8_bits=in_8_bits
-    )
+        config, dtype=params_dtype(params), impl=impl, exact=exact, in_8_bits=in_8_bits,
+        axis=axis,
+    )  # fmt: skip
     return module.apply(
         {"params": params}, tokens, positions, attend, caches, feature_layers,
         num_prompt,
@@ -247,23 +262,27 @@ def param_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
 
 
-def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
+def init_params(
+    config: ModelConfig,
+    seed: int,
+    dtype: Any = jnp.float32,
+    place: Callable[[Params], Params] = lambda params: params,
+) -> Params:
     """Random parameters with the spread of a trained model, made on the device.
 
     One layer is made at a time, by a generator compiled once for all layers, so
     nothing large is needed beside the result. Biases are random too (a lost bias
-    must change the output), norm scales are near 1.
+    must change the output), norm scales are near 1. `place` is given each layer, and
+    what is outside of them, under its name, and returns it where it shall be.
     """
     shapes = param_shapes(config, dtype)
     layers = [shapes.pop(f"layer_{i}") for i in range(config.num_layers)]
-    key = jax.random.key(seed)
-    params = {
-        name: _random_tree(key, shape, position=index)
-        for index, (name, shape) in enumerate(sorted(shapes.items()))
-    }
+    key, params = jax.random.key(seed), {}
+    for index, (name, shape) in enumerate(sorted(shapes.items())):
+        params |= place({name: _random_tree(key, shape, position=index)})
     for index, layer in enumerate(layers, start=len(params)):
         name = f"layer_{index - len(shapes)}"
-        params[name] = _random_tree(key, layer, position=index)
+        params |= place({name: _random_tree(key, layer, position=index)})
     return params
 
 

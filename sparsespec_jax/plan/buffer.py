@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparsespec_jax.models.option_fields import MAX_INT
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.plan.slot_params import NUM_SLOT_PARAMS
 
@@ -123,3 +124,30 @@ class StepPlan:
         views["prefill_starts"][lane] = start
         views["prefill_counts"][lane] = len(tokens)
         views["prefill_tokens"][lane, : len(tokens)] = tokens
+
+
+def check_counts(shape):
+    """ValueError if a step would count what does not fit into int32."""
+    step_tokens = shape.num_draft_rows + shape.verify_lanes * shape.num_queries
+    step_tokens += shape.prefill_lanes * shape.prefill_chunk
+    plan = sum(math.prod(field) for field in plan_fields(shape, prefill=True).values())
+    counts = {
+        "tokens of a request": (
+            shape.table_width * shape.page_size,
+            "max_length or page_size",
+        ),
+        "tokens in a step": (
+            step_tokens,
+            "prefill_lanes, prefill_chunk or num_slots",
+        ),
+        "integers in the plan of a step": (
+            plan,
+            "host_chunk_pages, prefill_lanes, prefill_chunk or num_slots",
+        ),
+    }
+    for what, (count, options) in counts.items():
+        if count > MAX_INT:
+            raise ValueError(
+                f"the options make up to {count} {what}, at most {MAX_INT} can be "
+                f"counted: lower {options}"
+            )

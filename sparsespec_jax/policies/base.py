@@ -27,6 +27,7 @@ from sparsespec_jax.array_types import (
     VerifySeeds,
     ViewQueries,
 )
+from sparsespec_jax.models.collectives import summed
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.option_fields import MAX_INT, put_float, put_int
 from sparsespec_jax.plan.shape import StepShape
@@ -63,6 +64,8 @@ class SelectionOptions(NamedTuple):
     num_recent: int
     num_sinks: int
     impl: str
+    # Of a mesh that cuts the KV heads: a view then has those of one device.
+    axis: str | None = None
 
 
 class KeyIndex(NamedTuple):
@@ -218,6 +221,28 @@ def check_index(
         ) from error
 
 
+def head_axis_of_memory(policy: Policy, num_kv_heads: int, degree: int) -> int:
+    """Which axis of `state_shape` has the KV heads, so that devices can share it.
+
+    Raises:
+      ValueError: none, or more than one.
+    """
+    whole, part = (
+        policy.state_shape(heads, 2 * num_kv_heads + 1)
+        for heads in (num_kv_heads, num_kv_heads // degree)
+    )
+    pairs = list(zip(whole, part, strict=False))
+    axes = [axis for axis, (all_of, own) in enumerate(pairs) if all_of != own]
+    is_cut = len(whole) == len(part) and len(axes) == 1
+    if not is_cut or pairs[axes[0]] != (num_kv_heads, num_kv_heads // degree):
+        raise ValueError(
+            f"tensor_parallel is {degree}, and policy {policy.name!r} remembers "
+            f"{whole} for {num_kv_heads} KV heads, which devices cannot share: give "
+            "its state_shape one axis of KV heads, or use tensor_parallel=1"
+        )
+    return axes[0]
+
+
 def run_policy(
     policy: Policy, view: SelectionView, options: SelectionOptions
 ) -> tuple[Selected, SelectedCounts, PolicyMemory | None]:
@@ -247,6 +272,9 @@ def top_tokens(
     budgets = view.budgets if budgets is None else budgets
     if budgets.ndim == 2:
         return _top_tokens_by_head(view, scores, options, budgets)
+    if options.per_layer and options.axis is not None:
+        scores = sum_of_heads(scores, options)
+        options = options._replace(per_layer=False)
     indices, counts = select_tokens(
         scores,
         view.lengths,
@@ -257,6 +285,11 @@ def top_tokens(
         impl=options.impl,
     )
     return (indices[:, :1], counts[:, :1]) if options.per_layer else (indices, counts)
+
+
+def sum_of_heads(scores: KeyScores, options: SelectionOptions) -> KeyScores:
+    """Scores [E, 1, X] summed over the KV heads, those of all devices."""
+    return summed(scores.sum(1, keepdims=True), options.axis)
 
 
 def _top_tokens_by_head(view, scores, options, budgets):

@@ -17,6 +17,7 @@ from sparsespec_jax.array_types import (
     KeyRows,
     VerifyMass,
 )
+from sparsespec_jax.models.collectives import first_of_shard, num_shards
 from sparsespec_jax.policies.base import (
     KeyIndex,
     Policy,
@@ -203,8 +204,11 @@ def _streaming_heads(view, options, *, page_size, num_streaming):
     position = jnp.arange(view.num_keys)[None, None]
     # Sinks first, then the newest: a sliding window as scores.
     window = jnp.where(position < options.num_sinks, _LARGE, position)
-    head = jnp.arange(view.num_kv_heads)[None, :, None]
-    streaming = head >= view.num_kv_heads - num_streaming(view.num_kv_heads)
+    head, axis = jnp.arange(view.num_kv_heads)[None, :, None], options.axis
+    if axis is not None:
+        head += first_of_shard(view.num_kv_heads, axis)
+    num_heads = view.num_kv_heads * num_shards(axis)
+    streaming = head >= num_heads - num_streaming(num_heads)
     return top_tokens(
         view, jnp.where(streaming, window, scores), options._replace(per_layer=False)
     )

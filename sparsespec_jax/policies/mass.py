@@ -17,6 +17,7 @@ from sparsespec_jax.policies.base import (
     SelectionView,
     as_mask,
     candidates,
+    sum_of_heads,
     top_tokens,
 )
 
@@ -112,7 +113,7 @@ def _select(mass, view, options):
         scores = force_recent(view, scores, mass.recent_share)
     needs_sum = options.per_layer and (mass.top_p < 1 or mass.max_churn < 1)
     if needs_sum:
-        scores = scores.sum(1, keepdims=True)
+        scores = sum_of_heads(scores, options)
         options = options._replace(per_layer=False)
     if mass.max_churn < 1:
         scores = _limit_churn(mass, view, scores, options)

@@ -65,6 +65,7 @@ def load_or_measure(engine, directory=None) -> CostModel:
         "shape": str(engine.shape),
         "speculation": str(engine.speculation),
         "impl": engine.impl,
+        "tensor_parallel": engine.config.tensor_parallel,
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = pathlib.Path(directory or user_cache_dir() / "step_costs")
