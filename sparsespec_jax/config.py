@@ -201,6 +201,7 @@ class SamplingParams:
     ignore_eos: bool = False  # go on past the model's EOS
     logprobs: str = "raw"  # of the model's logits ("raw") or of the law ("processed")
     top_logprobs: int = 0  # likeliest tokens told with each token, as `logprobs` says
+    prompt_logprobs: int | None = None  # of the prompt's tokens, raw; k beside each
     min_tokens: int = 0  # new tokens before a stop token may come, <= max_tokens
     presence_penalty: float = 0.0  # [-2, 2]
     frequency_penalty: float = 0.0  # [-2, 2]
@@ -223,6 +224,8 @@ class SamplingParams:
         put_flag(self, "ignore_eos")
         put_choice(self, "logprobs", LOGPROBS)
         put_int(self, "top_logprobs", 0)
+        if self.prompt_logprobs is not None:
+            put_int(self, "prompt_logprobs", 0)
         put_int(self, "min_tokens", 0)
         _require(
             self.min_tokens <= self.max_tokens,

@@ -160,21 +160,17 @@ class Engine(contextlib.AbstractContextManager):
         samples, emitted = intake.samples_to_queue(
             prepared, self.model, self.max_length, self.shape, progress, scored
         )
-        self._prepare_steps(prepared)
+        self._prepare_steps(prepared, is_scored=scored is not None)
         first = self._next_id
         prompt_index = first if prompt_index is None else prompt_index
+        told = intake.prompt_logprobs(prepared)
         with self._whole:
             for sample in samples:
                 request = intake.make_request(
-                    prepared,
-                    self.speculation,
-                    self._next_id,
-                    sample=sample,
-                    emitted=emitted,
-                    group=first if len(samples) > 1 else None,
-                    expected=expected_tokens,
-                    is_scored=scored is not None,
-                )
+                    prepared, self.speculation, self._next_id, sample=sample,
+                    emitted=emitted, group=first if len(samples) > 1 else None,
+                    expected=expected_tokens, is_scored=scored is not None, told=told,
+                )  # fmt: skip
                 self._scheduler.add(request)
                 self._next_id += 1
                 output = intake.make_output(
@@ -184,10 +180,10 @@ class Engine(contextlib.AbstractContextManager):
                 self._outputs.add(output, progress)
         return first if len(samples) == 1 else list(range(first, self._next_id))
 
-    def _prepare_steps(self, prepared):
+    def _prepare_steps(self, prepared, *, is_scored=False):
         """Let the steps to come do what a request asks for beside the plain law."""
         steps = self.device_steps
-        extras = steps.extras.joined(prepared.extras)
+        extras = steps.extras.joined(intake.extras_of(prepared, is_scored=is_scored))
         sizes.check_edits(self.model, self.shape, steps.extras, extras)
         with self._whole:
             steps.use(extras)
@@ -311,7 +307,7 @@ class Engine(contextlib.AbstractContextManager):
             packed.block_until_ready()  # an interrupt while waiting loses nothing
             with self._whole:
                 self._in_flight.popleft()
-                widths = planned.num_queries, planned.num_top
+                widths = planned.num_queries, planned.num_top, planned.prompts
                 outcome = StepOutcome.from_packed(packed, *widths)
                 events = self._events if with_events else None
                 commit(

@@ -207,15 +207,28 @@ def choose(
 
 
 def logprobs(
-    logits: Logits, law: Law, tokens: RowInts, *, filters: bool, exact: bool = False
+    logits: Logits,
+    law: Law,
+    tokens: RowInts,
+    *,
+    filters: bool,
+    exact: bool = False,
+    chosen: bool = True,
 ) -> RowFloats:
-    """Log-probability of `tokens`, of the model or of the law per row; see `choose`."""
+    """Log-probability of `tokens`, of the model or of the law per row; see `choose`.
+
+    `chosen` (static) says that the laws chose the tokens: those of greedy laws have 0.
+    If not, a token that is not the argmax has -inf of a greedy law.
+    """
     logits, hot, scale = _told(logits, law, filters=filters, exact=exact)
     top = logits.max(-1, keepdims=True)
     picked = jnp.take_along_axis(logits, tokens[:, None], -1)
     total = row_sums(jnp.exp(_scaled(logits, top, scale)), exact=exact)
     value = _scaled(picked, top, scale)[:, 0] - jnp.log(total)
-    return jnp.where(law.processed_logprobs & ~hot, 0.0, value)
+    greedy = 0.0
+    if not chosen:
+        greedy = jnp.where(tokens == jnp.argmax(logits, -1), 0.0, -jnp.inf)
+    return jnp.where(law.processed_logprobs & ~hot, greedy, value)
 
 
 def top_logprobs(

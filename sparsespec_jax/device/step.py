@@ -24,7 +24,7 @@ from sparsespec_jax.array_types import (
     PlanBuffer,
     TableUpdates,
 )
-from sparsespec_jax.device import acceptance, cascade, editing
+from sparsespec_jax.device import acceptance, cascade, editing, prompt_logprobs
 from sparsespec_jax.device.attention import make_attend
 from sparsespec_jax.device.context import StepContext, StepOptions
 from sparsespec_jax.device.lanes import (
@@ -42,7 +42,7 @@ from sparsespec_jax.models.draft_weights import DRAFT_WEIGHTS
 from sparsespec_jax.models.transformer import forward_with_features, logits
 from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, orders_of, unpack
 from sparsespec_jax.plan.edits import NO_EXTRAS, StepExtras
-from sparsespec_jax.plan.outcome import SEED, StepOutcome
+from sparsespec_jax.plan.outcome import SEED, PromptTold, StepOutcome
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.base import Policy
 from sparsespec_jax.proposers.base import RememberingProposer
@@ -145,6 +145,10 @@ def _verify(context, params, state, plan):
         if context.extras.edits:
             told = jnp.where(laws.processed_logprobs[:, None], edited, told)
         outcome = _outcome(context, state, lanes, verified, laws, told)
+        if context.extras.prompt_logprobs:
+            of_prompts = hidden[rows.prefill], scores[rows.verify]
+            told = prompt_logprobs.tell(context, params, lanes, *of_prompts)
+            outcome = outcome._replace(prompts=PromptTold(*told))
         state = _commit(state, lanes.verify, verified, outcome.is_done)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
@@ -170,11 +174,15 @@ def _read_prompts(context, params, state, plan):
     plan = orders_of(context.shape, plan)
     lanes = make_lanes(context, state, plan)
     guesses = cascade.guess(context, state, lanes.draft)
-    state, tokens, _, _ = _pass(context, params, state, lanes, guesses)
+    state, tokens, hidden, _ = _pass(context, params, state, lanes, guesses)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
+    told, extras = None, context.extras
+    if extras.prompt_logprobs:
+        none = jnp.zeros((0, context.model.vocab_size), jnp.float32)
+        told = PromptTold(*prompt_logprobs.tell(context, params, lanes, hidden, none))
     return state, StepOutcome.packed_of_none(
-        jnp, context.shape, context.extras.top_logprobs
+        jnp, context.shape, extras.top_logprobs, told, _as_int
     )
 
 
@@ -355,8 +363,9 @@ def _outcome(context, state, lanes, verified, laws, scores):
     shape, verify, rows = context.shape, lanes.verify, context.shape.num_queries
     live = verify.num_rows > 0
     how = dict(filters=context.filters, exact=context.exact)
+    chosen = not context.extras.judges_greedy
     chosen_logprobs = sampling.logprobs(
-        scores, laws, verified.tokens.ravel(), **how
+        scores, laws, verified.tokens.ravel(), **how, chosen=chosen
     ).reshape(-1, rows)
     first = jnp.where(verify.is_seed, verified.num_accepted, 0)
     count = jnp.where(live, verified.num_accepted - first + 1, 0)
