@@ -419,6 +419,10 @@ class Engine(contextlib.AbstractContextManager):
     def _dispatch(self, plan, *before):
         return self.device_steps.submit(self.params, self._filters, plan, *before)
 
+    def take_metrics(self):
+        """Metrics of finished requests, which `stats` leaves out from now on."""
+        return self._outputs.take_metrics()
+
     def stats(self, wall_time_s):
         """Totals over the finished requests."""
         return DecodeStats(

@@ -48,7 +48,7 @@ def tell(
             return _told(context, scores, lane[1])
 
         told = jax.lax.map(of_lane, rows)
-        found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), told))
+        found.append([x.reshape(chunks.size, *x.shape[2:]) for x in told])
     return tuple(map(jnp.concatenate, zip(*found, strict=True)))
 
 

@@ -241,6 +241,11 @@ class Outputs:
             metrics=output.metrics,
         )
 
+    def take_metrics(self):
+        """`finished_metrics`, which are none from now on."""
+        taken, self.finished_metrics = self.finished_metrics, []
+        return taken
+
     def _selected(self, planned, is_seed):
         """Tokens that each verification selected for drafting, int [n]."""
         requests = planned.requests
