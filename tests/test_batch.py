@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import random
 import signal
@@ -472,23 +473,42 @@ def test_a_job_killed_at_ten_moments(tiny, tmp_path):
     assert (output / "results.jsonl").read_bytes() == whole
 
 
+RAY = """
+import json, sys
+import ray
+from experiments.decoder import BatchConfig, Decoder
+ray.init(num_cpus=4, include_dashboard=False)  # actors take two, reading one
+config = BatchConfig(**json.loads(sys.argv[2]))
+rows = ray.data.read_json(sys.argv[1]).map_batches(
+    Decoder, fn_constructor_args=[config], batch_size=8, concurrency=2
+)
+with open(sys.argv[3], "w") as file:
+    for row in rows.iter_rows():
+        file.write(json.dumps(row | {"token_ids": list(map(int, row["token_ids"]))}))
+        file.write("\\n")
+ray.shutdown()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="extra `ray`")
 def test_a_real_local_ray(whole, prompts, tmp_path):
     """Two actors, small batches: rows of the job, whoever decoded them."""
-    ray = pytest.importorskip("ray", reason="extra `ray`")
     lines = [x for x in prompts.read_text().split("\n") if '"answer"' in x]
-    (tmp_path / "good.jsonl").write_text("\n".join(lines))
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        rows = ray.data.read_json(str(tmp_path / "good.jsonl")).map_batches(
-            Decoder, fn_constructor_args=[CONFIG], batch_size=8, concurrency=2,
-        ).take_all()  # fmt: skip
-    finally:
-        ray.shutdown()
+    paths = [str(tmp_path / name) for name in ("good.jsonl", "rows.jsonl")]
+    pathlib.Path(paths[0]).write_text("\n".join(lines))
+    root = pathlib.Path(batch.__file__).parents[1]
+    command = [sys.executable, "-c", RAY, paths[0], json.dumps(OPTIONS), paths[1]]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rows_of(pathlib.Path(paths[1]).read_bytes())
     wanted = {(r["id"], r["sample"]): r for r in rows_of(whole) if "error" not in r}
     assert len(rows) == len(wanted) == 74
     for row in rows:
         same = dict(wanted[row["id"], row["sample"]])
         del same["index"]
-        assert row | {"token_ids": list(row["token_ids"])} == same
+        assert row == same
