@@ -9,6 +9,7 @@ from experiments.equality import MODES
 from experiments.models import DTYPES
 from experiments.options import Options, option
 from sparsespec_jax.config import (
+    AUTO,
     DRAFT_WEIGHTS,
     KV_POLICIES,
     NUMERICS,
@@ -69,6 +70,9 @@ class Decoding(Options):
     )
 
     num_draft_tokens: int = option(8, "Drafts per cycle, k; at least 1.")
+    chooses_k: bool = option(
+        False, "Let the engine choose k by times of its steps, on a GPU or TPU."
+    )
     budget_ratio: float = option(0.05, "Share of the context that a draft reads.")
     # The paper's floor of 192 tokens is for contexts of many thousands; at the few
     # hundred tokens of the built-in prompts it would make most drafts dense.
@@ -136,7 +140,7 @@ class Decoding(Options):
         if mode == "plain":
             return SpeculationConfig(num_draft_tokens=0)
         return SpeculationConfig(
-            num_draft_tokens=self.num_draft_tokens,
+            num_draft_tokens=AUTO if self.chooses_k else self.num_draft_tokens,
             budget_ratio=self.budget_ratio,
             min_budget=self.min_budget,
             schedule=self.schedule,

@@ -15,6 +15,7 @@ from sparsespec_jax.config import (
     SamplingParams,
     SpeculationConfig,
 )
+from sparsespec_jax.host.automatic import NUM_DRAFT_TOKENS
 from sparsespec_jax.host.intake import check_length, make_request, prepare
 from sparsespec_jax.host.scheduler import Scheduler
 from sparsespec_jax.policies.select import resolve_policy
@@ -46,7 +47,7 @@ class Load(Options):
     budget_ratio: float = option(0.05, "Share of the context that a draft reads, s.")
     min_budget: int = option(192, "Tokens that a draft reads at least.")
     chooses_k: bool = option(
-        False, "Let the cost model turn speculation off and on, every 64 steps."
+        False, "Let the cost model choose k of a few up to --num_draft_tokens."
     )
     schedule: str = option("mixed", "Of drafts.", choices=SCHEDULES)
     draft_weights: str | None = option(
@@ -83,9 +84,10 @@ class Load(Options):
     def speculation(self) -> SpeculationConfig:
         """How the speculative mode drafts."""
         forced = None if self.forced_acceptance < 0 else self.forced_acceptance
+        smaller = [k for k in NUM_DRAFT_TOKENS if k < self.num_draft_tokens]
         return SpeculationConfig(
             num_draft_tokens=self.num_draft_tokens,
-            draft_token_choices=(0,) if self.chooses_k else (),
+            draft_token_choices=tuple(smaller) if self.chooses_k else (),
             budget_ratio=self.budget_ratio,
             min_budget=self.min_budget,
             schedule=self.schedule,

@@ -7,161 +7,33 @@ scheduler reads these too.
 """
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from sparsespec_jax.models.fields import LARGEST, shown
+from sparsespec_jax.models.option_fields import (
+    put_biases,
+    put_choice,
+    put_flag,
+    put_float,
+    put_int,
+    put_ints,
+    put_texts,
+    require,
+)
 
 ACCEPTORS = ("shared_noise", "ratio_test", "forced")
 MASS_ROWS = ("all", "edges")
 SCOPES = ("kv_head", "layer")
 LOGPROBS = ("raw", "processed")
 NUMERICS = ("exact", "fast")
-SCHEDULES = ("mixed", "aligned")
-DRAFT_WEIGHTS = (None, "int8")
+AUTO = "auto"  # chosen for model, device and load: host/automatic.py
+SCHEDULES = ("mixed", "aligned", AUTO)
+DRAFT_WEIGHTS = (None, "int8", AUTO)
 KV_POLICIES = ("offload", "recompute", "reserve", "oracle")
 IMPLS = ("reference", "tpu", "gpu", "tpu_interpret", "gpu_interpret")
-MAX_INT = LARGEST  # of what travels in int32
-_SETS = set | frozenset
 _LEAST_RATIO = 1e-30  # times a length, no device rounds it to 0
-_NO_NUMBERS = tuple("bcmMOSU")  # numpy's letters of bool, complex, times, texts
 _LARGEST_BIAS = 100.0  # OpenAI's and vLLM's
 _REPETITION = 0.01, 100.0  # no device rounds a product or quotient to 0 or infinity
-
-
-def _require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
-def _put(record, name, value):
-    object.__setattr__(record, name, value)  # records are frozen
-
-
-def put_int(record, name, low, high=MAX_INT):
-    """Make a field a Python int; ValueError unless it is an integer in [low, high].
-
-    Integers of numpy, arrays without axes and whatever else stands for an index are
-    integers; floats are none, whole or not, and neither is True. `high=None` is no
-    bound.
-    """
-    _put(record, name, _to_int(name, getattr(record, name), low, high))
-
-
-def put_float(record, name, low, high, *, open_low=False):
-    """Make a field a Python float; ValueError unless it is a number in [low, high].
-
-    Numbers of numpy and arrays without axes are numbers, strings and True are none.
-    """
-    value = getattr(record, name)
-    number = _as_float(value)
-    _require(number is not None, f"{name} must be a number, got {shown(value)}")
-    ok = number <= high and (number > low if open_low else number >= low)
-    bracket = "(" if open_low else "["
-    _require(ok, f"{name} must be in {bracket}{low}, {high}], got {shown(value)}")
-    _put(record, name, number)
-
-
-def put_flag(record, name):
-    """Make a field a Python bool; ValueError unless it is True or False."""
-    value = getattr(record, name)
-    ok = isinstance(value, bool) or _kind(value) == "b"
-    _require(ok, f"{name} must be True or False, got {shown(value)}")
-    _put(record, name, bool(value))
-
-
-def put_choice(record, name, choices):
-    """Make a field one of some strings; ValueError if it is none of them."""
-    value = getattr(record, name)
-    ok = isinstance(value, str) and value in choices
-    _require(ok, f"{name} must be one of {choices}, got {shown(value)}")
-    _put(record, name, str(value))
-
-
-def _kind(value):
-    """The letter that numpy gives the type of an array without axes, else None."""
-    is_scalar = getattr(value, "ndim", None) == 0
-    return getattr(getattr(value, "dtype", None), "kind", None) if is_scalar else None
-
-
-def _to_int(name, value, low, high):
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    ok = number is not None and number >= low and (high is None or number <= high)
-    bound = f">= {low}" if high is None else f"in [{low}, {high}]"
-    _require(ok, f"{name} must be an integer {bound}, got {shown(value)}")
-    return number
-
-
-def _as_float(value):
-    """The float that a number is; None for what is no number."""
-    is_array = getattr(value, "ndim", 0) > 0
-    if is_array or isinstance(value, bool | str | bytes) or _kind(value) in _NO_NUMBERS:
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _items(name, values, what):
-    """What a list, array, set, range or generator holds; None holds nothing."""
-    try:
-        items = () if values is None else tuple(values)
-    except TypeError:
-        items = None
-    ok = items is not None and not isinstance(values, str | bytes | dict)
-    _require(ok, f"{name} must be a list of {what}, got {shown(values)}")
-    return items
-
-
-def put_ints(record, name, low, high=MAX_INT):
-    """Make a field a tuple of Python ints (see `put_int`), sorted if it was a set."""
-    values = getattr(record, name)
-    each = f"each of {name}"
-    ints = [_to_int(each, v, low, high) for v in _items(name, values, "integers")]
-    _put(record, name, tuple(sorted(ints) if isinstance(values, _SETS) else ints))
-
-
-def put_biases(record, name, most):
-    """Make a dict of token ids and numbers a sorted tuple of (int, float) pairs.
-
-    Pairs are taken too, and ids as texts: JSON has no others. ValueError unless each
-    number is in [-most, most] and no id comes twice.
-    """
-    given = getattr(record, name)
-    pairs = given.items() if isinstance(given, Mapping) else given
-    what = f"{name} must be a dict of token ids and numbers, got {shown(given)}"
-    try:
-        pairs = [] if pairs is None else [(token, bias) for token, bias in pairs]
-    except (TypeError, ValueError):
-        raise ValueError(what) from None
-    found = {}
-    for token, bias in pairs:
-        if isinstance(token, str) and token.isdecimal():
-            token = int(token)
-        token = _to_int(f"each token id of {name}", token, 0, MAX_INT)
-        number = _as_float(bias)
-        ok = number is not None and -most <= number <= most
-        each = f"each bias of {name} must be a number in [-{most}, {most}]"
-        _require(ok, f"{each}, got {shown(bias)}")
-        _require(token not in found, f"{name} has token id {token} twice: give it once")
-        found[token] = number
-    _put(record, name, tuple(sorted(found.items())))
-
-
-def put_texts(record, name):
-    """Make a field a tuple of non-empty strings, sorted if it was a set."""
-    values = getattr(record, name)
-    texts = [values] if isinstance(values, str) else _items(name, values, "strings")
-    for text in texts:
-        ok = isinstance(text, str) and text
-        _require(ok, f"{name} must hold non-empty strings, got {shown(text)}")
-    texts = [str(text) for text in texts]
-    _put(record, name, tuple(sorted(texts) if isinstance(values, _SETS) else texts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +99,7 @@ class SamplingParams:
         if self.prompt_logprobs is not None:
             put_int(self, "prompt_logprobs", 0)
         put_int(self, "min_tokens", 0)
-        _require(
+        require(
             self.min_tokens <= self.max_tokens,
             f"min_tokens must be at most max_tokens={self.max_tokens}, got "
             f"{self.min_tokens}",
@@ -239,7 +111,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             put_ints(self, "allowed_token_ids", 0)
             some = "allowed_token_ids must hold a token id; None allows all, got ()"
-            _require(self.allowed_token_ids, some)
+            require(self.allowed_token_ids, some)
         put_texts(self, "bad_words")
 
     @property
@@ -271,12 +143,15 @@ class HasGuesser(Protocol):
 class SpeculationConfig:
     """How the model drafts for itself and how drafts are accepted.
 
-    `num_draft_tokens=0` is plain autoregressive decoding in the same engine.
+    `num_draft_tokens=0` is plain autoregressive decoding in the same engine. "auto" is
+    chosen as `host.automatic.settled` says; an Engine's `speculation` has what it is.
     Defaults are the paper's (arXiv 2512.01278, section 5): k = 8, 5 % of the
     context, at least 192 tokens.
     """
 
-    num_draft_tokens: int = 8  # k, drafts per cycle, 0..31
+    # k, drafts per cycle, 0..31. "auto": of a few, the one that is fastest by the times
+    # of steps on this device and by the drafts accepted so far, every few steps anew.
+    num_draft_tokens: int | str = 8
     draft_token_choices: tuple[int, ...] = ()  # smaller k that the engine may turn to
     budget_ratio: float = 0.05  # s, share of the context a draft reads, (0, 1]
     min_budget: int = 192  # tokens read at least (b_min)
@@ -284,10 +159,12 @@ class SpeculationConfig:
     policy: object = "pillar"  # a name of policies.select, or a Policy
     # "mixed": each step drafts for some slots and verifies others. "aligned": one step
     # is a cycle of all slots, and prompt chunks have steps of their own. A proposer
-    # that drafts at once verifies every slot in every step, whichever it is.
+    # that drafts at once verifies every slot in every step, whichever it is. "auto":
+    # aligned if drafts have weights of their own.
     schedule: str = "mixed"
     # "int8": drafts by weights in 8 bits, one scale for each output, made of the
     # model's and kept beside them. Needs aligned steps: a mixed one reads all anyway.
+    # "auto": where their kernel runs and the memory has room.
     draft_weights: str | None = None
     acceptor: str = "shared_noise"  # or "ratio_test" (Leviathan et al., 2023), "forced"
     forced_acceptance: float | None = None  # with "forced": mean accepted drafts; lossy
@@ -300,14 +177,17 @@ class SpeculationConfig:
     num_guesses: int | None = None  # cascade: tokens looked up per step; None: 3
 
     def __post_init__(self):
-        put_int(self, "num_draft_tokens", 0, 31)
-        put_ints(self, "draft_token_choices", 0, self.num_draft_tokens)
+        if self.chooses_k:
+            self._check_auto()
+        else:
+            put_int(self, "num_draft_tokens", 0, 31)
+            put_ints(self, "draft_token_choices", 0, self.num_draft_tokens)
         put_float(self, "budget_ratio", _LEAST_RATIO, 1.0)
         put_int(self, "min_budget", 0)
         put_choice(self, "schedule", SCHEDULES)
         self._check_draft_weights()
         put_choice(self, "acceptor", ACCEPTORS)
-        _require(
+        require(
             (self.acceptor == "forced") == (self.forced_acceptance is not None),
             "forced_acceptance goes with acceptor='forced' and with no other, got "
             f"{self.forced_acceptance!r} and {self.acceptor!r}",
@@ -321,16 +201,31 @@ class SpeculationConfig:
         put_int(self, "draft_top_m", 1)
         self._check_cascade()
 
+    def _check_auto(self):
+        """ValueError for options that mean nothing without a number of drafts."""
+        needs_k = {
+            "draft_token_choices": self.draft_token_choices,
+            "acceptor='forced'": self.acceptor == "forced",
+            "proposer='cascade'": self.is_cascade,
+        }
+        for name, is_given in needs_k.items():
+            require(
+                not is_given,
+                f"{name} needs a number of drafts, num_draft_tokens is {AUTO!r}",
+            )
+
     def _check_draft_weights(self):
         if self.draft_weights is None:
             return
         put_choice(self, "draft_weights", DRAFT_WEIGHTS[1:])
-        _require(
-            self.schedule == "aligned",
+        if self.draft_weights == AUTO:
+            return
+        require(
+            self.schedule != "mixed",
             f"draft_weights={self.draft_weights!r} need schedule='aligned': a mixed "
             "step verifies too, and reads the full weights anyway",
         )
-        _require(
+        require(
             self.proposer == "self" or self.is_cascade,
             f"draft_weights={self.draft_weights!r} are for drafts of the model itself, "
             f"proposer={self.proposer!r} makes its own: use proposer='self'",
@@ -339,14 +234,14 @@ class SpeculationConfig:
     def _check_cascade(self):
         sizes = {"draft_steps": self.draft_steps, "num_guesses": self.num_guesses}
         sizes = {name: value for name, value in sizes.items() if value is not None}
-        _require(
+        require(
             self.is_cascade or not sizes,
             f"{' and '.join(sizes)} need proposer='cascade', got {self.proposer!r}",
         )
         if not self.is_cascade:
             return
         drafts = self.num_draft_tokens
-        _require(
+        require(
             drafts >= 2,
             f"proposer='cascade' needs num_draft_tokens >= 2, got {drafts}: a draft "
             "step has nothing to guess",
@@ -354,6 +249,16 @@ class SpeculationConfig:
         most = {"draft_steps": drafts, "num_guesses": drafts - 1}
         for name in sizes:
             put_int(self, name, 1, most[name])
+
+    @property
+    def chooses_k(self):
+        """True if the number of drafts is left to the engine."""
+        return isinstance(self.num_draft_tokens, str) and self.num_draft_tokens == AUTO
+
+    @property
+    def all_draft_tokens(self):
+        """Every k that an engine may run with, ascending."""
+        return tuple(sorted({*self.draft_token_choices, self.num_draft_tokens}))
 
     @property
     def is_lossless(self):

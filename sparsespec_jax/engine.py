@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import weakref
-from collections import deque
+from collections import Counter, deque
 
 from sparsespec_jax import sizes
 from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device_steps import DeviceSteps, check_exact
 from sparsespec_jax.host import intake
 from sparsespec_jax.host.commit import commit
+from sparsespec_jax.host.cost_model import Chooser
 from sparsespec_jax.host.dispatcher import HostClock
 from sparsespec_jax.host.edits import EditLoads
 from sparsespec_jax.host.interrupts import Whole
@@ -20,6 +21,7 @@ from sparsespec_jax.models.draft_weights import without_draft_weights
 from sparsespec_jax.models.same_params import check_same_params
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.plan.outcome import StepOutcome
+from sparsespec_jax.tuning.calibrate import load_or_measure
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 
@@ -39,13 +41,11 @@ class Engine(contextlib.AbstractContextManager):
 
     Args:
       model: a Model (see `load_model`).
-      speculation: SpeculationConfig; its `num_draft_tokens` is the largest k.
+      speculation: SpeculationConfig; its `num_draft_tokens` is the largest k. With
+        "auto", steps are timed before the first one, or read from the user's cache.
       engine: EngineConfig.
-      choose_num_draft_tokens: None, or a function called every 64 steps as
-        `f(num_running=, context_tokens=, acceptance=, host_seconds=)` (requests in
-        slots, their tokens, share of recent drafts accepted by position: a tuple of k
-        floats, NaN where unknown; processor time that the host's busiest thread needed
-        per step since the last call) that returns one of `draft_token_choices`.
+      choose_num_draft_tokens: None, or what returns one of `draft_token_choices`,
+        called every 64 steps as `cost_model.Chooser` is.
 
     Raises (on construction):
       ValueError: options that do not fit together, the model or the memory.
@@ -56,17 +56,15 @@ class Engine(contextlib.AbstractContextManager):
     def __init__(
         self, model, *, speculation=None, engine=None, choose_num_draft_tokens=None
     ):
-        self.speculation = speculation or SpeculationConfig()
+        speculation = speculation or SpeculationConfig()
         self.config = engine or EngineConfig()
-        sizes.check_types(model, self.speculation, self.config)
+        sizes.check_types(model, speculation, self.config)
         self.model, self.params_version = model, 0
-        resolved = sizes.resolve(model, self.speculation, self.config)
+        resolved = sizes.resolve(model, speculation, self.config)
+        self.speculation, self.shape = resolved.speculation, resolved.shape
         self.impl, self.max_length = resolved.impl, resolved.max_length
         self.policy, self.proposer = resolved.policy, resolved.proposer
-        self.shape, self.kv_bytes_per_token = (
-            resolved.shape,
-            resolved.kv_bytes_per_token,
-        )
+        self.kv_bytes_per_token = resolved.kv_bytes_per_token
         if resolved.exact:
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
             check_exact(model, shapes, self.impl)
@@ -74,13 +72,12 @@ class Engine(contextlib.AbstractContextManager):
         self.params = self.device_steps.params_of(model.params)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
         self._scheduler = Scheduler(
-            self.shape,
-            kv_policy=self.config.kv_policy,
+            self.shape, kv_policy=self.config.kv_policy, exact=resolved.exact,
             num_host_chunks=resolved.num_host_chunks,
             chunk_pages=self.config.host_chunk_pages,
-            exact=resolved.exact,
-        )
+        )  # fmt: skip
         self._choose, self._next_choice = choose_num_draft_tokens, 0
+        self._measures = speculation.chooses_k and choose_num_draft_tokens is None
         self._host_clock = HostClock(self.device_steps.dispatcher)
         is_choosing = choose_num_draft_tokens is not None
         self._outputs = Outputs(self.shape, with_acceptance=is_choosing)
@@ -90,6 +87,7 @@ class Engine(contextlib.AbstractContextManager):
         self._finished, self._events = [], []  # of the current call, or the last one
         self._is_handed_out = True
         self._next_id, self.num_steps, self._filters = 0, 0, False
+        self._steps_of = Counter()  # by k
 
     # -- requests ---------------------------------------------------------------
 
@@ -157,13 +155,12 @@ class Engine(contextlib.AbstractContextManager):
         decoded: the result has these tokens and their log-probabilities (see `score`).
         """
         self._require_open()
-        samples, emitted = intake.samples_to_queue(
+        samples, emitted, told = intake.samples_to_queue(
             prepared, self.model, self.max_length, self.shape, progress, scored
         )
         self._prepare_steps(prepared, is_scored=scored is not None)
         first = self._next_id
         prompt_index = first if prompt_index is None else prompt_index
-        told = intake.prompt_logprobs(prepared)
         with self._whole:
             for sample in samples:
                 request = intake.make_request(
@@ -207,9 +204,8 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           ValueError: the budget could exceed what the engine was built for.
         """
-        new = dataclasses.replace(
-            self.speculation, budget_ratio=budget_ratio, min_budget=min_budget
-        )
+        budget = dict(budget_ratio=budget_ratio, min_budget=min_budget)
+        new = dataclasses.replace(self.speculation, **budget)
         sizes.check_budget(new, self.max_length, self.shape)
         self.speculation = new
 
@@ -221,8 +217,7 @@ class Engine(contextlib.AbstractContextManager):
     @property
     def draft_token_choices(self):
         """Every k that the engine may run with, ascending."""
-        spec = self.speculation
-        return tuple(sorted({*spec.draft_token_choices, spec.num_draft_tokens}))
+        return self.speculation.all_draft_tokens
 
     def set_num_draft_tokens(self, num_draft_tokens):
         """Go on with another k from the next step; changes no token.
@@ -272,6 +267,7 @@ class Engine(contextlib.AbstractContextManager):
         if not self._begin():
             return self._hand_out()
         self._read(self.config.lag, with_events)  # more if the last call was cut short
+        self._measure()
         if self._choose is not None and self.num_steps >= self._next_choice:
             self._choose_num_draft_tokens()
         with self._whole:
@@ -281,6 +277,7 @@ class Engine(contextlib.AbstractContextManager):
             if plan is not None:
                 self._in_flight.append((planned, outcome, self.params_version))
                 self.num_steps += 1
+                self._steps_of[self.num_draft_tokens] += 1
         if plan is None:
             outcome.result()
         self._read(0 if plan is None else self.config.lag, with_events)
@@ -309,11 +306,9 @@ class Engine(contextlib.AbstractContextManager):
                 self._in_flight.popleft()
                 widths = planned.num_queries, planned.num_top, planned.prompts
                 outcome = StepOutcome.from_packed(packed, *widths)
-                events = self._events if with_events else None
-                commit(
-                    self._scheduler, self._outputs, planned, outcome, version,
-                    self._finished, events,
-                )  # fmt: skip
+                told = self._finished, self._events if with_events else None
+                records = self._scheduler, self._outputs
+                commit(*records, planned, outcome, version, *told)
         if not self.has_work:  # steps under way are of no use: let them end
             self.device_steps.settle()
 
@@ -375,24 +370,27 @@ class Engine(contextlib.AbstractContextManager):
     @property
     def kv_usage(self):
         """Load of the KV cache now and what page pressure cost so far: a dict."""
-        scheduler = self._scheduler
-        return {
-            "utilisation": scheduler.kv.utilisation,
-            "num_running": scheduler.num_running,
-            "num_preempted": scheduler.num_preempted,
-            "num_waiting": len(scheduler.waiting),
-            **dataclasses.asdict(scheduler.kv.counters),
+        return self._scheduler.kv.usage | {
+            "num_running": self._scheduler.num_running,
+            "num_preempted": self._scheduler.num_preempted,
+            "num_waiting": len(self._scheduler.waiting),
         }
+
+    def _measure(self):
+        """Time the steps of num_draft_tokens="auto", once, before the first of them."""
+        if self._measures and len(self.draft_token_choices) > 1:
+            self.choose_with(Chooser(load_or_measure(self)))
+        self._measures = False
 
     def _choose_num_draft_tokens(self):
         self._next_choice = self.num_steps + _CHOOSE_EVERY
-        num_draft_tokens = self._choose(
+        load = dict(
             num_running=self._scheduler.num_running,
             context_tokens=self._scheduler.context_tokens,
             acceptance=self._outputs.acceptance,
             host_seconds=self._host_clock.per_step(self.num_steps),
         )
-        self.set_num_draft_tokens(num_draft_tokens)
+        self.set_num_draft_tokens(self._choose(**load))
 
     def warm_up(self, *, filters=False, sampling=()):
         """Compile every variant of the step, so that nothing compiles afterwards.
@@ -402,6 +400,7 @@ class Engine(contextlib.AbstractContextManager):
         first step, the time of requests counts from its end.
         """
         self._require_open()
+        self._measure()
         self._filters |= filters
         for params in sampling:
             self._prepare_steps(intake.prepare(self.model, [0], params))
@@ -437,4 +436,5 @@ class Engine(contextlib.AbstractContextManager):
             numerics=self.config.numerics,
             **sizes.of_drafts(self.model, self.speculation, self.impl),
             min_budget=sizes.floor_of_drafts(self.speculation, self.shape),
+            steps_by_num_draft_tokens=dict(sorted(self._steps_of.items())),
         )

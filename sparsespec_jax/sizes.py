@@ -11,10 +11,12 @@ import numpy as np
 
 from pallas_kernels import default_impl
 from pallas_kernels.paged_attention import check_served as check_attention
-from sparsespec_jax.config import MAX_INT, EngineConfig, SpeculationConfig
+from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device.state import pool_bytes_per_page
+from sparsespec_jax.host import automatic
 from sparsespec_jax.loading.load import Model
 from sparsespec_jax.models.draft_weights import check_served, num_bytes
+from sparsespec_jax.models.option_fields import MAX_INT
 from sparsespec_jax.models.products import check_products
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import plan_fields
@@ -39,6 +41,7 @@ _MEMORY_SHARE = 0.95  # of the free memory that the pool may take
 class EngineSizes(NamedTuple):
     """What an engine is made of, in place of the options that leave it open."""
 
+    speculation: SpeculationConfig  # without "auto"
     impl: str  # of the kernels
     policy: Policy
     proposer: Any  # None: the model itself
@@ -56,6 +59,7 @@ def resolve(model, speculation, config):
       ValueError: the options do not fit together, the model, the platform or the
         free memory.
     """
+    speculation = settle(model, speculation, config)
     policy = resolve_policy(speculation.policy)
     check_cascade(speculation, policy)
     check_vocabulary(model.config, speculation)
@@ -76,6 +80,7 @@ def resolve(model, speculation, config):
         drafts = num_bytes(model.config, model.params, impl=impl)
     check_memory(model.config, shape, kv_dtype, policy, staged, drafts)
     return EngineSizes(
+        speculation=speculation,
         impl=impl,
         policy=policy,
         proposer=resolve_proposer(speculation.proposer),
@@ -84,6 +89,24 @@ def resolve(model, speculation, config):
         kv_bytes_per_token=per_token,
         num_host_chunks=num_chunks,
         exact=config.numerics == "exact",
+    )
+
+
+def settle(model, speculation, config):
+    """The SpeculationConfig without "auto", see `automatic.settled`."""
+
+    def fits(wanted):
+        try:
+            resolve(model, wanted, config)
+        except ValueError:  # what is wrong without 8 bits too comes again
+            return False
+        return True
+
+    return automatic.settled(
+        speculation,
+        impl=resolve_impl(config.impl),
+        dtype=str(params_dtype(model.params)),
+        fits=fits,
     )
 
 
@@ -134,6 +157,8 @@ def with_length(model, speculation, config, longest):
     the room is what is needed.
     """
     rounded = rounded_length(longest, model.config.max_length)
+    needed = dataclasses.replace(config, max_length=longest)
+    speculation = settle(model, speculation, needed)
     shape = make_shape(speculation, config, rounded, "reference")
     per_page = pool_bytes_per_page(
         model.config, shape.page_size, params_dtype(model.params)
@@ -141,7 +166,7 @@ def with_length(model, speculation, config, longest):
     policy = resolve_policy(speculation.policy)
     wanted = shape.num_pages * per_page + policy_bytes(model.config, shape, policy)
     is_small = wanted < free_memory_bytes() // 2
-    return dataclasses.replace(config, max_length=rounded if is_small else longest)
+    return dataclasses.replace(config, max_length=rounded) if is_small else needed
 
 
 def rounded_length(tokens, most):

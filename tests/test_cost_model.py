@@ -158,11 +158,12 @@ def test_an_engine_that_was_measured_and_chooses_emits_the_same(tiny_model, engi
     assert engine_helpers.num_compilations(engine) == compiled
 
 
-def test_measuring_needs_an_idle_engine_and_lengths_that_fit(engine):
+def test_measuring_needs_lengths_that_fit_and_nothing_begun(engine):
     with pytest.raises(ValueError, match="lengths must lie"):
         calibrate.measure(engine, [10**6])
     engine.add_request([1, 2, 3], LAWS[0])
-    with pytest.raises(ValueError, match="unfinished requests"):
+    engine.step()
+    with pytest.raises(ValueError, match="begun requests that are unfinished"):
         calibrate.measure(engine)
 
 

@@ -407,31 +407,17 @@ def test_tiling_rejects_other_sizes(name):
         Tiling(**{name: 0})
 
 
-def measured():
-    """Rows of the kernel in results files, each number of rows of the newest one."""
-    for name, num_rows in (
-        ("aligned_probe_h200.json", (24, 64)),
-        ("aligned_probe_h200_products.json", (128,)),
-    ):
-        for row in json.loads((RESULTS / name).read_text())["products"]:
-            if row["kind"] == "kernel" and row["rows"] in num_rows:
-                yield row
-
-
 def test_chosen_tilings_are_the_fastest_of_those_measured():
-    times = {}
-    for row in measured():
-        if "cluster=1" in row["way"] and "rows=128" not in row["way"]:
-            text = row["way"].removeprefix("Tiling(").removesuffix(")")
-            way = {k: int(v) for k, v in (item.split("=") for item in text.split(", "))}
-            key = row["rows"], row["size_in"], row["size_out"]
-            tiling = Tiling(**{n: way[n] for n in ("groups", "parts", "ctas")})
-            times.setdefault(key, {})[tiling] = row["us"]
-    assert len(times) == 15
-    for key, of_tilings in times.items():
-        chosen = choose_tiling(*key)
-        assert of_tilings[chosen] == min(of_tilings.values()), key
-        assert choose_parts(*key) == chosen.parts
+    rows = json.loads((RESULTS / "int8_matmul_h200.json").read_text())["rows"]
+    assert len(rows) == 15
+    for row in rows:
+        times = {name: way["us"] for name, way in row["ways"].items() if "us" in way}
+        ours = {name: us for name, us in times.items() if name.startswith("Tiling")}
+        size = row["rows"], row["inputs"], row["outputs"]
+        chosen = choose_tiling(*size)
+        assert str(chosen) == min(ours, key=ours.get), size
+        assert choose_parts(*size) == chosen.parts
+        assert min(ours.values()) < min(times["xla"], times["xla of bfloat16"]), size
 
 
 def test_a_tiling_is_chosen_for_all_that_models_have():

@@ -10,26 +10,25 @@ import pytest
 import sparsespec_jax
 
 SCRIPT = """
-import json, resource, time
-start = time.perf_counter()
+import json, time
+def now():
+    return time.perf_counter(), time.process_time()
+clock = [now()]
 from sparsespec_jax import SamplingParams, decode, load_model
-imported = time.perf_counter()
+clock.append(now())
 model = load_model("smollm2", dtype="float32")
-loaded = time.perf_counter()
+clock.append(now())
 law = SamplingParams(temperature=0.65, max_tokens=32)
 (result,) = decode(model, ["Once upon a time, in a village by the sea,"], sampling=law)
-called = time.perf_counter()
-usage = resource.getrusage(resource.RUSAGE_SELF)
-times = {
-    "import": imported - start, "load": loaded - imported, "call": called - loaded,
-    "all": called - start, "processor": usage.ru_utime + usage.ru_stime,
-}
+clock.append(now())
+parts = zip(("import", "load", "call"), clock[:-1], clock[1:], strict=True)
+times = {name: [b - a for a, b in zip(*pair)] for name, *pair in parts}
 print(json.dumps([times, result.text]))
 """
 
 
 def started(folder, users):
-    """(seconds by part, text) of the first call of a process of a user."""
+    """({part: [seconds, of the processors]}, text) of a user's process."""
     root = pathlib.Path(sparsespec_jax.__file__).parents[1]
     environment = {k: v for k, v in users.items() if "JAX_PERSISTENT" not in k}
     environment |= {"SPARSESPEC_COMPILE_CACHE": str(folder), "PYTHONPATH": str(root)}
@@ -43,10 +42,14 @@ def started(folder, users):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_first_call_of_a_second_process(default_model, users_environment, tmp_path):
-    """`pytest -s` prints the seconds; weights are on the disk before."""
+    """At most half, by the processors' time: another's work does not change that.
+
+    `pytest -s` prints the seconds; weights are on the disk before.
+    """
     first, text = started(tmp_path / "programs", users_environment)
     second, again = started(tmp_path / "programs", users_environment)
-    print("\n", *(json.dumps(x) for x in (first, second)), sep="\n")
+    print("", json.dumps(first), json.dumps(second), sep="\n")
     assert text == again
-    assert second["call"] <= first["call"] / 2
-    assert second["all"] <= first["all"] / 2
+    assert second["call"][1] <= first["call"][1] / 2
+    whole = [sum(part[1] for part in times.values()) for times in (first, second)]
+    assert whole[1] <= whole[0] / 2

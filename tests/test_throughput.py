@@ -152,11 +152,11 @@ def test_a_wrong_load_is_refused(options):
         dataclasses.replace(LOADS["qwen3_8b_64x512x4096"], **options)
 
 
-def test_a_load_that_chooses_k_compiles_plain_decoding_too():
+def test_a_load_that_chooses_k_compiles_all_that_it_chooses_from():
     load = LOADS["qwen3_8b_64x512x4096"]
     assert load.speculation().draft_token_choices == ()
     load = dataclasses.replace(load, chooses_k=True)
-    assert load.speculation().draft_token_choices == (0,)
+    assert load.speculation().draft_token_choices == (0, 2, 4)
 
 
 def test_steps_of_a_load_on_made_up_caches(tiny_model):

@@ -98,25 +98,27 @@ def num_blocks(size_in: int, size_out: int) -> tuple[int, int]:
     return -(-size_out // BLOCK[0]), -(-size_in // BLOCK[1])
 
 
-# The fastest of those tried on an H200: (in, out) -> (most rows, tiling) ...
-# At 24 and 64 rows of experiments/results/aligned_probe_h200.json, at 128 of
-# experiments/results/aligned_probe_h200_products.json, an earlier form of the kernel.
+# The fastest of those tried on an H200: (in, out) -> (most rows, tiling) ..., of
+# experiments/results/int8_matmul_h200.json.
 _MEASURED = {
     (4096, 6144): (
-        (64, Tiling(groups=1, parts=2, ctas=2)),
-        (128, Tiling(groups=2, parts=2)),
+        (24, Tiling(groups=1, parts=2, ctas=2, turn=4)),
+        (64, Tiling(groups=3, parts=4, turn=4)),
+        (128, Tiling(groups=3, parts=4)),
     ),
     (4096, 4096): (
-        (24, Tiling(groups=1, parts=4, ctas=2)),
-        (128, Tiling(groups=2, parts=4)),
+        (24, Tiling(groups=1, parts=2)),
+        (64, Tiling(groups=1, parts=4, ctas=2, turn=2)),
+        (128, Tiling(groups=2, parts=4, turn=2)),
     ),
     (4096, 24576): (
-        (24, Tiling(groups=1, ctas=3)),
+        (24, Tiling(groups=3, turn=4)),
         (128, Tiling(groups=3)),
     ),
     (12288, 4096): (
+        (24, Tiling(groups=1, parts=4, ctas=2, turn=4)),
         (64, Tiling(groups=1, parts=4, ctas=2)),
-        (128, Tiling(groups=2, parts=4)),
+        (128, Tiling(groups=2, parts=4, turn=2)),
     ),
     (4096, 151936): (
         (24, Tiling(groups=1, ctas=3)),

@@ -22,13 +22,15 @@ _PRIOR = 0.8  # acceptance of a draft, given the drafts before it, before any is
 class CostModel:
     """Measured seconds of a step, by k.
 
-    `steps[k]` holds pairs of context tokens (all slots) and seconds, by tokens.
+    `steps[k]` holds pairs of context tokens (all slots) and seconds, by tokens. Where
+    one step `runs_cycles`, as aligned ones do, they are of 1 / (k + 1) of it.
 
     Raises:
       ValueError: a k without two different context sizes.
     """
 
     steps: dict[int, tuple[tuple[float, float], ...]]
+    runs_cycles: bool = False
 
     def __post_init__(self):
         for k, points in self.steps.items():
@@ -56,8 +58,9 @@ class CostModel:
         `host_seconds` is what the host needs for a step.
         """
         committed = 1.0 + accepted_drafts(acceptance, k)
-        step = max(self.seconds(k, context_tokens), host_seconds)
-        return num_running * committed / ((k + 1) * step)
+        cycle = (k + 1) * self.seconds(k, context_tokens)
+        cycle = max(cycle, host_seconds * (1 if self.runs_cycles else k + 1))
+        return num_running * committed / cycle
 
 
 def accepted_drafts(acceptance, k: int) -> float:
@@ -166,7 +169,16 @@ class Chooser:
     def __call__(
         self, *, num_running, context_tokens, acceptance, host_seconds=0.0
     ) -> int:
-        """The k to go on with."""
+        """The k to go on with.
+
+        Args:
+          num_running: requests in slots.
+          context_tokens: theirs, prompt and output.
+          acceptance: share of recent drafts accepted by position, a tuple of k floats,
+            NaN where unknown.
+          host_seconds: processor time that the host's busiest thread needed for a step
+            since the last call.
+        """
         seen = [s for s in (self._host_seconds, host_seconds) if s > 0.0]
         self._host_seconds = min(seen, default=0.0)
         if num_running:

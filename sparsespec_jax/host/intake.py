@@ -125,7 +125,9 @@ def check_scored(token_ids, sampling, shape):
 
 
 def samples_to_queue(prepared, model, max_length, shape, progress, scored):
-    """(numbers of the samples, tokens emitted so far) of what an engine is to queue.
+    """(numbers of the samples, tokens emitted so far, PromptLogprobs or None).
+
+    Of what an engine is to queue; all samples share the PromptLogprobs.
 
     Raises:
       ValueError: an engine of this length and StepShape could not serve it, by the
@@ -136,7 +138,10 @@ def samples_to_queue(prepared, model, max_length, shape, progress, scored):
     if progress is not None:
         check_progress(progress, prepared.sampling)
         samples, emitted = [progress.sample_index], progress.token_ids
-    if prepared.sampling.prompt_logprobs is not None and shape.prefill_chunk < 2:
+    num_top, told = prepared.sampling.prompt_logprobs, None
+    if num_top is not None:
+        told = PromptLogprobs(len(prepared.token_ids), num_top)
+    if told and shape.prefill_chunk < 2:
         raise ValueError(
             f"prompt_logprobs need prefill_chunk of 2 or more, got "
             f"{shape.prefill_chunk}: raise it"
@@ -144,7 +149,7 @@ def samples_to_queue(prepared, model, max_length, shape, progress, scored):
     if scored is not None:
         check_scored(scored, prepared.sampling, shape)
         emitted = scored
-    return samples, emitted
+    return samples, emitted, told
 
 
 def extras_of(prepared, *, is_scored):
@@ -155,14 +160,6 @@ def extras_of(prepared, *, is_scored):
     sampling = prepared.sampling
     judged = is_scored and sampling.logprobs == "processed" and is_greedy(sampling)
     return prepared.extras._replace(judges_greedy=judged)
-
-
-def prompt_logprobs(prepared):
-    """PromptLogprobs for all samples of a PreparedPrompt; None if nobody asks."""
-    num_top = prepared.sampling.prompt_logprobs
-    if num_top is None:
-        return None
-    return PromptLogprobs(len(prepared.token_ids), num_top)
 
 
 def make_request(

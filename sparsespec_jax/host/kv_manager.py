@@ -65,6 +65,11 @@ class KvManager:
         return 1 - self.allocator.num_free / self.allocator.num_pages
 
     @property
+    def usage(self):
+        """Load of the pool, and counts of what page pressure cost: a dict."""
+        return {"utilisation": self.utilisation, **dataclasses.asdict(self.counters)}
+
+    @property
     def has_free_chunk(self):
         """True if host memory can take another chunk."""
         return bool(self._chunks)

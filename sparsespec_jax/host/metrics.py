@@ -233,6 +233,8 @@ class DecodeStats:
     schedule: str = "mixed"  # of SpeculationConfig
     draft_weights: str | None = None  # likewise
     draft_weight_bytes: int | None = None  # that a step with such weights reads
+    # Steps by the k that they were planned with.
+    steps_by_num_draft_tokens: dict[int, int] = field(default_factory=dict)
     min_budget: int = 0  # tokens that a draft reads at least; 0 without a selection
 
     @property
@@ -331,6 +333,7 @@ class DecodeStats:
             "draft_weights",
             "num_slots",
             "num_steps",
+            "steps_by_num_draft_tokens",
             "wall_time_s",
             "kv_bytes_per_token",
             "weight_bytes",

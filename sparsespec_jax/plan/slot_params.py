@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 
-from sparsespec_jax.config import MAX_INT
+from sparsespec_jax.models.option_fields import MAX_INT
 
 _SEED_LOW, _SEED_HIGH, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P = range(6)
 _LIMIT, _LOGPROB_MODE, _BUDGET_RATIO, _MIN_BUDGET, _STOP_IDS = range(6, 11)

@@ -25,7 +25,7 @@ from sparsespec_jax.array_types import (
     VerifySeeds,
     ViewQueries,
 )
-from sparsespec_jax.config import MAX_INT, put_float, put_int
+from sparsespec_jax.models.option_fields import MAX_INT, put_float, put_int
 
 NEEDS = ("mass", "edge_mass", "queries", "keys")
 _MASS_ALONE = (("mass",), ("edge_mass",))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsespec_jax.array_types import KeyScores, VerifyMass
-from sparsespec_jax.config import put_choice, put_flag, put_float, put_int
+from sparsespec_jax.models.option_fields import put_choice, put_flag, put_float, put_int
 from sparsespec_jax.policies.base import (
     Policy,
     SelectionView,

@@ -22,7 +22,7 @@ from sparsespec_jax.array_types import (
     ViewFeatures,
     ViewTexts,
 )
-from sparsespec_jax.config import put_int
+from sparsespec_jax.models.option_fields import put_int
 from sparsespec_jax.plan.shape import StepShape
 
 

@@ -29,10 +29,10 @@ from sparsespec_jax.array_types import (
     TextQueries,
     TextVisible,
 )
-from sparsespec_jax.config import put_int
 from sparsespec_jax.models import transformer as model_lib
 from sparsespec_jax.models.config import ModelConfig
 from sparsespec_jax.models.layer import RmsNorm
+from sparsespec_jax.models.option_fields import put_int
 from sparsespec_jax.models.products import Projection
 from sparsespec_jax.models.rope import rope_tables
 from sparsespec_jax.plan.shape import StepShape

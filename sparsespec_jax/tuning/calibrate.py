@@ -30,14 +30,14 @@ _SHARES = (0.05, 0.3, 1.0)  # context lengths, of the longest that fits
 
 
 def load_or_measure(engine, directory=None) -> CostModel:
-    """The CostModel of an idle engine: measured once per device, then read.
+    """The CostModel of an engine: measured once per device, then read.
 
     Args:
-      engine: an Engine without requests.
+      engine: an Engine that has begun no request.
       directory: where results are kept; default: step_costs in the user's cache.
 
     Raises:
-      ValueError: the engine has work, or its pool is too small for any cache.
+      ValueError: the engine has begun requests, or its pool is too small for any cache.
     """
     key = {
         "device": jax.devices()[0].device_kind,
@@ -53,8 +53,9 @@ def load_or_measure(engine, directory=None) -> CostModel:
     path = folder / f"{digest}.json"
     if path.exists():
         steps = json.loads(path.read_text())["steps"]
-        return CostModel({int(k): tuple(map(tuple, v)) for k, v in steps.items()})
-    model = CostModel(measure(engine))
+        steps = {int(k): tuple(map(tuple, v)) for k, v in steps.items()}
+        return CostModel(steps, runs_cycles=engine.shape.runs_cycles)
+    model = CostModel(measure(engine), runs_cycles=engine.shape.runs_cycles)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"key": key, "steps": model.steps}, indent=1))
@@ -66,21 +67,21 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
     """Context tokens and seconds of a step, by k; see CostModel.
 
     Args:
-      engine: an Engine without requests; its caches are overwritten.
+      engine: an Engine that has begun no request; its caches are overwritten.
       lengths: context lengths to measure; default: three up to the longest that fits.
 
     Raises:
-      ValueError: the engine has work, a length does not fit, or the proposer is a
-        cascade, whose drafts per step depend on the text.
+      ValueError: the engine has begun requests, a length does not fit, or the proposer
+        is a cascade, whose drafts per step depend on the text.
     """
     if engine.speculation.is_cascade:
         raise ValueError(
             "step times say nothing of the cycles of proposer='cascade', which make a "
             "number of drafts that depends on the text: choose k by hand"
         )
-    if engine.has_work:
+    if engine.has_work and engine.num_steps:
         raise ValueError(
-            "the engine has unfinished requests: measure before adding any"
+            "the engine has begun requests that are unfinished: measure before"
         )
     longest = longest_context(engine)
     if lengths is None:
