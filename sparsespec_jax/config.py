@@ -59,6 +59,10 @@ class SamplingParams:
     As in vLLM, a bad word is looked for as it stands and with a space in front if it
     has as many tokens then and another first one; several tokens count if all are of
     the output. `bad_words` need a tokenizer.
+
+    With `prompt_logprobs=k` results tell of the prompt's own tokens: `prompt_logprobs`
+    has the log-probability of each, of the model's logits whatever `logprobs` says, and
+    `prompt_top_logprobs` the k likeliest tokens in its place. The first token has none.
     """
 
     temperature: float = 1.0  # 0 is greedy, as is all below 1.2e-38; at most 10
