@@ -15,11 +15,11 @@ import gc
 
 import numpy as np
 
-from experiments import experiment, models
+from experiments import experiment
 from experiments.experiment import Experiment
-from experiments.loads import LOADS
-from experiments.options import Options, option
-from experiments.throughput import ThroughputConfig, make_prompts, run_mode
+from experiments.load_parts import LoadParts, loads_of, model_of
+from experiments.options import option
+from experiments.throughput import make_prompts, run_mode
 from pallas_kernels.timing import measure_rates
 from sparsespec_jax import SpeculationConfig, sizes
 from sparsespec_jax.config import NUMERICS
@@ -28,21 +28,10 @@ _MODES = ("plain", "speculative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactCostConfig(Options):
+class ExactCostConfig(LoadParts):
     """Which loads, and how often each mode of them runs."""
 
-    loads: tuple[str, ...] = option(
-        ("qwen3_8b_24x12288x1024", "qwen3_8b_64x512x4096", "qwen3_8b_128x512x2048"),
-        "Loads of experiments.throughput, of one model.",
-        choices=sorted(LOADS),
-    )
     modes: tuple[str, ...] = option(_MODES, "Modes.", choices=_MODES)
-    repeats: int = option(1, "Runs of each, in turn.", at_least=1)
-    max_requests: int = option(0, "Requests of a load at most; 0: all.", at_least=0)
-    max_tokens: int = option(0, "New tokens of a load at most; 0: all.", at_least=0)
-    prompt_length: int = option(0, "Of every prompt; 0: the load's.", at_least=0)
-    model: str = option("")  # none: the load's
-    dtype: str = option("bfloat16", "Type.", choices=models.DTYPES)
     numerics: tuple[str, ...] = option(NUMERICS, "Compared.", choices=NUMERICS)
 
 
@@ -58,25 +47,8 @@ class ExactCost(Experiment):
 
     def __init__(self, config, **how):
         super().__init__(config, **how)
-        self.loads = {name: self._load(name) for name in config.loads}
-        if len(names := {load.model for load in self.loads.values()}) > 1:
-            raise ValueError(f"loads must be of one model, got {sorted(names)}")
-        self.model = models.random_model(*names, config.dtype)
-
-    def _load(self, name):
-        """The ThroughputConfig of a load, as far as it runs."""
-        config, load = self.config, LOADS[name]
-        most = {
-            "num_requests": config.max_requests,
-            "num_slots": config.max_requests,
-            "new_tokens": config.max_tokens,
-        }
-        changes = {k: min(v, getattr(load, k)) for k, v in most.items() if v}
-        if config.prompt_length:
-            changes["prompt_length"] = config.prompt_length
-        changes["model"] = config.model or load.model
-        load = dataclasses.asdict(load) | changes | {"dtype": config.dtype}
-        return ThroughputConfig(load=name, trace_steps=0, **load)
+        self.loads = loads_of(config)
+        self.model = model_of(config, self.loads)
 
     def rows(self):
         """Those that are compared lie next to each other."""

@@ -37,6 +37,13 @@ class Load(Options):
     prompt_length: int = option(
         512, "Random tokens per prompt; 0: prompts of --prompts, or the built-in ones."
     )
+    context_length: int = option(
+        0, "Prompts on source files and documents of so many tokens; 0: none.",
+        at_least=0,
+    )  # fmt: skip
+    num_contexts: int = option(
+        32, "Of them that differ; requests of one have noise of their own.", at_least=1
+    )
     # A request's first token comes with its prompt: one more is decoded.
     new_tokens: int = option(
         4096, "Tokens per request; end-of-text is ignored.", at_least=2
@@ -80,6 +87,15 @@ class Load(Options):
             max_tokens=self.new_tokens,
             ignore_eos=True,
         )
+
+    def of_drafts(self, num_draft_tokens: int) -> Load:
+        """The load with another k; forced, a draft is accepted as often as before."""
+        changes = dict(num_draft_tokens=num_draft_tokens, chooses_k=False)
+        share = self.speculation().forced_probability
+        if share is not None:
+            drafts = range(1, num_draft_tokens + 1)
+            changes["forced_acceptance"] = sum(share**i for i in drafts)
+        return dataclasses.replace(self, **changes)
 
     def speculation(self) -> SpeculationConfig:
         """How the speculative mode drafts."""
@@ -142,6 +158,16 @@ _SMOLLM2 = Load(
 )  # fmt: skip
 # As the paper measured it on its H100: k = 8, s = 0.05 and 6.16 drafts accepted.
 _QWEN3 = Load(forced_acceptance=6.16, min_budget=16, mass_rows="edges")
+# Real weights, whose acceptance is their own.
+_CODER = Load(model="qwen2.5-coder-1.5b", random_weights=False, mass_rows="edges")
+
+
+def _long(load, num_requests, prompt_length, new_tokens, **changes):
+    """A load whose requests all run at the same time."""
+    sizes = dict(num_requests=num_requests, num_slots=num_requests)
+    sizes |= dict(prompt_length=prompt_length, new_tokens=new_tokens)
+    return dataclasses.replace(load, **sizes, **changes)
+
 
 LOADS = {
     "smollm2_256x4096": _SMOLLM2,
@@ -152,7 +178,12 @@ LOADS = {
     "qwen3_8b_128x512x2048": dataclasses.replace(
         _QWEN3, num_requests=128, num_slots=128, new_tokens=2048, page_size=32
     ),
-    "qwen3_8b_24x12288x1024": dataclasses.replace(
-        _QWEN3, num_requests=24, num_slots=24, prompt_length=12_288, new_tokens=1024
-    ),
+    "qwen3_8b_24x12288x1024": _long(_QWEN3, 24, 12_288, 1024),
+    "qwen3_8b_80x8192x512": _long(_QWEN3, 80, 8192, 512),
+    "qwen3_8b_48x12288x4096": _long(_QWEN3, 48, 12_288, 4096),
+    "qwen3_8b_24x24576x8192": _long(_QWEN3, 24, 24_576, 8192),
+    "qwen3_14b_32x12288x4096": _long(_QWEN3, 32, 12_288, 4096, model="qwen3-14b"),
+    "coder15_128x8k": _long(_CODER, 128, 0, 768, context_length=8192),
+    "coder15_64x16k": _long(_CODER, 64, 0, 768, context_length=16_384, num_contexts=16),
+    "coder15_long": _long(_CODER, 128, 0, 8000, temperature=1.0),
 }

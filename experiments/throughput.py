@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from experiments import experiment, models, signals, time_split
+from experiments import context_files, experiment, models, signals, time_split
 from experiments.experiment import Experiment
 from experiments.loads import LOADS, Load, check_requests
 from experiments.models import random_model
@@ -58,6 +58,8 @@ class ThroughputConfig(Load):
     )
     trace_dir: str | None = option(None, "Keep the traces here.", is_recorded=False)
     repeats: int = option(1, "Runs of each mode, in turn.", at_least=1)
+    also_k: tuple[int, ...] = option((), "Other k to run beside.", of=int, at_least=1)
+    auto: bool = option(False, "Run with a k too that is chosen, the largest at most.")
 
     @classmethod
     def defaults(cls, given):
@@ -74,7 +76,18 @@ def make_model(load: Load) -> Model:
 
 
 def make_prompts(load: ThroughputConfig, model: Model) -> list[list[int]]:
-    """Token ids of every request's prompt."""
+    """Token ids of every request's prompt.
+
+    Raises:
+        ValueError: there are not so many contexts, or prompts that cannot be read.
+    """
+    if load.context_length:
+        count = min(load.num_contexts, load.num_requests)
+        found = context_files.file_prompts(
+            model.require_tokenizer(), lengths=[load.context_length], count=count,
+            seed=0,
+        )  # fmt: skip
+        return [list(found[i % count].ids) for i in range(load.num_requests)]
     if load.prompt_length:
         if model.config.vocab_size < 30:
             raise ValueError("random prompts need a vocabulary of 30 tokens or more")
@@ -125,10 +138,10 @@ def engine_config(load: Load, model: Model, prompts) -> EngineConfig:
     return load.engine(max(map(len, prompts)), num_pages)
 
 
-def make_engine(load: ThroughputConfig, model: Model, prompts, speculation):
+def make_engine(load: ThroughputConfig, model: Model, prompts, speculation, make=None):
     """(engine of the load's sizes, compiled; its RecordedChooser or None)."""
     config = engine_config(load, model, prompts)
-    make = ClockedEngine if load.clock else Engine
+    make = make or (ClockedEngine if load.clock else Engine)
     engine = make(model, speculation=speculation, engine=config)
     engine.warm_up()
     if not speculation.draft_token_choices:
@@ -184,14 +197,16 @@ def run_mode(
     speculation,
     trace_dir,
     balance_tokens,
+    make=None,
 ) -> dict:
     """Decode the load once; rates, counts and the time split of one mode.
 
     load: a ThroughputConfig.
     balance_tokens: of the device, see `cost_model.speed_of_light`.
+    make: a kind of Engine; None: the usual one.
     """
     start = time.perf_counter()
-    engine, chooser = make_engine(load, model, prompts, speculation)
+    engine, chooser = make_engine(load, model, prompts, speculation, make)
     set_up_s = time.perf_counter() - start
     for index, prompt in enumerate(prompts):
         engine.add_request(prompt, load.sampling(index), prompt_index=index)
@@ -301,7 +316,8 @@ class Throughput(Experiment):
         "model", "num_draft_tokens", "budget_ratio", "min_budget", "num_slots",
         "page_size", "prefill_chunk",
         load="smollm2_256x4096", random_weights=True, dtype="float32", num_requests=2,
-        prompt_length=60, new_tokens=12, prefill_lanes=1, trace_steps=0,
+        prompt_length=60, new_tokens=12, prefill_lanes=1, trace_steps=0, also_k=(1,),
+        auto=True,
     )  # fmt: skip
 
     def __init__(self, config, **how):
@@ -319,6 +335,12 @@ class Throughput(Experiment):
             "plain": SpeculationConfig(num_draft_tokens=0),
             "speculative": config.speculation(),
         }
+        for k in config.also_k:
+            self.speculations[f"k = {k}"] = config.of_drafts(k).speculation()
+        if config.auto:
+            largest = config.of_drafts(max(config.num_draft_tokens, *config.also_k))
+            largest = dataclasses.replace(largest, chooses_k=True)
+            self.speculations["auto"] = largest.speculation()
         for speculation in self.speculations.values():
             check_requests(self.model, self.prompts, laws, speculation, engine)
 
@@ -363,7 +385,29 @@ class Throughput(Experiment):
         return {
             "longest_prompt": max(map(len, self.prompts)),
             "weight_bytes": sizes.weight_bytes(self.model),
+            "modes": {mode: self._mode(runs) for mode, runs in by_mode.items()},
         } | metrics_of(by_mode["plain"], by_mode["speculative"], self.config)
+
+    def _mode(self, runs):
+        """Rates of a mode, medians over the repeats, and the steps of each k."""
+
+        def median(pick):
+            return float(np.median([pick(run) for run in runs]))
+
+        stats, num_tokens = runs[0]["stats"], sum(map(len, self.prompts))
+        return {
+            "tokens_per_s": median(lambda run: run["tokens_per_s"]),
+            "decode_tokens_per_s": median(lambda run: run["decode"]["tokens_per_s"]),
+            # Until the last prompt is read; early ones decode meanwhile.
+            "prefill_tokens_per_s": median(
+                lambda run: num_tokens / run["prefill"]["seconds"]
+            ),
+            "k_chosen": stats["steps_by_num_draft_tokens"],
+            "mean_accepted_draft_tokens": stats["total"]["mean_accepted_draft_tokens"],
+            "speed_of_light_with_arithmetic": median(
+                lambda run: run["speed_of_light_with_arithmetic"]
+            ),
+        }
 
 
 if __name__ == "__main__":

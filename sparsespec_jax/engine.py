@@ -10,7 +10,6 @@ from sparsespec_jax.config import EngineConfig, SpeculationConfig
 from sparsespec_jax.device_steps import DeviceSteps, check_exact
 from sparsespec_jax.host import intake
 from sparsespec_jax.host.commit import commit
-from sparsespec_jax.host.cost_model import Chooser
 from sparsespec_jax.host.dispatcher import HostClock
 from sparsespec_jax.host.edits import EditLoads
 from sparsespec_jax.host.interrupts import Whole
@@ -21,7 +20,7 @@ from sparsespec_jax.models.draft_weights import without_draft_weights
 from sparsespec_jax.models.same_params import check_same_params
 from sparsespec_jax.plan.buffer import StepPlan
 from sparsespec_jax.plan.outcome import StepOutcome
-from sparsespec_jax.tuning.calibrate import load_or_measure
+from sparsespec_jax.tuning.calibrate import start_choosing
 
 _CHOOSE_EVERY = 64  # steps between two calls of `choose_num_draft_tokens`
 
@@ -378,9 +377,9 @@ class Engine(contextlib.AbstractContextManager):
 
     def _measure(self):
         """Time the steps of num_draft_tokens="auto", once, before the first of them."""
-        if self._measures and len(self.draft_token_choices) > 1:
-            self.choose_with(Chooser(load_or_measure(self)))
-        self._measures = False
+        if self._measures:
+            self._measures = False
+            start_choosing(self)
 
     def _choose_num_draft_tokens(self):
         self._next_choice = self.num_steps + _CHOOSE_EVERY

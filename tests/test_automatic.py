@@ -8,6 +8,7 @@ from sparsespec_jax import Engine, SpeculationConfig, decode, sizes
 from sparsespec_jax.config import AUTO
 from sparsespec_jax.host import automatic
 from sparsespec_jax.host.cost_model import CostModel
+from sparsespec_jax.tuning.calibrate import start_choosing
 from tests.engine_helpers import ENGINE, LAWS, SPECULATION, make_prompts, run, tokens_of
 
 GPU = dict(impl="gpu", dtype="bfloat16", fits=lambda speculation: True)
@@ -110,8 +111,18 @@ def test_an_engine_that_chooses_by_itself_emits_plain_text(
     )  # fmt: skip
     assert tokens_of(got) == plain
     steps = got.stats.to_dict()["steps_by_num_draft_tokens"]
-    assert set(steps) <= {0, 1, 3} and sum(steps.values()) == got.stats.num_steps
+    assert set(steps) <= {"0", "1", "3"} and sum(steps.values()) == got.stats.num_steps
     assert list(tmp_path.rglob("step_costs/*.json"))
+
+
+def test_texts_too_short_to_be_timed_have_the_default_k(tiny_model, monkeypatch):
+    monkeypatch.setattr(automatic, "_TIMED", ("reference",))
+    everything = SpeculationConfig(num_draft_tokens=AUTO)
+    config = dataclasses.replace(ENGINE, max_length=40)
+    with Engine(tiny_model, speculation=everything, engine=config) as engine:
+        assert engine.draft_token_choices == automatic.NUM_DRAFT_TOKENS
+        start_choosing(engine)
+        assert engine.num_draft_tokens == automatic.UNTIMED == 8
 
 
 def test_requests_may_wait_while_steps_are_timed(tiny_model, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import app
@@ -20,6 +21,7 @@ from experiments import (
 )
 from experiments.options import make
 from experiments.studies import sweep_context
+from experiments.throughput import ThroughputConfig, make_prompts
 from sparsespec_jax.loading.tokenizer import tokenizer_from_vocabulary
 
 
@@ -130,6 +132,14 @@ def test_sources_are_code_and_nobodys_tests():
         assert max(map(len, text.lines)) <= 200
     names = {text.name for text in texts if text.origin == "python"}
     assert "argparse.py" in names and "html/entities.py" not in names
+
+
+def test_contexts_of_a_load_are_told_apart_by_their_noise(tokenizer):
+    load = ThroughputConfig(context_length=600, num_contexts=2, num_requests=3)
+    model = types.SimpleNamespace(require_tokenizer=lambda: tokenizer)
+    first, second, third = make_prompts(load, model)
+    assert first == third != second
+    assert all(600 <= len(prompt) < 620 for prompt in (first, second))
 
 
 def test_too_many_texts_are_refused(tokenizer):

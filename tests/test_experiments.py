@@ -11,8 +11,11 @@ import sys
 import pytest
 
 from experiments import claims, evidence, experiment, figures, reader
+from experiments.ablations import tokens_of_passes
 from experiments.experiment import Experiment
 from experiments.options import Options, RunOptions, make, option
+from sparsespec_jax.plan.buffer import StepPlan
+from tests.fake_device import make_shape
 
 FOLDER = pathlib.Path(experiment.__file__).parent
 README = FOLDER / "README.md"
@@ -434,3 +437,12 @@ def test_what_is_no_run_is_refused(tmp_path):
     for name in ("contexts_smollm2.json", "nowhere"):
         with pytest.raises(ValueError):
             reader.load(RESULTS / name)
+
+
+def test_tokens_of_the_passes_of_a_step():
+    for schedule, expected in (("mixed", [1 + 2 * 4]), ("aligned", [1, 1, 1, 2 * 4])):
+        shape = make_shape(slots=5, k=3, pages=40, is_aligned=schedule == "aligned")
+        plan = StepPlan.empty(shape, prefill=False)
+        plan.views["draft_slots"][:1] = 4
+        plan.views["verify_slots"][:2] = 0, 2
+        assert tokens_of_passes(plan, 5) == expected

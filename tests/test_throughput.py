@@ -159,6 +159,31 @@ def test_a_load_that_chooses_k_compiles_all_that_it_chooses_from():
     assert load.speculation().draft_token_choices == (0, 2, 4)
 
 
+def test_another_k_of_a_forced_load_has_drafts_accepted_as_often():
+    load = LOADS["qwen3_8b_64x512x4096"]
+    share = load.speculation().forced_probability
+    assert load.of_drafts(8).forced_acceptance == pytest.approx(6.16)
+    for k in (1, 4, 12):
+        other = load.of_drafts(k).speculation()
+        assert other.num_draft_tokens == k
+        assert other.forced_probability == pytest.approx(share)
+    real = LOADS["coder15_128x8k"].of_drafts(4)
+    assert real.forced_acceptance == -1 and real.num_draft_tokens == 4
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_load_is_what_its_name_says(name):
+    load, parts = LOADS[name], name.split("_")[-1].split("x")
+    if parts == ["long"]:
+        assert (load.num_slots, load.new_tokens) == (128, 8000)
+        return
+    assert load.num_requests == load.num_slots == int(parts[0])
+    if parts[1].endswith("k"):
+        assert load.context_length == 1024 * int(parts[1][:-1])
+    elif len(parts) == 3:
+        assert (load.prompt_length, load.new_tokens) == tuple(map(int, parts[1:]))
+
+
 def test_steps_of_a_load_on_made_up_caches(tiny_model):
     load = dataclasses.replace(
         LOADS["qwen3_8b_64x512x4096"], num_slots=4, dtype="float32", prefill_chunk=16

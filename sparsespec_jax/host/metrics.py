@@ -333,7 +333,6 @@ class DecodeStats:
             "draft_weights",
             "num_slots",
             "num_steps",
-            "steps_by_num_draft_tokens",
             "wall_time_s",
             "kv_bytes_per_token",
             "weight_bytes",
@@ -346,6 +345,8 @@ class DecodeStats:
             "kv_usage",
         )
         values = {name: getattr(self, name) for name in scalars}
+        steps = self.steps_by_num_draft_tokens  # JSON's keys are texts
+        values["steps_by_num_draft_tokens"] = {str(k): n for k, n in steps.items()}
         values["total"] = self.total.to_dict()
         values["mean_over_requests"] = {m: self.mean_over_requests(m) for m in means}
         return _json_safe(values)

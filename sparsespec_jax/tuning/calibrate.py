@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsespec_jax.config import SamplingParams
-from sparsespec_jax.host.cost_model import CostModel
+from sparsespec_jax.host.automatic import UNTIMED
+from sparsespec_jax.host.cost_model import Chooser, CostModel
 from sparsespec_jax.loading.user_cache import user_cache_dir
 from sparsespec_jax.models.transformer import params_dtype
 from sparsespec_jax.plan.buffer import StepPlan
@@ -26,7 +27,24 @@ from sparsespec_jax.plan.slot_params import slot_params
 
 _ROUNDS = 3  # the first one is not counted
 _STEPS = 24  # of a round at least, in whole cycles, none of them waited for
+_LEAST_CONTEXT = 4  # tokens: then the shares make two lengths
 _SHARES = (0.05, 0.3, 1.0)  # context lengths, of the longest that fits
+
+
+def start_choosing(engine) -> None:
+    """Let an engine choose k by its step times, as num_draft_tokens="auto" asks for.
+
+    Texts too short for steps to be timed are decoded with the default k.
+
+    Raises:
+      ValueError: as `load_or_measure`.
+    """
+    if len(engine.draft_token_choices) < 2:
+        return
+    if has_room(engine):
+        engine.choose_with(Chooser(load_or_measure(engine)))
+    else:
+        engine.set_num_draft_tokens(UNTIMED)
 
 
 def load_or_measure(engine, directory=None) -> CostModel:
@@ -96,22 +114,35 @@ def measure(engine, lengths=None) -> dict[int, tuple[tuple[float, float], ...]]:
 
 
 def longest_context(engine) -> int:
-    """Tokens that every slot can hold at once, with room for the timed cycles."""
-    shape = engine.shape
-    pages = _full_pages(shape)
-    room = room_for(shape.num_draft_tokens)
-    longest = min(pages * shape.page_size, engine.max_length) - room
-    if longest < 2:
+    """Tokens that every slot can hold at once, with room for the timed cycles.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if not has_room(engine):
+        shape = engine.shape
         raise ValueError(
-            f"{shape.num_pages} pages leave no room for {shape.num_slots} caches: "
-            "raise num_pages"
+            f"{shape.num_pages} pages and texts of {engine.max_length} tokens leave no "
+            f"room to time steps of {shape.num_slots} caches: raise num_pages or "
+            "max_length"
         )
-    return longest
+    return _longest(engine)
+
+
+def has_room(engine) -> bool:
+    """Whether the engine's texts can be long enough for its steps to be timed."""
+    return _longest(engine) >= _LEAST_CONTEXT
+
+
+def _longest(engine):
+    shape = engine.shape
+    longest = min(_full_pages(shape) * shape.page_size, engine.max_length)
+    return longest - room_for(shape.num_draft_tokens)
 
 
 def room_for(num_draft_tokens) -> int:
     """Tokens by which the timed steps may lengthen a slot's text."""
-    return _ROUNDS * (_STEPS + num_draft_tokens + 1)  # a step commits one at most
+    return _STEPS + 2 * num_draft_tokens + 1  # a step commits one at most
 
 
 def _full_pages(shape):
@@ -137,10 +168,11 @@ def _time(engine, k, length) -> float:
 
     Of an aligned step, which is a cycle: of 1 / (k + 1) of it.
     """
-    plans = made_up_cycle(engine, k, length)
-    steps = plans * -(-_STEPS // (k + 1))
     times = []
     for _ in range(_ROUNDS):
+        plans = made_up_cycle(engine, k, length)  # texts as long as before
+        steps = plans * -(-_STEPS // (k + 1))
+        jax.block_until_ready(engine.device_steps.state.lengths)
         start = time.perf_counter()
         for plan in steps:
             outcome = run_plan(engine, plan)
