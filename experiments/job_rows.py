@@ -21,6 +21,7 @@ _ENCODE = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 _PLACE = re.compile(rb'\{"index": (\d+), "sample": (\d+), ')
 _MOST_ROWS = 1000  # that are kept back
 _MOST_SECONDS = 0.5  # for which they are
+_SYNC_SECONDS = 5.0  # between two waits for the disk
 _TABLE_ROWS = 4096  # of a Parquet file that are in memory at once
 
 
@@ -71,6 +72,7 @@ class JobDirectory(record.RunDirectory):
     def __init__(self, path, *, config, inputs, shard, num_samples):
         self.places = Places(shard, num_samples)
         self._waiting, self._written = [], time.monotonic()
+        self._synced = self._written
         resume = pathlib.Path(path).is_dir()
         super().__init__(path, config=config, inputs=inputs, resume=resume)
 
@@ -98,15 +100,18 @@ class JobDirectory(record.RunDirectory):
             self._waiting.append(_ENCODE(row))
         late = time.monotonic() - self._written > _MOST_SECONDS
         if late or len(self._waiting) >= _MOST_ROWS:
-            self.flush()
+            self.flush(sync=time.monotonic() - self._synced > _SYNC_SECONDS)
 
-    def flush(self):
-        """Append what was kept back; it survives the process once this returns."""
+    def flush(self, *, sync=True):
+        """Append what was kept back; it survives a kill once this returns.
+
+        With `sync` it survives the machine, too.
+        """
         with signals.deferred():
             lines, self._waiting = self._waiting, []
-            if lines:
-                record.append_lines(self._file, lines)
+            record.append_lines(self._file, lines, sync=sync)
             self._written = time.monotonic()
+            self._synced = self._written if sync else self._synced
 
     def write_metrics(self, metrics):
         """Write the totals of this session so far."""

@@ -302,14 +302,15 @@ def _append(file, records):
     append_lines(file, map(_ENCODE, records))
 
 
-def append_lines(file, lines):
-    """Write lines, texts without their ends, and wait for the disk: all or none."""
+def append_lines(file, lines, *, sync=True):
+    """Write lines, texts without their ends: all or none; `sync`: wait for the disk."""
     data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     end = os.fstat(file.fileno()).st_size
     try:
         while data:
             data = data[file.write(data) :]
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     except BaseException:
         file.truncate(end)  # whatever comes next must not join half a line
         raise
