@@ -1,4 +1,4 @@
-"""Options of drafting, and those of the generate experiment: flat frozen records."""
+"""Options of drafting, of decoding and of the generate experiment: frozen records."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Drafting(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Options):
-    """What to decode and how; every field is also a command-line flag.
+class Decoding(Options):
+    """A model, a law and how to draft; every field is also a command-line flag.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -52,13 +52,10 @@ class GenerateConfig(Options):
 
     model: str = option("smollm2")
     dtype: str = option("float32", "Type of weights and KV.", choices=DTYPES)
-    prompts: str = option("", "A .txt or .jsonl file; empty: built-in problems.")
-    num_prompts: int = option(0, "Only the first so many; 0: all.", at_least=0)
     chat: bool = option(True, "Wrap text prompts as the user turn of a chat.")
     chat_template_kwargs: str = option(
         "", 'Of chats: a JSON object such as {"enable_thinking": false}.'
     )
-    mode: str = option("both", "Which decoding.", choices=(*MODES, "both"))
 
     temperature: float = option(0.65, "0 is greedy.")
     top_k: int = option(0, "Tokens kept by top-k; 0 keeps all.")
@@ -66,7 +63,7 @@ class GenerateConfig(Options):
     min_p: float = option(0.0, "Share of the top probability a token needs.")
     max_tokens: int = option(384, "New tokens per prompt at most.")
     ignore_eos: bool = option(False, "Go on past the model's end of text.")
-    seed: int = option(0, "Prompt i samples with seed + i.")
+    seed: int = option(0, "Of all noise.")
     n: int = option(1, "Samples per prompt, each its own noise.", at_least=1)
     stop: tuple[str, ...] = option(
         (), "Text that ends an output; once for each: --stop=A --stop=B.", kind=list
@@ -99,13 +96,6 @@ class GenerateConfig(Options):
     impl: str = option("", "Kernels: reference, tpu or gpu; empty: the platform's.")
     numerics: str = option("fast", "Of the engine.", choices=NUMERICS)
     tensor_parallel: int = option(1, "Devices that share the model.")
-    journal_seconds: float = option(
-        1.0,
-        "Time between two syncs of what requests have emitted.",
-        at_least=0,
-        is_recorded=False,
-    )
-    quiet: bool = option(False, "One line of each text, no more.", is_recorded=False)
 
     def __post_init__(self):
         """Build the option records once, so that each checks its own fields."""
@@ -115,7 +105,7 @@ class GenerateConfig(Options):
                 f"num_draft_tokens must be at least 1, got {self.num_draft_tokens}: "
                 "plain decoding (0) is always run as the comparison"
             )
-        self.sampling(0), self.speculation("speculative"), self.engine()
+        self.law(self.seed), self.speculation("speculative"), self.engine()
         self.template_variables()
         resolve_policy(self.policy)
 
@@ -132,19 +122,14 @@ class GenerateConfig(Options):
             )
         return found
 
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """The modes to decode in."""
-        return MODES if self.mode == "both" else (self.mode,)
-
-    def sampling(self, index: int) -> SamplingParams:
-        """The law of prompt `index`, the same in both modes."""
+    def law(self, seed: int) -> SamplingParams:
+        """The law of a prompt with this seed."""
         return SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-            seed=self.seed + index,
+            seed=seed,
             n=self.n,
             stop=self.stop,
             max_tokens=self.max_tokens,
@@ -188,3 +173,33 @@ class GenerateConfig(Options):
         The ratio test keeps the law of the output but not the sampled path.
         """
         return self.acceptor == "shared_noise" or self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Decoding):
+    """What to decode and how.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    prompts: str = option("", "A .txt or .jsonl file; empty: built-in problems.")
+    num_prompts: int = option(0, "Only the first so many; 0: all.", at_least=0)
+    mode: str = option("both", "Which decoding.", choices=(*MODES, "both"))
+    seed: int = option(0, "Prompt i samples with seed + i.")
+    journal_seconds: float = option(
+        1.0,
+        "Time between two syncs of what requests have emitted.",
+        at_least=0,
+        is_recorded=False,
+    )
+    quiet: bool = option(False, "One line of each text, no more.", is_recorded=False)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes to decode in."""
+        return MODES if self.mode == "both" else (self.mode,)
+
+    def sampling(self, index: int) -> SamplingParams:
+        """The law of prompt `index`, the same in both modes."""
+        return self.law(self.seed + index)

@@ -87,7 +87,7 @@ class Journal:
             engine.submit(prepared, prompt_index=index)  # they share their pages
             return
         for sample, found in progress.items():
-            found = found or _nothing_of(prepared, engine.speculation, sample)
+            found = found or nothing_of(prepared, engine.speculation, sample)
             request_id = engine.submit(prepared, prompt_index=index, progress=found)
             self._known[request_id] = len(found.token_ids)
 
@@ -149,7 +149,7 @@ def progress_of(directory, mode, index, sample):
     )
 
 
-def _nothing_of(prepared, speculation, sample):
+def nothing_of(prepared, speculation, sample):
     """RequestProgress of a sample that has not begun, while others have."""
     return RequestProgress(
         request_id=-1,

@@ -174,17 +174,20 @@ def load_prompts(
     lines = []
     for number, line in enumerate(_read_lines(path), start=1):
         if line.strip():
-            parse = _parse_text if suffix == ".txt" else _parse
+            parse = _parse_text if suffix == ".txt" else parse_json
             found = parse(line, f"{path}:{number}")
-            own = found.chat_template_kwargs or {}
-            variables = (chat_template_kwargs or {}) | own or None
-            prompt = found.prompt
-            if isinstance(prompt, str) and chat:
-                prompt = as_chat(prompt)
-            lines.append(PromptLine(prompt, variables, found.rest))
+            lines.append(completed(found, chat, chat_template_kwargs))
     if not lines:
         raise ValueError(f"prompts: {path} holds no prompt")
     return lines
+
+
+def completed(line: PromptLine, chat: bool, variables: dict | None) -> PromptLine:
+    """A line as `load_prompts` gives it, with what all lines have."""
+    variables = (variables or {}) | (line.chat_template_kwargs or {}) or None
+    is_text = isinstance(line.prompt, str)
+    prompt = as_chat(line.prompt) if chat and is_text else line.prompt
+    return PromptLine(prompt, variables, line.rest)
 
 
 def _read_lines(path):
@@ -207,15 +210,19 @@ def _parse_text(line, where) -> PromptLine:
     return PromptLine(line)
 
 
-def _parse(line, where) -> PromptLine:
+def parse_json(line, where) -> PromptLine:
+    """PromptLine of a line of a .jsonl file, see `load_prompts`; ValueError if none."""
     try:
-        value = json.loads(
-            line, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
-        )
+        value = _DECODE(line)
     except RecursionError:
         raise ValueError(f"prompts: {where} is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"prompts: {where} is not JSON: {error}") from None
+    return parse_value(value, where)
+
+
+def parse_value(value, where) -> PromptLine:
+    """PromptLine of what a line of a .jsonl file holds; `where` names it in errors."""
     if isinstance(value, str):
         value = {"prompt": value}
     kinds = {"prompt": _is_text, "messages": _is_chat, "token_ids": _is_ids}
@@ -238,7 +245,8 @@ def _parse(line, where) -> PromptLine:
     for name in _COMMON_VARIABLES:
         if name in value:
             raise ValueError(f"prompts: {where}: put {name} into {_VARIABLES}")
-    _refuse_half_pairs({k: value[k] for k in (kind, _VARIABLES) if k in value}, where)
+    texts = (_VARIABLES,) if kind == "token_ids" else (kind, _VARIABLES)
+    _refuse_half_pairs({k: value[k] for k in texts if k in value}, where)
     rest = {k: v for k, v in value.items() if k not in (kind, _VARIABLES)}
     return PromptLine(value[kind], variables, rest)
 
@@ -269,6 +277,12 @@ def _refuse_constant(name):
     raise ValueError(f"{name} is no JSON number")
 
 
+# Made once: a job has a million lines.
+_DECODE = json.JSONDecoder(
+    object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
+).decode
+
+
 def _is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
@@ -278,7 +292,6 @@ def _is_chat(value):
 
 
 def _is_ids(value):
-    def is_id(item):
-        return isinstance(item, int) and not isinstance(item, bool) and item >= 0
-
-    return isinstance(value, list) and bool(value) and all(map(is_id, value))
+    # True and False are of another type.
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and set(map(type, value)) == {int} and min(value) >= 0

@@ -26,6 +26,7 @@ import time
 
 from experiments import signals
 
+_ENCODE = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "sparsespec-jax")
 
 
@@ -68,7 +69,7 @@ class RunDirectory(contextlib.AbstractContextManager):
         try:
             self._lock()
             check(path, **names)  # now nobody else can change it
-            self.records = _recover(self._file)
+            self.records = self._recovered(self._file)
             self._journal_file = open(self.path / "journal.jsonl", "a+b", buffering=0)
             if not (resume and (self.path / "config.json").exists()):
                 self._begin(config, inputs)
@@ -77,6 +78,10 @@ class RunDirectory(contextlib.AbstractContextManager):
         except BaseException:
             self._file.close()
             raise
+
+    def _recovered(self, file):
+        """What is kept in memory of results.jsonl, without a torn last line."""
+        return _recover(file)
 
     def _begin(self, config, inputs):
         """Clear away what a run left that got nowhere; config.json comes last."""
@@ -294,15 +299,18 @@ def _versions(environment):
 
 def _append(file, records):
     """Write one line per record and wait until the disk has them: all or none."""
-    lines = [
-        json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records
-    ]
+    append_lines(file, map(_ENCODE, records))
+
+
+def append_lines(file, lines, *, sync=True):
+    """Write lines, texts without their ends: all or none; `sync`: wait for the disk."""
     data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     end = os.fstat(file.fileno()).st_size
     try:
         while data:
             data = data[file.write(data) :]
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     except BaseException:
         file.truncate(end)  # whatever comes next must not join half a line
         raise

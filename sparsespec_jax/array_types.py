@@ -110,6 +110,10 @@ RowFlags = Bool[Array, "R"]
 RowSeeds = UInt32[Array, "R 2"]
 TopIds = Int32[Array, "R top"]
 TopLogprobs = Float32[Array, "R top"]
+# Of known tokens: those behind the rows of verifications, then of prompt chunks.
+ToldLogprobs = Float32[Array, "told"]
+ToldTopIds = Int32[Array, "told top"]
+ToldTopLogprobs = Float32[Array, "told top"]
 NoiseIds = Int32[Array, "ids"] | Int32[Array, "R ids"]
 Noise = Float32[Array, "R ids"]
 

@@ -59,6 +59,10 @@ class SamplingParams:
     As in vLLM, a bad word is looked for as it stands and with a space in front if it
     has as many tokens then and another first one; several tokens count if all are of
     the output. `bad_words` need a tokenizer.
+
+    With `prompt_logprobs=k` results tell of the prompt's own tokens: `prompt_logprobs`
+    has the log-probability of each, of the model's logits whatever `logprobs` says, and
+    `prompt_top_logprobs` the k likeliest tokens in its place. The first token has none.
     """
 
     temperature: float = 1.0  # 0 is greedy, as is all below 1.2e-38; at most 10
@@ -73,6 +77,7 @@ class SamplingParams:
     ignore_eos: bool = False  # go on past the model's EOS
     logprobs: str = "raw"  # of the model's logits ("raw") or of the law ("processed")
     top_logprobs: int = 0  # likeliest tokens told with each token, as `logprobs` says
+    prompt_logprobs: int | None = None  # of the prompt's tokens, raw; k beside each
     min_tokens: int = 0  # new tokens before a stop token may come, <= max_tokens
     presence_penalty: float = 0.0  # [-2, 2]
     frequency_penalty: float = 0.0  # [-2, 2]
@@ -95,6 +100,8 @@ class SamplingParams:
         put_flag(self, "ignore_eos")
         put_choice(self, "logprobs", LOGPROBS)
         put_int(self, "top_logprobs", 0)
+        if self.prompt_logprobs is not None:
+            put_int(self, "prompt_logprobs", 0)
         put_int(self, "min_tokens", 0)
         require(
             self.min_tokens <= self.max_tokens,

@@ -131,7 +131,8 @@ def score(
 
     Texts go through the step that decodes: prompts by chunks, outputs by verifications.
     A prompt's own tokens behind its first one are an output too: `score(model,
-    [ids[:1]], [ids[1:]])`.
+    [ids[:1]], [ids[1:]])`; `SamplingParams(prompt_logprobs=0)` tells of them beside
+    decoding.
 
     >>> results = decode(model, prompts, engine=engine)  # doctest: +SKIP
     >>> outputs = [result.token_ids for result in results]  # doctest: +SKIP
@@ -150,7 +151,7 @@ def score(
 
     Returns:
       A list with a tuple of floats per output, natural logarithms. A token that the law
-      excludes has -inf.
+      excludes has -inf; a greedy law (temperature 0) excludes all but the likeliest.
 
     Raises:
       ValueError: before any work starts, for any argument that is wrong.
@@ -186,6 +187,7 @@ def score(
 def _scored_law(law, num_tokens):
     """What of SamplingParams counts when `num_tokens` tokens are scored."""
     ends = dict(max_tokens=num_tokens, n=1, stop=(), ignore_eos=True, top_logprobs=0)
+    ends |= dict(prompt_logprobs=None)
     if law.logprobs == "raw":
         return SamplingParams(**ends)
     least = min(law.min_tokens, num_tokens)

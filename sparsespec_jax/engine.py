@@ -59,10 +59,9 @@ class Engine(contextlib.AbstractContextManager):
         sizes.check_types(model, speculation, self.config)
         self.model, self.params_version = model, 0
         resolved = sizes.resolve(model, speculation, self.config)
-        self.speculation = resolved.speculation
+        self.speculation, self.shape = resolved.speculation, resolved.shape
         self.impl, self.max_length = resolved.impl, resolved.max_length
         self.policy, self.proposer = resolved.policy, resolved.proposer
-        self.shape = resolved.shape
         self.kv_bytes_per_token = resolved.kv_bytes_per_token
         if resolved.exact:
             shapes = [self.shape.with_draft_tokens(k) for k in self.draft_token_choices]
@@ -71,12 +70,10 @@ class Engine(contextlib.AbstractContextManager):
         self.params = self.device_steps.params_of(model.params)
         weakref.finalize(self, self.device_steps.close).atexit = False  # it has its own
         self._scheduler = Scheduler(
-            self.shape,
-            kv_policy=self.config.kv_policy,
+            self.shape, kv_policy=self.config.kv_policy, exact=resolved.exact,
             num_host_chunks=resolved.num_host_chunks,
             chunk_pages=self.config.host_chunk_pages,
-            exact=resolved.exact,
-        )
+        )  # fmt: skip
         self._choose, self._next_choice = choose_num_draft_tokens, 0
         self._measures = speculation.chooses_k and choose_num_draft_tokens is None
         self._host_clock = HostClock(self.device_steps.dispatcher)
@@ -156,10 +153,10 @@ class Engine(contextlib.AbstractContextManager):
         decoded: the result has these tokens and their log-probabilities (see `score`).
         """
         self._require_open()
-        samples, emitted = intake.samples_to_queue(
+        samples, emitted, told = intake.samples_to_queue(
             prepared, self.model, self.max_length, self.shape, progress, scored
         )
-        self._prepare_steps(prepared)
+        self._prepare_steps(prepared, is_scored=scored is not None)
         first = self._next_id
         prompt_index = first if prompt_index is None else prompt_index
         with self._whole:
@@ -167,7 +164,7 @@ class Engine(contextlib.AbstractContextManager):
                 request = intake.make_request(
                     prepared, self.speculation, self._next_id, sample=sample,
                     emitted=emitted, group=first if len(samples) > 1 else None,
-                    expected=expected_tokens, is_scored=scored is not None,
+                    expected=expected_tokens, is_scored=scored is not None, told=told,
                 )  # fmt: skip
                 self._scheduler.add(request)
                 self._next_id += 1
@@ -178,10 +175,10 @@ class Engine(contextlib.AbstractContextManager):
                 self._outputs.add(output, progress)
         return first if len(samples) == 1 else list(range(first, self._next_id))
 
-    def _prepare_steps(self, prepared):
+    def _prepare_steps(self, prepared, *, is_scored=False):
         """Let the steps to come do what a request asks for beside the plain law."""
         steps = self.device_steps
-        extras = steps.extras.joined(prepared.extras)
+        extras = steps.extras.joined(intake.extras_of(prepared, is_scored=is_scored))
         sizes.check_edits(self.model, self.shape, steps.extras, extras)
         with self._whole:
             steps.use(extras)
@@ -205,9 +202,8 @@ class Engine(contextlib.AbstractContextManager):
         Raises:
           ValueError: the budget could exceed what the engine was built for.
         """
-        new = dataclasses.replace(
-            self.speculation, budget_ratio=budget_ratio, min_budget=min_budget
-        )
+        budget = dict(budget_ratio=budget_ratio, min_budget=min_budget)
+        new = dataclasses.replace(self.speculation, **budget)
         sizes.check_budget(new, self.max_length, self.shape)
         self.speculation = new
 
@@ -306,7 +302,7 @@ class Engine(contextlib.AbstractContextManager):
             packed.block_until_ready()  # an interrupt while waiting loses nothing
             with self._whole:
                 self._in_flight.popleft()
-                widths = planned.num_queries, planned.num_top
+                widths = planned.num_queries, planned.num_top, planned.prompts
                 outcome = StepOutcome.from_packed(packed, *widths)
                 told = self._finished, self._events if with_events else None
                 records = self._scheduler, self._outputs
@@ -419,6 +415,10 @@ class Engine(contextlib.AbstractContextManager):
 
     def _dispatch(self, plan, *before):
         return self.device_steps.submit(self.params, self._filters, plan, *before)
+
+    def take_metrics(self):
+        """Metrics of finished requests, which `stats` leaves out from now on."""
+        return self._outputs.take_metrics()
 
     def stats(self, wall_time_s):
         """Totals over the finished requests."""

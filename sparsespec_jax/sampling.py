@@ -251,15 +251,23 @@ def logprobs(
     filters: bool,
     exact: bool = False,
     axis: str | None = None,
+    chosen: bool = True,
 ) -> RowFloats:
-    """Log-probability of `tokens`, of the model or of the law per row; see `choose`."""
+    """Log-probability of `tokens`, of the model or of the law per row; see `choose`.
+
+    `chosen` (static) says that the laws chose the tokens: those of greedy laws have 0.
+    If not, a token that is not the argmax has -inf of a greedy law.
+    """
     how = dict(exact=exact, axis=axis)
     logits, hot, scale = _told(logits, law, filters=filters, **how)
     top = _row_max(logits, axis)
     picked = scores_of(logits, tokens[:, None], axis)
     total = row_sums(jnp.exp(_scaled(logits, top, scale)), **how)
     value = _scaled(picked, top, scale)[:, 0] - jnp.log(total)
-    return jnp.where(law.processed_logprobs & ~hot, 0.0, value)
+    greedy = 0.0
+    if not chosen:
+        greedy = jnp.where(tokens == likeliest(logits, axis), 0.0, -jnp.inf)
+    return jnp.where(law.processed_logprobs & ~hot, greedy, value)
 
 
 def top_logprobs(

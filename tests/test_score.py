@@ -19,6 +19,7 @@ from sparsespec_jax.decode import SCORED_ROWS
 from sparsespec_jax.host.intake import prepare
 from sparsespec_jax.models.transformer import causal_attend, forward, logits
 from sparsespec_jax.plan.outcome import StepOutcome
+from sparsespec_jax.sampling import Law, logprobs
 
 RNG = np.random.default_rng(0)
 # Outputs of one token, of a whole number of verifications, and of many.
@@ -84,6 +85,36 @@ def test_a_token_that_the_law_excludes(tiny_model):
         sampling=dataclasses.replace(law, logprobs="raw"),
     )
     np.testing.assert_allclose(raw, wanted, atol=1e-5)
+
+
+def test_of_a_greedy_law_only_the_argmax_has_any(tiny_model):
+    """Of the edited logits; beside a law with temperature, and one that is told raw."""
+    prompt, output = PROMPTS[1], OUTPUTS[2]
+    greedy = SamplingParams(temperature=0, logprobs="processed", repetition_penalty=1.3)
+    chosen = decode(
+        tiny_model, [prompt], sampling=dataclasses.replace(greedy, max_tokens=20)
+    )[0].token_ids
+    mixed = [*chosen[:7], (chosen[7] + 1) % 97, *chosen[8:]]
+    laws = [greedy, greedy, dataclasses.replace(greedy, temperature=1.0), greedy]
+    laws[3] = dataclasses.replace(greedy, logprobs="raw", repetition_penalty=1.0)
+    right, wrong, warm, raw = score(
+        tiny_model, [prompt] * 4, [chosen, mixed, output, output], sampling=laws
+    )
+    assert right == (0.0,) * 20
+    assert wrong[:7] == right[:7] and wrong[7] == -np.inf
+    assert set(wrong) == {0.0, -np.inf}
+    assert np.isfinite(warm).all() and not np.allclose(warm, raw)
+    wanted = independent(tiny_model, prompt, output)
+    np.testing.assert_allclose(raw, wanted, atol=1e-5)
+
+
+def test_of_equal_logits_a_greedy_law_has_the_first():
+    rows = jnp.asarray([[0.0, 3.0, 3.0, 1.0]] * 4)
+    ints, ones = jnp.zeros(4, jnp.int32), jnp.ones(4)
+    seeds = jnp.zeros((4, 2), jnp.uint32)
+    law = Law(seeds, 0 * ones, ints, ones, 0 * ones, jnp.ones(4, bool))
+    told = logprobs(rows, law, jnp.arange(4), filters=False, chosen=False)
+    assert told.tolist() == [-np.inf, 0.0, -np.inf, -np.inf]
 
 
 @pytest.mark.parametrize("kv_policy", ["offload", "recompute"])

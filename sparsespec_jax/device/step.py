@@ -25,7 +25,7 @@ from sparsespec_jax.array_types import (
     PlanBuffer,
     TableUpdates,
 )
-from sparsespec_jax.device import acceptance, cascade, editing
+from sparsespec_jax.device import acceptance, cascade, editing, prompt_logprobs
 from sparsespec_jax.device.attention import make_attend
 from sparsespec_jax.device.context import StepContext, StepOptions
 from sparsespec_jax.device.lanes import (
@@ -46,7 +46,7 @@ from sparsespec_jax.models.sharding import shard_of
 from sparsespec_jax.models.transformer import forward_with_features, logits
 from sparsespec_jax.plan.buffer import DRAFT_TABLE, FULL_TABLE, orders_of, unpack
 from sparsespec_jax.plan.edits import NO_EXTRAS, StepExtras
-from sparsespec_jax.plan.outcome import SEED, StepOutcome
+from sparsespec_jax.plan.outcome import SEED, PromptTold, StepOutcome
 from sparsespec_jax.plan.shape import StepShape
 from sparsespec_jax.policies.base import Policy
 from sparsespec_jax.proposers.base import RememberingProposer
@@ -156,6 +156,10 @@ def _verify(context, params, state, plan):
         if context.extras.edits:
             told = jnp.where(laws.processed_logprobs[:, None], edited, told)
         outcome = _outcome(context, state, lanes, verified, laws, told)
+        if context.extras.prompt_logprobs:
+            of_prompts = hidden[rows.prefill], scores[rows.verify]
+            told = prompt_logprobs.tell(context, params, lanes, *of_prompts)
+            outcome = outcome._replace(prompts=PromptTold(*told))
         state = _commit(context, state, lanes.verify, verified, outcome.is_done)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
@@ -181,11 +185,15 @@ def _read_prompts(context, params, state, plan):
     plan = orders_of(context.shape, plan)
     lanes = make_lanes(context, state, plan)
     guesses = cascade.guess(context, state, lanes.draft)
-    state, tokens, _, _ = _pass(context, params, state, lanes, guesses)
+    state, tokens, hidden, _ = _pass(context, params, state, lanes, guesses)
     if context.shape.num_guesses:
         state = keep_history(context, state, lanes, tokens)
+    told, extras = None, context.extras
+    if extras.prompt_logprobs:
+        none = jnp.zeros((0, context.model.vocab_size), jnp.float32)
+        told = PromptTold(*prompt_logprobs.tell(context, params, lanes, hidden, none))
     return state, StepOutcome.packed_of_none(
-        jnp, context.shape, context.extras.top_logprobs
+        jnp, context.shape, extras.top_logprobs, told, _as_int
     )
 
 
@@ -270,14 +278,14 @@ def _edit_drafting(context, state, lanes, guesses, scores):
     after = put(after, guesses, lane, behind)
     included = drafted + jnp.arange(guesses.shape[1] + 1)[None]
     starts = take(state.lengths, slots)
-    how = dict(axis=context.axis)
-    return editing.edit(state.edits, scores, slots, starts, after, included, **how)
+    rows = slots, starts, after, included
+    return editing.edit(state.edits, scores, *rows, axis=context.axis)
 
 
 def _accept(context, state, lanes, scores):
     """Run the acceptor on scores [E * Q, V]; returns Verified and the rows' Law."""
     shape, verify = context.shape, lanes.verify
-    filters, axis = context.filters, context.axis
+    how = dict(filters=context.filters, axis=context.axis)
     rows = shape.num_queries
     slots = jnp.minimum(verify.slots, shape.num_slots - 1)
     laws = sampling.law_of(jnp.repeat(lanes.slot_params[slots], rows, axis=0))
@@ -291,16 +299,12 @@ def _accept(context, state, lanes, scores):
         draft_law = jax.tree.map(lambda a: a[slots, :kept], state.draft_law)
         # A seed's drafts are prompt tokens: accept them, then draw from its last row.
         forced = jnp.maximum(verify.num_rows - 1, 0)
-        verified = _ratio_test_or_seed(
-            judged, draft_law, forced, verify.is_seed, dict(filters=filters, axis=axis)
-        )
+        verified = _ratio_test_or_seed(judged, draft_law, forced, verify.is_seed, how)
     elif context.options.acceptor == "forced" and shape.num_draft_tokens:
         probability = context.options.forced_probability
-        how = dict(filters=filters, axis=axis)
         verified = acceptance.forced(*judged, probability=probability, **how)
     else:
-        how = dict(filters=filters, exact=context.exact, axis=axis)
-        verified = acceptance.shared_noise(*judged, **how)
+        verified = acceptance.shared_noise(*judged, **how, exact=context.exact)
     last = jnp.where(verify.is_seed, verify.num_rows - 1, verified.num_accepted)
     is_known = verify.is_seed[:, None] & (jnp.arange(rows)[None] < last[:, None])
     known = jnp.where(is_known, jnp.pad(drafts, ((0, 0), (0, 1))), verified.tokens)
@@ -369,8 +373,9 @@ def _outcome(context, state, lanes, verified, laws, scores):
     shape, verify, rows = context.shape, lanes.verify, context.shape.num_queries
     live = verify.num_rows > 0
     how = dict(filters=context.filters, exact=context.exact, axis=context.axis)
+    chosen = not context.extras.judges_greedy
     chosen_logprobs = sampling.logprobs(
-        scores, laws, verified.tokens.ravel(), **how
+        scores, laws, verified.tokens.ravel(), **how, chosen=chosen
     ).reshape(-1, rows)
     first = jnp.where(verify.is_seed, verified.num_accepted, 0)
     count = jnp.where(live, verified.num_accepted - first + 1, 0)

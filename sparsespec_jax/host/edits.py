@@ -4,7 +4,7 @@ The options are those of SamplingParams; `plan/edits.py` makes arrays of them.
 """
 
 from sparsespec_jax.host.text import no_tokenizer
-from sparsespec_jax.plan.edits import RequestEdits, edit_arrays
+from sparsespec_jax.plan.edits import RequestEdits, edit_arrays, prompt_rows
 
 
 def prepare_edits(model, sampling):
@@ -12,7 +12,7 @@ def prepare_edits(model, sampling):
 
     Raises:
       ValueError: a token id outside the vocabulary, bad words without a tokenizer, more
-        top log-probabilities than tokens, or a law that could be left without a token.
+        log-probabilities than tokens, or a law that could be left without a token.
     """
     vocab = model.config.vocab_size
     ids = {
@@ -25,11 +25,11 @@ def prepare_edits(model, sampling):
                 f"token id {largest} of {name} is outside the vocabulary of {vocab} "
                 "tokens: leave it out"
             )
-    if sampling.top_logprobs > vocab:
-        raise ValueError(
-            f"top_logprobs is {sampling.top_logprobs}, the vocabulary has {vocab} "
-            "tokens: lower it"
-        )
+    for name in ("top_logprobs", "prompt_logprobs"):
+        if (count := getattr(sampling, name) or 0) > vocab:
+            raise ValueError(
+                f"{name} is {count}, the vocabulary has {vocab} tokens: lower it"
+            )
     ends = {*model.config.eos_ids, *sampling.stop_token_ids}
     words = _encoded(model, sampling.bad_words)
     edits = RequestEdits(
@@ -96,6 +96,8 @@ class EditLoads:
         holder of its slot, which may change nothing.
         """
         planned = planned._replace(num_top=extras.top_logprobs)
+        if plan is not None and extras.prompt_logprobs:
+            planned = planned._replace(prompts=prompt_rows(plan, extras))
         if plan is None or not extras.edits:
             return planned, ()
         loads, is_seed = [], plan.views["seed_counts"] >= 0

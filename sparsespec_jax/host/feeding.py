@@ -33,7 +33,9 @@ class Feeding:
     def next_chunk(self, request, shape):
         """(first token, number of tokens) of the next prompt chunk."""
         left = self.prefill_target(request, shape) - request.prefilled
-        return request.prefilled, min(shape.prefill_chunk, left)
+        # A chunk that tells of its tokens has room for the one behind its last.
+        room = shape.prefill_chunk - (request.prompt_logprobs is not None)
+        return request.prefilled, min(room, left)
 
     def seed_start(self, request, shape):
         """The first token of the next seed verify."""

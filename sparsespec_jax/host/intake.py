@@ -11,10 +11,11 @@ from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.host.edits import prepare_edits
 from sparsespec_jax.host.metrics import RequestMetrics
 from sparsespec_jax.host.outputs import Output
+from sparsespec_jax.host.prompt_logprobs import PromptLogprobs
 from sparsespec_jax.host.request import Request, token_array
 from sparsespec_jax.host.text import OutputText, encode_prompt, no_tokenizer
 from sparsespec_jax.plan.edits import RequestEdits, StepExtras
-from sparsespec_jax.plan.slot_params import slot_params, stop_ids
+from sparsespec_jax.plan.slot_params import is_greedy, slot_params, stop_ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,11 +112,12 @@ def check_scored(token_ids, sampling, shape):
             f"{len(token_ids)} tokens are to be scored, with max_tokens="
             f"{sampling.max_tokens} and n={sampling.n}: they must be as many, and n 1"
         )
-    if sampling.top_logprobs:
-        raise ValueError(
-            f"top_logprobs is {sampling.top_logprobs}, but scored tokens come without "
-            "others beside them: set it to 0"
-        )
+    for name, unused in (("top_logprobs", 0), ("prompt_logprobs", None)):
+        if (value := getattr(sampling, name)) != unused:
+            raise ValueError(
+                f"{name} is {value}, but scored tokens come without others beside "
+                f"them: set it to {unused}"
+            )
     if shape.num_draft_tokens < 1:
         raise ValueError(
             "scoring feeds several tokens at once: num_draft_tokens must be 1 or more"
@@ -123,7 +125,9 @@ def check_scored(token_ids, sampling, shape):
 
 
 def samples_to_queue(prepared, model, max_length, shape, progress, scored):
-    """(numbers of the samples, tokens emitted so far) of what an engine is to queue.
+    """(numbers of the samples, tokens emitted so far, PromptLogprobs or None).
+
+    Of what an engine is to queue; all samples share the PromptLogprobs.
 
     Raises:
       ValueError: an engine of this length and StepShape could not serve it, by the
@@ -134,10 +138,28 @@ def samples_to_queue(prepared, model, max_length, shape, progress, scored):
     if progress is not None:
         check_progress(progress, prepared.sampling)
         samples, emitted = [progress.sample_index], progress.token_ids
+    num_top, told = prepared.sampling.prompt_logprobs, None
+    if num_top is not None:
+        told = PromptLogprobs(len(prepared.token_ids), num_top)
+    if told and shape.prefill_chunk < 2:
+        raise ValueError(
+            f"prompt_logprobs need prefill_chunk of 2 or more, got "
+            f"{shape.prefill_chunk}: raise it"
+        )
     if scored is not None:
         check_scored(scored, prepared.sampling, shape)
         emitted = scored
-    return samples, emitted
+    return samples, emitted, told
+
+
+def extras_of(prepared, *, is_scored):
+    """StepExtras that the steps of a PreparedPrompt need; of one that is scored, too.
+
+    A law did not choose the tokens that are scored, which a greedy one must be told.
+    """
+    sampling = prepared.sampling
+    judged = is_scored and sampling.logprobs == "processed" and is_greedy(sampling)
+    return prepared.extras._replace(judges_greedy=judged)
 
 
 def make_request(
@@ -150,12 +172,13 @@ def make_request(
     group=None,
     expected=None,
     is_scored=False,
+    told=None,
 ):
     """The scheduler's record of one sample of a PreparedPrompt.
 
     `emitted` are tokens that it has already, `group` is the same number for all samples
     of a prompt, `expected` the tokens that it will emit, if that is known. `is_scored`
-    says that `emitted` is all there will be.
+    says that `emitted` is all there will be, `told` are the PromptLogprobs.
     """
     num_prompt = len(prepared.token_ids)
     return Request(
@@ -172,6 +195,7 @@ def make_request(
         edits=prepared.edits,
         expected_length=None if expected is None else num_prompt + expected,
         is_scored=is_scored,
+        prompt_logprobs=told,
     )
 
 

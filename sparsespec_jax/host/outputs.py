@@ -16,6 +16,7 @@ import numpy as np
 
 from sparsespec_jax.config import SamplingParams
 from sparsespec_jax.host.metrics import RequestMetrics
+from sparsespec_jax.host.prompt_logprobs import note_prompts, of_prompt
 from sparsespec_jax.host.request import Request
 from sparsespec_jax.host.results import DecodeResult, RequestProgress, StreamEvent
 from sparsespec_jax.host.text import OutputText
@@ -164,6 +165,8 @@ class Outputs:
             planned.is_whole.tolist(),
             strict=True,
         )
+        if outcome.prompts is not None:
+            note_prompts(planned, outcome.prompts, is_seed)
         emissions = self._judge_scored(planned, outcome)
         for (lane, request, count, is_done, tokens, logprobs, *judged), counts in zip(
             lanes, cascade, strict=False
@@ -232,10 +235,16 @@ class Outputs:
             output_text=output.text,
             logprobs=tuple(output.logprobs),
             top_logprobs=tuple(output.top_logprobs),
+            **of_prompt(request.prompt_logprobs),
             finish_reason=reason,
             stop_reason=stop_reason,
             metrics=output.metrics,
         )
+
+    def take_metrics(self):
+        """`finished_metrics`, which are none from now on."""
+        taken, self.finished_metrics = self.finished_metrics, []
+        return taken
 
     def _selected(self, planned, is_seed):
         """Tokens that each verification selected for drafting, int [n]."""

@@ -6,6 +6,7 @@ import enum
 
 import numpy as np
 
+from sparsespec_jax.host.prompt_logprobs import PromptLogprobs
 from sparsespec_jax.plan.edits import RequestEdits
 
 
@@ -37,6 +38,7 @@ class Request:
     expected_length: int | None = None  # tokens it will have (`oracle` only)
     prompt_group: int | None = None  # the same for all samples of a prompt
     edits: RequestEdits | None = None  # what it changes of its logits
+    prompt_logprobs: PromptLogprobs | None = None  # None: nobody asks for them
     is_scored: bool = False  # has all of its tokens: only what they score is wanted
     status: Status = Status.WAITING
     slot: int = -1  # -1 while it holds none

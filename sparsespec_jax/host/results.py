@@ -13,7 +13,10 @@ FINISH_REASONS = ("stop", "length", "cancelled", "error")
 _PLAIN_FIELDS = (
     "request_id", "prompt_index", "sample_index", "finish_reason", "stop_reason",
 )  # fmt: skip
-_LISTS = "prompt_token_ids", "token_ids", "logprobs", "top_logprobs"
+_LISTS = (
+    "prompt_token_ids", "token_ids", "logprobs", "top_logprobs", "prompt_logprobs",
+    "prompt_top_logprobs",
+)  # fmt: skip
 _COLUMNS = (  # of the metrics
     "num_prompt_tokens", "num_output_tokens", "mean_acceptance_length",
     "mean_accepted_draft_tokens", "kv_read_ratio", "time_to_first_token_s",
@@ -48,6 +51,10 @@ class DecodeResult:
     output_text: OutputText | None = dataclasses.field(compare=False)
     # The token itself may not be among them; tokens that the law excludes are not.
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    # Of each token of the prompt, () if not asked for; of a cancelled request those
+    # that were known. The first token has None, and () of likeliest ones.
+    prompt_logprobs: tuple[float | None, ...] = ()
+    prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     @functools.cached_property
     def text(self) -> str | None:
@@ -76,7 +83,11 @@ class DecodeResult:
         values |= {name: getattr(self, name) for name in _PLAIN_FIELDS}
         metrics = self.metrics.to_dict()
         values |= {name: metrics[name] for name in _COLUMNS}
-        return values | {"mean_logprob": ratio(sum(self.logprobs), len(self.logprobs))}
+        told = [x for x in self.prompt_logprobs if x is not None]
+        return values | {
+            "mean_logprob": ratio(sum(self.logprobs), len(self.logprobs)),
+            "mean_prompt_logprob": ratio(sum(told), len(told)) if told else None,
+        }
 
     def __repr__(self):
         shown = self.token_ids[:8] if self.text is None else self.text

@@ -148,9 +148,8 @@ class Scheduler:
         self._admit()
         now = self._step % self.shape.cycle
         self._step += 1
-        self.arrays.assign_phases(
-            self._ready, now, self.shape.cycle, self.shape.verify_lanes
-        )
+        sizes = self.shape.cycle, self.shape.verify_lanes
+        self.arrays.assign_phases(self._ready, now, *sizes)
         self._ready = []
         slots, prefilling, growth = self._lanes(now, updates)
         drafting, num_missed = self.arrays.draft(now, slots, self.shape)
@@ -162,6 +161,7 @@ class Scheduler:
             self.arrays.is_whole(slots, self.shape.num_draft_steps),
             np.zeros(slots.size, bool),
             np.zeros(slots.size, np.int64),
+            [(r, *self._feeding.next_chunk(r, self.shape)) for r in prefilling],
         )
         plan = None
         if prefilling or slots.size or updates or drafting.size:
@@ -170,8 +170,8 @@ class Scheduler:
             plan.views["draft_slots"][: drafting.size] = drafting
             self.kv.grow(*growth, updates)
             self._plan_verifies(plan, slots, planned)
-            for lane, request in enumerate(prefilling):
-                self._plan_prefill(plan, lane, request)
+            for lane, chunk in enumerate(planned.chunks):
+                self._plan_prefill(plan, lane, *chunk)
             if self.shape.draft_lanes:
                 self.arrays.rebalance(now, self.shape.cycle, self.shape.verify_lanes)
             if updates:
@@ -339,10 +339,10 @@ class Scheduler:
         self._enqueue(request)
         return False
 
-    def _plan_prefill(self, plan, lane, request):
-        start, count = self._feeding.next_chunk(request, self.shape)
-        tokens = request.tokens[start : start + count]
-        plan.prefill_chunk(lane, request.slot, start, tokens)
+    def _plan_prefill(self, plan, lane, request, start, count):
+        behind = request.prompt_logprobs is not None  # its last row tells of one more
+        tokens = request.tokens[start : start + count + behind]
+        plan.prefill_chunk(lane, request.slot, start, tokens, count)
         request.prefilled = start + count
         request.prefill_reads += reads_of_chunk(start, count)
         if request.prefilled == self._feeding.prefill_target(request, self.shape):

@@ -43,15 +43,17 @@ def encode_prompt(prompt, model, chat_template_kwargs=None):
         )
     elif items is None:
         tokens = _tokenizer(model, "a text prompt").encode(str(prompt))
+    elif set(map(type, items)) == {int}:  # a job has a million of them
+        tokens = items
     else:
         tokens = [_as_id(item) for item in items]
     if not tokens:
         raise ValueError(f"the prompt {short(prompt)} has no tokens; give at least one")
     vocab_size = model.config.vocab_size
-    outside = [t for t in tokens if not 0 <= t < vocab_size]
-    if outside:
+    if not (0 <= min(tokens) and max(tokens) < vocab_size):
+        outside = next(t for t in tokens if not 0 <= t < vocab_size)
         raise ValueError(
-            f"token id {outside[0]} is outside the model's vocabulary "
+            f"token id {outside} is outside the model's vocabulary "
             f"[0, {vocab_size}): was the prompt made for another model?"
         )
     return tokens

@@ -117,12 +117,15 @@ class StepPlan:
         views["seed_starts"][lane] = start
         views["seed_tokens"][lane, : len(tokens)] = tokens
 
-    def prefill_chunk(self, lane, slot, start, tokens):
-        """Order a prompt chunk of `tokens` at positions start.. of a slot."""
+    def prefill_chunk(self, lane, slot, start, tokens, count):
+        """Order a prompt chunk of `count` tokens at positions start.. of a slot.
+
+        `tokens` are those and perhaps the one behind them, which is not fed.
+        """
         views = self.views
         views["prefill_slots"][lane] = slot
         views["prefill_starts"][lane] = start
-        views["prefill_counts"][lane] = len(tokens)
+        views["prefill_counts"][lane] = count
         views["prefill_tokens"][lane, : len(tokens)] = tokens
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsespec_jax.config import SamplingParams
+from sparsespec_jax.plan.outcome import PromptRows
 from sparsespec_jax.plan.slot_params import NO_TOKEN
 
 ANY_TOKEN = -2  # in a bad word's place: fits whatever is there, NO_TOKEN included
@@ -24,6 +25,8 @@ class StepExtras(NamedTuple):
     num_words: int = 0  # bad words of several tokens that a slot can have
     word_tokens: int = 0  # of the longest
     top_logprobs: int = 0  # likeliest tokens told with each token
+    prompt_logprobs: int = 0  # 1 + those told with each prompt token; 0: no prompt
+    judges_greedy: bool = False  # of tokens that the law did not choose, T = 0
 
     @property
     def edits(self):
@@ -61,7 +64,7 @@ class RequestEdits:
 
     def extras(self, vocab_size):
         """StepExtras that the request needs."""
-        sampling = self.sampling
+        sampling, told = self.sampling, self.sampling.prompt_logprobs
         lists = sampling.logit_bias, sampling.allowed_token_ids, self.banned
         return StepExtras(
             bias=any(lists) or sampling.min_tokens > 0,
@@ -69,6 +72,7 @@ class RequestEdits:
             num_words=rounded(len(self.words)),
             word_tokens=rounded(max(map(len, self.words), default=0)),
             top_logprobs=min(rounded(sampling.top_logprobs), vocab_size),
+            prompt_logprobs=0 if told is None else 1 + min(rounded(told), vocab_size),
         )
 
     def bias_row(self, vocab_size):
@@ -81,6 +85,18 @@ class RequestEdits:
             row[token] += np.float32(bias)
         row[list(self.banned)] = -np.inf
         return row
+
+
+def prompt_rows(plan, extras):
+    """PromptRows of a StepPlan whose step tells of prompts, by StepExtras."""
+    shape = plan.shape
+    return PromptRows(
+        num_lanes=0 if plan.prefill and shape.runs_cycles else shape.verify_lanes,
+        num_queries=shape.num_queries,
+        num_chunks=shape.prefill_lanes if plan.prefill else 0,
+        chunk=shape.prefill_chunk,
+        num_top=extras.prompt_logprobs - 1,
+    )
 
 
 def edit_fields(extras, vocab_size):

@@ -23,19 +23,23 @@ def stop_ids(eos_ids, sampling):
     return frozenset(eos) | frozenset(sampling.stop_token_ids)
 
 
+def is_greedy(sampling):
+    """True if a law is the argmax: a temperature that a device may round to 0 is 0."""
+    return sampling.temperature < _SMALLEST
+
+
 def slot_params(sampling, sample, limit, stops, speculation):
     """The record of a request, int32 [NUM_SLOT_PARAMS].
 
     `sample` counts the samples of a prompt, `limit` the tokens at which the request
-    ends, `stops` are its stop token ids, of which the first few fit. A temperature
-    that a device may round to 0 is 0.
+    ends, `stops` are its stop token ids, of which the first few fit.
     """
     params = np.full(NUM_SLOT_PARAMS, NO_TOKEN, np.int32)
     text = f"{sampling.seed}/{sample}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
     params[_SEED_LOW : _SEED_HIGH + 1] = np.frombuffer(digest, np.int32)
     floats = {
-        _TEMPERATURE: sampling.temperature * (sampling.temperature >= _SMALLEST),
+        _TEMPERATURE: 0.0 if is_greedy(sampling) else sampling.temperature,
         _TOP_P: sampling.top_p,
         _MIN_P: sampling.min_p,
         _BUDGET_RATIO: speculation.budget_ratio,
