@@ -179,7 +179,10 @@ def test_what_cannot_be_is_refused():
     for options, message in (
         (dict(draft_weights="int8"), "need schedule='aligned': a mixed step verifies"),
         (dict(INT8, proposer="ngram"), "proposer='ngram' makes its own: use proposer="),
-        (dict(INT8, draft_weights="int4"), r"must be one of \('int8',\), got 'int4'"),
+        (
+            dict(INT8, draft_weights="int4"),
+            r"must be one of \('int8', 'auto'\), got 'int4'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             SpeculationConfig(**options)
