@@ -110,14 +110,9 @@ class Decoder:
         `window` Tasks older is unfinished.
         """
         tasks = iter(tasks)
-        most = (
-            3 * self._how[1].num_slots
-        )  # requests: as many wait as are decoded, twice
-        open_, number, num_requests = (
-            {},
-            0,
-            0,
-        )  # open_: index -> [Task, number, missing]
+        most = 3 * self._how[1].num_slots  # requests: twice as many wait as decode
+        open_ = {}  # index -> [head of its rows, number, missing samples]
+        number = num_requests = 0
         task = next(tasks, None)
         if self.engine is None and task is not None:
             self.start()

@@ -159,9 +159,9 @@ def launches_of(compiled):
     [
         ("h100", 7, "self", 11),
         ("h100", 0, "self", 11),
-        ("h100", 7, "cascade", 11),
+        pytest.param("h100", 7, "cascade", 11, marks=pytest.mark.slow),
         ("v5e", 8, "self", None),
-        ("v5e", 8, "cascade", None),
+        pytest.param("v5e", 8, "cascade", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launches):
@@ -187,7 +187,9 @@ def test_a_step_compiles_in_place(target, num_draft_tokens, proposer, most_launc
         assert sum(f"({name}_gpu)" in path for path in of_layer) == count
 
 
-@pytest.mark.parametrize("policy", ["index", "index_2bit"])
+@pytest.mark.parametrize(
+    "policy", ["index", pytest.param("index_2bit", marks=pytest.mark.slow)]
+)
 def test_an_index_adds_three_launches_and_no_copies(policy):
     """Scoring and selecting are one; the others copy the picks and code new keys."""
     pytest.importorskip("jax_cuda13_plugin")
