@@ -78,17 +78,17 @@ class JobDirectory(record.RunDirectory):
 
     def _recovered(self, file):
         """Nothing is kept but the places."""
-        file.seek(0)
         end = 0
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                self.places.add(*place_of(line))
-            except ValueError as error:
-                where = f"{self.path}/results.jsonl:{number}"
-                raise record.RunError(f"{where} is damaged: {error}") from None
-            end += len(line)
+        with open(file.name, "rb") as lines:  # `file` has no buffer: a call a byte
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self.places.add(*place_of(line))
+                except ValueError as error:
+                    where = f"{self.path}/results.jsonl:{number}"
+                    raise record.RunError(f"{where} is damaged: {error}") from None
+                end += len(line)
         file.truncate(end)
         file.seek(end)
         return []
