@@ -74,6 +74,7 @@ CASES |= {
     "churn per layer": (LAWS, dict(scope="layer", policy="pillar_churn"), {}),
     "lag 0": (LAWS, {}, dict(lag=0)),
     "lag 2, spilled": (LAWS, {}, dict(lag=2, num_pages=40)),
+    "index, spilled": (LAWS, dict(policy="index"), dict(lag=2, num_pages=40)),
     "recomputed": (LAWS, {}, dict(num_pages=40, kv_policy="recompute")),
     "lookup": (LAWS, dict(proposer="ngram"), {}),
     "cascade, edits, spilled": (
