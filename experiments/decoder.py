@@ -88,7 +88,7 @@ class Decoder:
         how = dict(dtype=config.dtype, tensor_parallel=config.tensor_parallel)
         self.model = model or models.load(config.model, **how)
         self._how = config.speculation(config.mode), config.engine(config.max_length)
-        sizes.resolve(self.model, *self._how)
+        self._speculation = sizes.resolve(self.model, *self._how).speculation
         self._variables = config.template_variables()
         self._law = config.law(config.seed)
         self.engine = None
@@ -157,7 +157,7 @@ class Decoder:
                 self.engine.submit(prepared, prompt_index=task.index)
                 return ""
             for sample in task.samples:
-                found = nothing_of(prepared, self._how[0], sample)
+                found = nothing_of(prepared, self._speculation, sample)
                 more = dict(prompt_index=task.index, progress=found)
                 self.engine.submit(prepared, **more)
         except ValueError as error:

@@ -365,6 +365,14 @@ def test_nobody_runs_further_than_the_window(tiny):
     assert sorted(order) == list(range(60)) and order[9] == 0
 
 
+def test_a_sample_left_over_is_decoded_where_the_engine_chooses_k(tiny):
+    config = dataclasses.replace(CONFIG, chooses_k=True)
+    decoder = Decoder(config, model=tiny, make_engine=job_cost.FakeEngine)
+    task = job_input.Task(0, job_input.PromptLine([1, 2, 3]), "", (1,))
+    (row,) = [row for rows in decoder.rows([task], window=10) for row in rows]
+    assert row["sample"] == 1 and row["finish_reason"] == "length"
+
+
 def test_a_batch_of_columns_has_the_rows_of_the_job(whole, prompts, tiny):
     """As Ray Data calls it, in another order; without its ids it is refused."""
     lines = [json.loads(x) for x in prompts.read_text().split("\n") if '"answer"' in x]
