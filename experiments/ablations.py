@@ -15,14 +15,12 @@ time.
 from __future__ import annotations
 
 import dataclasses
-import gc
 
 import numpy as np
 
 from experiments import drawing, experiment
 from experiments.experiment import Experiment
-from experiments.load_parts import LoadParts, loads_of, model_of
-from experiments.throughput import make_prompts, run_mode
+from experiments.load_parts import LoadParts, loads_of, measure, model_of
 from sparsespec_jax import Engine, SpeculationConfig
 
 WHOLE, PLAIN = "as it is", "plain"
@@ -59,16 +57,11 @@ def tokens_of_passes(plan, num_slots) -> list[int]:
     return [drafting] * shape.num_draft_steps + [verifying]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationsConfig(LoadParts):
-    """Which loads, as far as they run."""
-
-
 class Ablations(Experiment):
     """A row a load, change and repeat."""
 
     claim = "the unified schedule makes 1.23 times the tokens, a lag of one step 1.12"
-    Config = AblationsConfig
+    Config = LoadParts
     SMOKE = dict(
         model="tiny", dtype="float32", max_requests=3, max_tokens=30, prompt_length=40,
         loads=("qwen3_8b_64x512x4096",),
@@ -95,24 +88,17 @@ class Ablations(Experiment):
         speculation = load.speculation()
         if row["change"] == PLAIN:
             speculation = SpeculationConfig(num_draft_tokens=0)
-        prompts = make_prompts(load, self.model)
-        made = []
+        counted = []
 
         def make(*args, **options):
-            made.append(CountedEngine(*args, **options))
-            return made[0]
+            engine = CountedEngine(*args, **options)
+            counted.append(engine.tokens_of_passes)  # and not the engine and its pool
+            return engine
 
-        # 1.0: only the share of a bound needs the tokens that balance bytes
-        found = run_mode(load, self.model, prompts, speculation, None, 1.0, make=make)
-        counts = np.array(made.pop().tokens_of_passes)
-        gc.collect()  # the pool must go before the next one comes
+        found = measure(load, self.model, speculation, make=make)
+        counts = np.array(counted.pop())
         middle = counts[len(counts) // 4 : -(len(counts) // 4) or None]
-        names = "tokens_per_s", "set_up_s", "prefill", "decode", "tail"
-        return {name: found[name] for name in names} | {
-            "num_requests": load.num_requests,
-            "prompt_length": load.prompt_length,
-            "new_tokens": load.new_tokens,
-            "forced_acceptance": load.forced_acceptance,
+        return found | {
             "tokens_of_passes": middle[:_DRAWN].tolist(),
             "mean_tokens_of_a_pass": float(middle.mean()),
             "variation_of_tokens": float(middle.std() / middle.mean()),

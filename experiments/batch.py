@@ -75,19 +75,19 @@ class Job:
 
     def run(self) -> dict:
         """Decode what is missing; the summary of the shard, which is written too."""
-        directory, places = self.directory, self.directory.places
+        directory = self.directory
         if (directory.path / "summary.json").exists():
             print(f"{directory.path} is finished", file=sys.stderr)
             return record.read_json(directory.path / "summary.json")
         directory.write_environment(record.describe_environment())
-        found_before = places.count
-        tasks = job_input.read(self._options.input, self._shard, places.missing)
+        missing = directory.places.missing
+        tasks = job_input.read(self._options.input, self._shard, missing)
         total = []  # of the prompts in the input, once they are read
         with signals.at_end(self._write_metrics), signals.at_end(directory.flush):
             self._decode(_until_total(tasks, total))
         directory.flush()
         self._write_metrics()
-        return self._summarise(found_before, *total)
+        return self._summarise(*total)
 
     def _decode(self, tasks):
         """Append the rows of Tasks as they come."""
@@ -108,7 +108,7 @@ class Job:
         values = {"seconds": decoder.seconds, "errors": decoder.num_errors}
         self.directory.write_metrics(values | {"total": decoder.metrics.to_dict()})
 
-    def _summarise(self, found_before, num_prompts):
+    def _summarise(self, num_prompts):
         shard, places = self._shard, self.directory.places
         own = len(range(shard.number - 1, num_prompts, shard.count))
         metrics = [

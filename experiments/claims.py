@@ -220,7 +220,8 @@ def kv_manager(data):
     if gain is None:
         return NOT_MEASURED, "no run that reserves"
     over = data.get("offload_over_recompute")
-    text = f"{gain:.2f} times reserving" + (over and f", {over:.2f} times recomputing")
+    text = f"{gain:.2f} times reserving"
+    text += f", {over:.2f} times recomputing" if over else ""
     return MET if gain >= 1.61 else MISSED, f"{text}; random weights"
 
 

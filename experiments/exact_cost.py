@@ -11,15 +11,13 @@ all slots decode is beside it.
 from __future__ import annotations
 
 import dataclasses
-import gc
 
 import numpy as np
 
 from experiments import experiment
 from experiments.experiment import Experiment
-from experiments.load_parts import LoadParts, loads_of, model_of
+from experiments.load_parts import LoadParts, loads_of, measure, model_of
 from experiments.options import option
-from experiments.throughput import make_prompts, run_mode
 from pallas_kernels.timing import measure_rates
 from sparsespec_jax import SpeculationConfig, sizes
 from sparsespec_jax.config import NUMERICS
@@ -67,18 +65,7 @@ class ExactCost(Experiment):
         speculation = load.speculation()
         if row["mode"] == "plain":
             speculation = SpeculationConfig(num_draft_tokens=0)
-        prompts = make_prompts(load, self.model)
-        balance = 1.0  # tokens: only the share of a bound needs the right one
-        found = run_mode(load, self.model, prompts, speculation, None, balance)
-        gc.collect()  # the pool must go before the next one comes
-        names = "tokens_per_s", "set_up_s", "prefill", "decode", "tail", "kv_gib"
-        return {name: found[name] for name in names} | {
-            "speed_of_light": found["stats"]["speed_of_light"],
-            "num_requests": load.num_requests,
-            "prompt_length": load.prompt_length,
-            "new_tokens": load.new_tokens,
-            "forced_acceptance": load.forced_acceptance,
-        }
+        return measure(load, self.model, speculation)
 
     def headline(self, found):
         """Rates in all and while all slots are busy."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 from experiments import models
 from experiments.loads import LOADS
 from experiments.options import Options, option
-from experiments.throughput import ThroughputConfig
+from experiments.throughput import ThroughputConfig, make_prompts, run_mode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,25 @@ def loads_of(config: LoadParts) -> dict[str, ThroughputConfig]:
 def model_of(config: LoadParts, loads):
     """The Model of `loads_of`, with random weights."""
     return models.random_model(next(iter(loads.values())).model, config.dtype)
+
+
+def measure(load, model, speculation, *, make=None) -> dict:
+    """Rates of one run of a load, and what the load is.
+
+    make: a kind of Engine; None: the usual one.
+    """
+    prompts = make_prompts(load, model)
+    balance = 1.0  # tokens: only the share of a bound needs the right one
+    found = run_mode(load, model, prompts, speculation, None, balance, make=make)
+    gc.collect()  # the pool must go before the next one comes
+    names = "tokens_per_s", "set_up_s", "prefill", "decode", "tail", "kv_gib"
+    return {name: found[name] for name in names} | {
+        "speed_of_light": found["stats"]["speed_of_light"],
+        "num_requests": load.num_requests,
+        "prompt_length": load.prompt_length,
+        "new_tokens": load.new_tokens,
+        "forced_acceptance": load.forced_acceptance,
+    }
 
 
 def _part(config, name):

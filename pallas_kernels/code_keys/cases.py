@@ -6,31 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cases import H100, SMALL, Case, int32
-from pallas_kernels.score_select.cases import LARGEST_GROUP
-from pallas_kernels.score_select.codes import CodeLayout, code_layout
+from pallas_kernels.cases import H100, SMALL, int32
+from pallas_kernels.score_select.cases import IndexCase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodeCase(Case):
+class CodeCase(IndexCase):
     """One call of `code_keys`."""
 
     starts: tuple[int, ...]
     ends: tuple[int, ...]
-    width: int  # columns of the table
     most_keys: int
-    bits: int = 4
-    num_heads: int = 8
-    head_size: int = 128
-    page_size: int = 64
-    dtype: str = "bfloat16"
-
-    @property
-    def layout(self) -> CodeLayout:
-        """Of the codes."""
-        return code_layout(
-            self.page_size, self.head_size, self.bits, LARGEST_GROUP[self.bits]
-        )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -13,19 +13,14 @@ LARGEST_GROUP = {4: 128, 2: 64}  # most keys that are rounded together, by bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreCase(Case):
-    """One call of `score_select`."""
+class IndexCase(Case):
+    """One call over the codes of keys in pages."""
 
-    lengths: tuple[int, ...]
-    budgets: tuple[int, ...]
-    cap: int
     width: int  # columns of the table
     bits: int = 4
     num_heads: int = 8
-    group_size: int = 4
     head_size: int = 128
     page_size: int = 64
-    num_recent: int = 0
     dtype: str = "bfloat16"
 
     @property
@@ -34,6 +29,17 @@ class ScoreCase(Case):
         return code_layout(
             self.page_size, self.head_size, self.bits, LARGEST_GROUP[self.bits]
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreCase(IndexCase):
+    """One call of `score_select`."""
+
+    lengths: tuple[int, ...]
+    budgets: tuple[int, ...]
+    cap: int
+    group_size: int = 4
+    num_recent: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
